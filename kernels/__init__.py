@@ -1,0 +1,1 @@
+"""Attention over latents. This version holds the plain torch reference; the passes lower to ATen."""

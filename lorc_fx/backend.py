@@ -1,0 +1,196 @@
+"""The backend: ``torch.compile(model, backend="lorc")``. ``compile_graph`` spells the pipeline, step by step."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from . import compat
+from .codec import Codec, Factors, factorise, make_codec
+from .errors import DenseCacheWarning, GradRequired, LorcError, LorcWarning, NoSites, NoSitesWarning, StrictMiss
+from .options import Options
+from .passes.check import check_canonical, check_rewritten
+from .passes.epilogue import effective_weight
+from .passes.normalise import normalise, placeholders
+from .passes.plan import make_plan
+from .passes.rewrite import rewrite
+from .passes.sites import Matched, Site, match
+from .records import Plan
+from .runtime import Binding, Compiled, bind_inputs
+from .store import STORE
+
+Callee = Callable[..., Any]
+
+_timings: dict[str, float] = {}
+_counts = {"backend_calls": 0, "inner_compiles": 0}
+
+
+def timings() -> dict[str, float]:
+    """Seconds spent by each stage since the last ``reset_timings()``: normalise_s, match_s, factorise_s, plan_s,
+    rewrite_s, inner_s."""
+    return dict(_timings)
+
+
+def counts() -> dict[str, int]:
+    """How often Dynamo called this backend, and how often an inner compiler ran, since ``reset_timings()``."""
+    return dict(_counts)
+
+
+def reset_timings() -> None:
+    _timings.clear()
+    _counts.update(backend_calls=0, inner_compiles=0)
+
+
+class _timed:
+    def __init__(self, stage: str) -> None:
+        self.stage = stage
+
+    def __enter__(self) -> None:
+        self.begin = time.perf_counter()
+
+    def __exit__(self, *exc: object) -> None:
+        _timings[self.stage] = _timings.get(self.stage, 0.0) + time.perf_counter() - self.begin
+
+
+def lorc(gm: GraphModule, example_inputs: Sequence[Any], *, options: Any = None, mode: str | None = None) -> Callee:
+    """Dynamo's entry. Errors of ours are raised by the returned callable, so that callers see their own class
+    and not torch's wrapper of backend failures."""
+    _counts["backend_calls"] += 1
+    try:
+        parsed = Options.parse(options, mode=mode)
+        return compile_graph(gm, example_inputs, parsed)
+    except LorcError as error:
+        return _raiser(error)
+
+
+def _raiser(error: LorcError) -> Callee:
+    def refuse(*args: Any) -> Any:
+        raise error
+
+    return refuse
+
+
+def compile_graph(gm: GraphModule, example_inputs: Sequence[Any], options: Options) -> Callee:
+    """One graph of Dynamo's -> a callable over latents, or the inner compiler on the untouched graph."""
+    if torch.is_grad_enabled() and any(isinstance(e, torch.Tensor) and e.requires_grad for e in example_inputs):
+        return _untouched(gm, example_inputs, options, GradRequired())
+    with _timed("normalise_s"):
+        canonical = normalise(gm, example_inputs)
+        check_canonical(canonical)
+    with _timed("match_s"):
+        matched = match(canonical)
+    _report(matched, options)
+    if not matched.sites and not any(n.meta.get("latent") is not None for n in placeholders(canonical)):
+        return _inner(gm, _examples(gm), options)
+    return Compiled(canonical, gm, matched, options, _Builder(canonical, matched, options)).first(example_inputs)
+
+
+def _untouched(gm: GraphModule, example_inputs: Sequence[Any], options: Options, why: LorcError) -> Callee:
+    if options.strict:
+        raise why
+    warnings.warn(f"{why} This graph runs uncompressed.", LorcWarning, stacklevel=2)
+    return _inner(gm, _examples(gm), options)
+
+
+def _report(matched: Matched, options: Options) -> None:
+    """Nothing silent: a miss is a warning (an error under strict), so is a graph without any site."""
+    if options.strict and matched.misses:
+        raise StrictMiss(matched.misses)
+    if options.strict and not matched.sites and not matched.coded:
+        raise NoSites(matched.misses)
+    if not matched.sites and not matched.coded:
+        warnings.warn(str(NoSites(matched.misses)), NoSitesWarning, stacklevel=2)
+        return
+    for miss in matched.misses:
+        hint = " (use model.compile(backend='lorc') so that the prefill is compiled too)"
+        hint = hint if miss.kind == "preallocated" else ""
+        warnings.warn(f"{miss.kind}: {miss.reason}{hint} [{miss.node}]", DenseCacheWarning, stacklevel=2)
+
+
+def _examples(gm: GraphModule) -> list[Any]:
+    return [compat.example_value(p) for p in placeholders(gm)]
+
+
+def _inner(gm: GraphModule, examples: Sequence[Any], options: Options) -> Callee:
+    """The inner compiler on a plain graph."""
+    _counts["inner_compiles"] += 1
+    with _timed("inner_s"):
+        if options.inner == "inductor":
+            return compat.compile_with_inductor(gm, examples, options.mode)
+        if callable(options.inner):
+            return options.inner(gm, list(examples))
+        return torch._dynamo.lookup_backend(options.inner)(gm, list(examples))
+
+
+class _Builder:
+    """Plans, codecs and inner callables for one canonical graph; called again where weights changed."""
+
+    def __init__(self, canonical: GraphModule, matched: Matched, options: Options) -> None:
+        self.canonical, self.matched, self.options = canonical, matched, options
+        self.attributes = {
+            n: getattr(canonical, str(n.target)) for n in canonical.graph.nodes if n.op == "get_attr"
+        }
+        self.index = {n: i for i, n in enumerate(placeholders(canonical))}
+
+    def weights(self, site: Site, arguments: Sequence[Any]) -> list[torch.Tensor]:
+        """The real tensors that a site's codec is made from: chain weights, then the epilogue's constants."""
+        return [self.real(n, arguments) for n in (*site.weights, *site.consts)]
+
+    def real(self, node: Any, arguments: Sequence[Any]) -> torch.Tensor:
+        return self.attributes[node] if node in self.attributes else arguments[self.index[node]]
+
+    def codecs(self, arguments: Sequence[Any]) -> list[Codec]:
+        """A codec for each site, from the store or made now (all that are missing are planned together)."""
+        found = [self._find(site, arguments) for site in self.matched.sites]
+        missing = [s for s, c in zip(self.matched.sites, found, strict=True) if c is None]
+        if missing:
+            made = dict(zip(missing, self._make(missing, arguments), strict=True))
+            found = [c or made[s] for s, c in zip(self.matched.sites, found, strict=True)]
+        return found  # type: ignore[return-value]
+
+    def _key(self, site: Site) -> tuple[Any, ...]:
+        o = self.options
+        budget = (o.ratio, o.bytes_per_token, o.scheduler, o.d_min, o.d_max, o.protect_first, o.protect_last, o.plan)
+        return (budget, site.kind, site.ordinal)
+
+    def _find(self, site: Site, arguments: Sequence[Any]) -> Codec | None:
+        return STORE.find(self._key(site), self.weights(site, arguments))
+
+    def _make(self, sites: Sequence[Site], arguments: Sequence[Any]) -> list[Codec]:
+        with _timed("factorise_s"), torch.no_grad():
+            effective = {s: self._effective(s, arguments) for s in sites}
+            factors = {s: factorise(effective[s][0], s.name) for s in sites}
+        with _timed("plan_s"):
+            plan = make_plan(sites, factors, self.options)
+        with _timed("factorise_s"), torch.no_grad():
+            made = [self._codec(s, p.rank, *effective[s], factors[s], arguments) for s, p in self._zip(sites, plan)]
+        for site, codec in zip(sites, made, strict=True):
+            STORE.add(self._key(site), self.weights(site, arguments), codec)
+        return made
+
+    @staticmethod
+    def _zip(sites: Sequence[Site], plan: Plan) -> list[tuple[Site, Any]]:
+        return list(zip(sites, plan.sites, strict=True))
+
+    def _effective(self, site: Site, arguments: Sequence[Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return effective_weight(site.rows, {n: self.real(n, arguments) for n in site.weights})
+
+    def _codec(self, site: Site, rank: int, weight: Any, bias: Any, factors: Factors, arguments: Any) -> Codec:
+        consts = tuple(self.real(n, arguments) for n in site.consts)
+        return make_codec(weight, bias, factors, rank, site.decoder, consts, site.rows.y.meta["val"].dtype)
+
+    def build(self, codecs: Sequence[Codec]) -> Binding:
+        """rewrite -> check -> inner compiler, for codecs of one signature."""
+        with _timed("rewrite_s"):
+            made = rewrite(self.canonical, self.matched, dict(zip(self.matched.sites, codecs, strict=True)))
+            check_rewritten(made)
+        mode = compat.fake_mode_of([n.meta["val"] for n in placeholders(self.canonical)])
+        examples = [compat.to_fake(n.meta["val"], mode) for n in placeholders(made.module)]
+        with compat.tracing_context(mode):
+            inner = _inner(made.module, examples, self.options)
+        return bind_inputs(self.canonical, made, inner)

@@ -1,0 +1,185 @@
+"""The command line: ``lorc demo`` and ``lorc explain``.
+
+Results go to stdout, progress to stderr. Exit codes: 0 done, 1 a model or file that cannot be used, 2 an option that is
+refused, 130 Ctrl-C. Typed errors are one red message without a traceback.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+from lorc_fx.errors import BadModel, BadOption, LorcError
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+out, err = Console(), Console(stderr=True)
+SWEEP = "1.0,0.75,0.5"
+
+
+class DType(StrEnum):
+    """The dtype that a model runs in."""
+
+    bf16 = "bf16"
+    fp16 = "fp16"
+    fp32 = "fp32"
+
+    def torch(self) -> Any:
+        import torch
+
+        return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[self.value]
+
+
+# ---------------------------------------------------------------------------------------------- errors and progress
+
+
+@contextlib.contextmanager
+def reported() -> Iterator[None]:
+    """Typed errors (also those that Dynamo wrapped) and Ctrl-C as one message and an exit code."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        err.print("[red]Interrupted.[/red]")
+        raise typer.Exit(130) from None
+    except Exception as error:
+        cause = getattr(error, "inner_exception", error)
+        if not isinstance(cause, LorcError):
+            raise
+        err.print(f"[red]Error: {escape(str(cause))}[/red]", soft_wrap=True)
+        raise typer.Exit(2 if isinstance(cause, ValueError) and not isinstance(cause, BadModel) else 1) from None
+
+
+class Show:
+    """Progress on stderr: a bar on a terminal, one line per stage elsewhere."""
+
+    def __init__(self) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+        self.bar = Progress(*columns, console=err, transient=True) if err.is_terminal else None
+        self.task: Any = None
+        self.start = time.perf_counter()
+
+    def __enter__(self) -> Show:
+        if self.bar:
+            self.bar.start()
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        if self.bar:
+            self.bar.stop()
+
+    def stage(self, text: str) -> None:
+        """A new stage of unknown length."""
+        if self.bar is None:
+            err.print(escape(f"[{time.perf_counter() - self.start:6.1f} s] {text}"), soft_wrap=True)
+            return
+        if self.task is not None:
+            self.bar.remove_task(self.task)
+        self.task = self.bar.add_task(escape(text), total=None)
+
+    def progress(self, done: int, total: int) -> None:
+        """How far the stage is."""
+        if self.bar is not None and self.task is not None:
+            self.bar.update(self.task, completed=done, total=total)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` so that ``path`` is either the old file or the whole new one. Raises BadOption."""
+    try:
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".json-", delete=False) as file:
+            try:
+                json.dump(value, file, indent=1)
+                file.write("\n")
+            except BaseException:
+                os.unlink(file.name)
+                raise
+        os.replace(file.name, path)
+    except OSError as error:
+        raise BadOption("json", str(path), f"a path that can be written ({error})") from error
+
+
+# ------------------------------------------------------------------------------------------------------------- demo
+
+
+@app.callback()
+def lorc() -> None:
+    """Compressed KV caches for torch.compile (LoRC, arXiv 2410.03111)."""
+
+
+@app.command()
+def demo(
+    model: Annotated[Path | None, typer.Option(help="Local checkpoint: a folder, or a GGUF file.")] = None,
+    ratio: Annotated[float | None, typer.Option(help="Cache bytes kept, as a fraction of the dense cache.")] = None,
+    bytes_per_token: Annotated[int | None, typer.Option(help="The same budget in bytes, instead of --ratio.")] = None,
+    scheduler: Annotated[str | None, typer.Option(help="progressive (LoRC), uniform, energy.")] = None,
+    d_min: Annotated[int | None, typer.Option(help="Smallest rank of the progressive schedule.")] = None,
+    d_max: Annotated[int | None, typer.Option(help="Largest rank of the progressive schedule.")] = None,
+    protect_first: Annotated[int | None, typer.Option(help="First layers that stay at full rank.")] = None,
+    protect_last: Annotated[int | None, typer.Option(help="Last layers that stay at full rank.")] = None,
+    inner: Annotated[str, typer.Option(help="The compiler of both models.")] = "inductor",
+    dtype: Annotated[DType, typer.Option(help="What the model runs in.")] = DType.bf16,
+    tokens: Annotated[int, typer.Option(min=2, help="New tokens per prompt.")] = 48,
+    loss_tokens: Annotated[int, typer.Option(min=2, help="Tokens of text for the loss, at most.")] = 1409,
+    prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be given more than once.")] = None,
+    sweep: Annotated[str, typer.Option(help="Further ratios whose loss is shown; '' for none.")] = SWEEP,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures to this file.")] = None,
+) -> None:
+    """Run one model dense and with a compressed cache, side by side (the demo model: Gemma 3 270M)."""
+    knobs = {"ratio": ratio, "bytes_per_token": bytes_per_token, "scheduler": scheduler, "d_min": d_min, "d_max": d_max}
+    knobs |= {"protect_first": protect_first, "protect_last": protect_last, "inner": inner}
+    options = {name: value for name, value in knobs.items() if value is not None}
+    with reported():
+        with Show() as show:
+            show.stage("Importing torch and transformers")
+            from lorc_fx import demo as figures
+
+            prompts = tuple(prompt or figures.PROMPTS)
+            result = figures.run(show, model, options, _ratios(sweep), dtype.torch(), tokens, loss_tokens, prompts)
+        if json_file:
+            write_json(json_file, result)
+    figures.render(result, out)
+
+
+def _ratios(sweep: str) -> list[float]:
+    try:
+        return [float(part) for part in sweep.split(",") if part.strip()]
+    except ValueError:
+        raise BadOption("sweep", sweep, "a list of ratios with commas between", SWEEP) from None
+
+
+# ---------------------------------------------------------------------------------------------------------- explain
+
+
+@app.command()
+def explain(
+    model: Annotated[Path | None, typer.Option(help="Local checkpoint: a folder, or a GGUF file.")] = None,
+    dtype: Annotated[DType, typer.Option(help="What the model runs in.")] = DType.bf16,
+    tokens: Annotated[int, typer.Option(min=2, help="Length of the example prompt.")] = 16,
+) -> None:
+    """What backend="lorc" finds in a model: sites, ranks, bytes, and what stays dense and why."""
+    with reported(), Show() as show:
+        show.stage("Importing torch and transformers")
+        import torch
+
+        from lorc_fx.models import load_model
+        from lorc_fx.report import explain as explain_model
+
+        loaded, _ = load_model(model, dtype.torch(), show.stage)
+        show.stage("Reading the graph")
+        report = explain_model(loaded, torch.arange(1, tokens + 1).unsqueeze(0))
+    out.print(report)
+
+
+def main() -> None:
+    """The entry point of the ``lorc`` command."""
+    app()

@@ -1,0 +1,126 @@
+"""The one place that touches private torch APIs, so that a torch release breaks at most this file."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+from unittest import mock
+
+import sympy
+import torch
+from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+
+__all__ = [
+    "FakeTensor",
+    "canonical_trace",
+    "compile_with_inductor",
+    "example_value",
+    "is_fake",
+    "is_functional",
+    "is_module_state",
+    "mark_weak_dynamic",
+    "size_expr",
+    "tracing_context",
+]
+
+
+def example_value(node: Node) -> Any:
+    """The fake tensor, SymInt or constant that Dynamo attached to a placeholder."""
+    return node.meta.get("example_value", node.meta.get("val"))
+
+
+def is_module_state(node: Node, example: Any) -> bool:
+    """Whether a Dynamo placeholder is a parameter or a buffer of a module (and not an input of this call)."""
+    if isinstance(example, torch.nn.Parameter):
+        return True
+    source = getattr(node, "_dynamo_source", None)
+    if source is None:
+        return bool(node.meta.get("lorc_module_state", False))
+    from torch._dynamo import source as sources
+
+    test = getattr(sources, "is_from_unspecialized_param_buffer_source", None)
+    return bool(test is not None and test(source))
+
+
+def is_fake(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has no data because Dynamo (or a FakeTensorMode) is only propagating shapes."""
+    return isinstance(tensor, FakeTensor) or tensor.device.type == "meta"
+
+
+def is_functional(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is being traced by AOTAutograd, that is, for a compiler which does not know latents."""
+    from torch._subclasses.functional_tensor import FunctionalTensor
+
+    return isinstance(tensor, FunctionalTensor) or torch._is_functional_tensor(tensor)
+
+
+def fake_mode_of(values: Sequence[Any]) -> FakeTensorMode:
+    """The fake mode that Dynamo traced with; a fresh one where no value is fake."""
+    mode = detect_fake_mode(list(values))
+    return mode if mode is not None else FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def canonical_trace(gm: GraphModule, values: Sequence[Any]) -> GraphModule:
+    """Trace ``gm`` on fake ``values`` to ATen before decompositions (``linear`` and SDPA stay whole).
+
+    Constants in the graph (``torch.tensor([])`` of an empty cache) are real tensors, hence allow_non_fake_inputs.
+    """
+    mode = fake_mode_of(values)
+    with mock.patch.object(mode, "allow_non_fake_inputs", True), mode, torch.no_grad():
+        return make_fx(gm, pre_dispatch=True)(*values)
+
+
+@contextlib.contextmanager
+def fake_execution(mode: FakeTensorMode) -> Iterator[None]:
+    """Run tensor code on fakes of ``mode`` (also constants that are real)."""
+    with mock.patch.object(mode, "allow_non_fake_inputs", True), mode:
+        yield
+
+
+def size_expr(size: Any) -> sympy.Expr:
+    """A dimension as a SymPy expression (an Integer where it is static); reading it adds no guard."""
+    if isinstance(size, torch.SymInt):
+        return size.node.expr
+    return sympy.Integer(int(size))
+
+
+def mark_weak_dynamic(tensor: torch.Tensor, dim: int) -> None:
+    """Ask Dynamo to treat one dimension as dynamic from the first trace on, without an error if it specialises."""
+    dims = getattr(tensor, "_dynamo_weak_dynamic_indices", None)
+    if dims is None:
+        tensor._dynamo_weak_dynamic_indices = {dim}  # type: ignore[attr-defined]
+    else:
+        dims.add(dim)
+
+
+@contextlib.contextmanager
+def tracing_context(mode: FakeTensorMode) -> Iterator[None]:
+    """A tracing context for inductor where none is active (outside of Dynamo's call of the backend)."""
+    from torch._guards import TracingContext, tracing
+
+    if TracingContext.try_get() is not None:
+        yield
+    else:
+        with tracing(TracingContext(mode)):
+            yield
+
+
+def compile_with_inductor(gm: GraphModule, inputs: Sequence[Any], mode: str | None) -> Any:
+    """Compile a plain ATen graph with inductor; ``inputs`` are fakes of Dynamo's own fake mode."""
+    from torch._inductor import config, list_mode_options
+    from torch._inductor.compile_fx import compile_fx
+
+    patches = list_mode_options(mode) if mode else {}
+    with config.patch(patches):
+        return compile_fx(gm, list(inputs), config_patches=patches or None)
+
+
+def to_fake(value: Any, mode: FakeTensorMode) -> Any:
+    """A real codec tensor as a fake of static shape; fakes and ints as they are."""
+    if isinstance(value, torch.Tensor) and not isinstance(value, FakeTensor):
+        return mode.from_tensor(value, static_shapes=True)
+    return value

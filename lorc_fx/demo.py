@@ -1,0 +1,192 @@
+"""The figures of ``lorc demo`` and how they are printed: one model, dense and with a compressed cache."""
+
+from __future__ import annotations
+
+import platform
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import transformers
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.panel import Panel
+from rich.table import Table
+
+from lorc_fx.errors import BadModel, QualityWarning
+from lorc_fx.evaluate import (
+    bytes_per_token,
+    cache_bytes,
+    cache_used_bytes,
+    chunked_loss,
+    decode_speed,
+    generate_text,
+    sample_text,
+)
+from lorc_fx.models import load_model
+from lorc_fx.options import Options
+
+BACKEND = "lorc"
+
+#: equally long for the demo model's tokenizer (12 tokens), so that they share one compiled prefill
+PROMPTS = ("The most important thing to know about rivers is that they", "Most of the water on the planet is salty, so")
+CHUNK = 32
+#: of one torch.compile call: Dynamo's default of 8 is less than what growing sliding windows take
+RECOMPILE_LIMIT = 64
+
+
+class Show(Protocol):
+    """Where progress goes."""
+
+    def stage(self, text: str) -> None: ...
+
+    def progress(self, done: int, total: int) -> None: ...
+
+
+def run(
+    show: Show,
+    path: Path | None,
+    options: dict[str, Any],
+    ratios: Sequence[float] = (),
+    dtype: Any = None,
+    new_tokens: int = 48,
+    loss_tokens: int = 1409,
+    prompts: Sequence[str] = PROMPTS,
+) -> dict[str, Any]:
+    """All figures of the demo, ready for JSON. The weights are loaded once; each variant compiles the module anew.
+
+    Losses of compressed models run with ``inner="eager"``: the same function, without inductor's minutes.
+    """
+    start = time.perf_counter()
+    Options.parse(options)  # refuses before anything slow starts
+    for ratio in ratios:
+        Options.parse({"ratio": ratio})
+    model, tokenizer = load_model(path, dtype, show.stage)
+    if tokenizer is None:
+        raise BadModel(str(path), "it has no tokenizer, and the demo starts from text")
+    text = _whole_chunks(tokenizer(sample_text()).input_ids[:loss_tokens])
+    inner = options.get("inner", "inductor")
+    kept = [name for name in options if name not in ("ratio", "bytes_per_token", "d_min", "d_max", "mode")]
+    bare = {name: options[name] for name in kept} | {"inner": "eager"}
+
+    dense: dict[str, Any] = {"loss": _loss(show, model, text, "dense")}
+    _compile(model, inner)
+    dense |= _generations(show, model, tokenizer, prompts, new_tokens, "dense")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", QualityWarning)  # said in the panel, with numbers
+        _compile(model, BACKEND, options)
+        lorc = _generations(show, model, tokenizer, prompts, new_tokens, "lorc")
+        _compile(model, BACKEND, options | {"inner": "eager"})
+        lorc["loss"] = _loss(show, model, text, "lorc")
+        sweep = []
+        for ratio in ratios:
+            _compile(model, BACKEND, bare | {"ratio": ratio})
+            sweep.append({"ratio": ratio} | _loss(show, model, text, f"lorc at ratio {ratio:g}"))
+    torch.compiler.reset()
+    about = {"model": str(path or "Gemma 3 270M"), "dtype": str(model.dtype).removeprefix("torch."), "inner": inner}
+    about |= {"options": options, "prompts": list(prompts), "new_tokens": new_tokens}
+    about |= {"torch": torch.__version__, "transformers": transformers.__version__, "machine": platform.machine()}
+    about |= {"threads": torch.get_num_threads(), "seconds": round(time.perf_counter() - start, 1)}
+    return about | {"dense": dense, "lorc": lorc, "sweep": sweep}
+
+
+def _whole_chunks(ids: list[int]) -> list[int]:
+    """Without the tail that would be a shorter chunk, and so one more shape to compile."""
+    return ids[: (len(ids) - 1) // CHUNK * CHUNK + 1] if len(ids) > CHUNK else ids
+
+
+def _compile(model: Any, backend: str, options: dict[str, Any] | None = None) -> None:
+    """Compile in place, forgetting what was compiled before."""
+    torch.compiler.reset()
+    extra = {"options": options} if options is not None else {}
+    model.compile(backend=backend, recompile_limit=RECOMPILE_LIMIT, **extra)
+
+
+def _loss(show: Show, model: Any, ids: list[int], name: str) -> dict[str, Any]:
+    """Loss of the text in chunks, and the cache that it leaves."""
+    show.stage(f"Loss over {len(ids) - 1} tokens in chunks of {CHUNK}: {name}")
+    cache = transformers.DynamicCache(config=model.config)
+    loss = chunked_loss(model, ids, CHUNK, cache, show.progress)
+    return {"nats": loss.nats, "tokens": loss.tokens} | _bytes(cache)
+
+
+def _bytes(cache: Any) -> dict[str, Any]:
+    sizes = {"held": cache_bytes(cache), "used": cache_used_bytes(cache), "per_token": bytes_per_token(cache)}
+    return sizes | {"cached_tokens": cache.get_seq_length()}
+
+
+def _generations(
+    show: Show, model: Any, tokenizer: Any, prompts: Sequence[str], new_tokens: int, name: str
+) -> dict[str, Any]:
+    texts, sizes = [], {}
+    for i, prompt in enumerate(prompts):
+        show.stage(f"Generating {name}, prompt {i + 1} of {len(prompts)}" + (" (compiles first)" if i == 0 else ""))
+        generation = generate_text(model, tokenizer, prompt, new_tokens)
+        texts.append(generation.text)
+        sizes = _bytes(generation.cache)
+    show.stage(f"Timing decode steps: {name}")
+    speed = decode_speed(model, tokenizer(prompts[0]).input_ids, max(new_tokens - 1, 1), progress=show.progress)
+    return {"texts": texts, "tokens_per_second": speed, "generation": sizes}
+
+
+# ---------------------------------------------------------------------------------------------------------- printing
+
+
+def render(result: dict[str, Any], out: Console) -> None:
+    """Print what ``run`` returned: texts, figures, and what the budgets cost."""
+    dense, lorc = result["dense"], result["lorc"]
+    texts = Table(title=f"{result['model']}, greedy, same weights", box=box.ROUNDED, show_lines=True)
+    for column in ("prompt", "dense", 'backend="lorc"'):
+        texts.add_column(column, ratio=1)
+    for row in zip(result["prompts"], dense["texts"], lorc["texts"], strict=True):
+        texts.add_row(*(escape(" ".join(cell.split())) for cell in row))
+    figures = Table(title=f"{result['dtype']}, inner compiler {result['inner']}", box=box.ROUNDED)
+    for column in ("", "dense", "lorc", "lorc / dense"):
+        figures.add_column(column, justify="left" if column == "" else "right")
+
+    def row(name: str, before: float, after: float, form: str = ",.0f") -> None:
+        figures.add_row(name, f"{before:{form}}", f"{after:{form}}", f"{after / before:.3f}" if before else "–")
+
+    row("cache, bytes per token", dense["loss"]["per_token"], lorc["loss"]["per_token"])
+    for where, label in (("loss", "the text"), ("generation", "the last prompt")):
+        length = dense[where]["cached_tokens"]
+        row(f"bytes used after {length} tokens ({label})", dense[where]["used"], lorc[where]["used"])
+        row("  bytes held, with spare room", dense[where]["held"], lorc[where]["held"])
+    row("decode, tokens/s (batch 1)", dense["tokens_per_second"], lorc["tokens_per_second"], ",.1f")
+    row("loss, nats per token", dense["loss"]["nats"], lorc["loss"]["nats"], ".3f")
+    figures.add_row("added loss", "", f"{100 * (lorc['loss']['nats'] / dense['loss']['nats'] - 1):+.1f} %", "")
+    out.print(texts, figures)
+    out.print(_verdict(result))
+
+
+def _verdict(result: dict[str, Any]) -> Panel:
+    """What the budgets cost: added loss, worst news first."""
+    base = result["dense"]["loss"]
+    points = [result["lorc"]["loss"] | {"ratio": None}, *result["sweep"]]
+    points.sort(key=lambda point: -point["per_token"])
+    table = Table(box=box.SIMPLE)
+    for column in ("bytes per token", "of dense", "loss, nats", "added loss"):
+        table.add_column(column, justify="right")
+    for point in points:
+        added = point["nats"] / base["nats"] - 1
+        cells = [f"{point['per_token']:,.0f}", f"{point['per_token'] / base['per_token']:.3f}", f"{point['nats']:.3f}"]
+        colour = "green" if added < 0.01 else "yellow" if added < 0.05 else "red"
+        table.add_row(*cells, f"[{colour}]{100 * added:+.1f} %[/{colour}]", style="" if point["ratio"] else "bold")
+    worst = max(point["nats"] / base["nats"] - 1 for point in points)
+    bad = worst >= 0.05
+    title = "Warning: rank-only LoRC is bad for this model" if bad else "What the budgets cost"
+    colour = "red" if bad else "green"
+    grid = Table.grid()
+    grid.add_row(f"Loss over {base['tokens']} tokens of text, read through the cache in chunks of {CHUNK}.")
+    grid.add_row(table)
+    if bad:
+        grid.add_row(
+            "The codec of this version is the paper's: truncated SVD of the weights, nothing else. On models with few "
+            "kv heads the energy of keys and values lies where the data is, not where the weights are, so dropping "
+            "columns destroys the text (see the table). Use it at ratio 1.0, or on models with many kv heads."
+        )
+    return Panel(grid, title=title, border_style=colour)

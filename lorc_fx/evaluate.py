@@ -1,0 +1,179 @@
+"""What a compressed cache does to a model: loss read through the cache, decode speed, texts, and bytes held.
+
+Everything runs batch 1 under ``torch.no_grad`` on the model as it is: plain, or after ``model.compile(...)``.
+"""
+
+from __future__ import annotations
+
+import inspect
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from importlib import resources
+from typing import Any, NamedTuple
+
+import torch
+
+#: called with (done, total)
+Progress = Callable[[int, int], None]
+
+
+class Loss(NamedTuple):
+    """Mean next-token negative log-likelihood in nats, and over how many tokens."""
+
+    nats: float
+    tokens: int
+
+
+class Generation(NamedTuple):
+    """What ``generate`` returned: the new text, its cache, and the seconds that each decode step took."""
+
+    text: str
+    cache: Any
+    step_seconds: tuple[float, ...]
+
+    @property
+    def tokens_per_second(self) -> float:
+        """From the median step, so that prefill (not a step) and the few steps that compile do not count."""
+        return 1 / statistics.median(self.step_seconds) if self.step_seconds else float("nan")
+
+
+def sample_text() -> str:
+    """The piece of English prose that comes with the package (written for it; about 1500 tokens)."""
+    return resources.files("lorc_fx").joinpath("data/text.txt").read_text(encoding="utf-8")
+
+
+def cache_keyword(model: Any) -> str:
+    """The name under which the model's forward takes its cache: transformers 5 calls it ``cache``."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+@torch.no_grad()
+def chunked_loss(
+    model: Any, token_ids: Any, chunk: int = 32, cache: Any = None, progress: Progress | None = None
+) -> Loss:
+    """Feed ``token_ids`` (one piece of text, [N] or [1, N]) in chunks, so that all but the first read the cache.
+
+    ``cache`` is the one to use (default: a fresh ``DynamicCache``). Losses are summed in fp64 from fp32 logits.
+    """
+    ids = torch.as_tensor(token_ids, device=model.device).reshape(1, -1)
+    total = ids.shape[1] - 1
+    if total < 1 or chunk < 1:
+        raise ValueError(f"needs two tokens and a chunk of at least 1, not {ids.shape[1]} and {chunk}")
+    if cache is None:
+        from transformers import DynamicCache
+
+        cache = DynamicCache(config=model.config)
+    keyword = cache_keyword(model)
+    nats = 0.0
+    for start in range(0, total, chunk):
+        end = min(start + chunk, total)
+        logits = model(input_ids=ids[:, start:end], use_cache=True, **{keyword: cache}).logits[0].float()
+        losses = torch.nn.functional.cross_entropy(logits, ids[0, start + 1 : end + 1], reduction="none")
+        nats += losses.double().sum().item()
+        if progress:
+            progress(end, total)
+    return Loss(nats / total, total)
+
+
+def generate_text(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int = 48, **kwargs: Any) -> Generation:
+    """Greedy text (``kwargs`` go to ``generate``), with the cache that it leaves and the time of each step."""
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    ids, generation = _generate(model, dict(inputs), max_new_tokens, **kwargs)
+    return generation._replace(text=tokenizer.decode(ids, skip_special_tokens=True))
+
+
+def decode_speed(model: Any, prompt: Any, n: int = 32, warmup: int = 3, progress: Progress | None = None) -> float:
+    """Tokens per second from the median of ``n`` decode steps after ``prompt`` ([N] or [1, N] token ids).
+
+    It goes through ``generate`` and repeats a warm-up run of a few steps before, so neither prefill nor compiles count.
+    """
+    ids = torch.as_tensor(prompt, device=model.device).reshape(1, -1)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    _generate(model, inputs, warmup + 1, min_new_tokens=warmup + 1)
+    if progress:
+        progress(1, 2)
+    _, generation = _generate(model, inputs, n + 1, min_new_tokens=n + 1)
+    if progress:
+        progress(2, 2)
+    return generation.tokens_per_second
+
+
+def _generate(
+    model: Any, inputs: dict[str, torch.Tensor], max_new_tokens: int, **kwargs: Any
+) -> tuple[torch.Tensor, Generation]:
+    """New token ids, and a Generation whose text is still empty."""
+    from transformers import StoppingCriteria
+
+    class Clock(StoppingCriteria):
+        """Never stops; notes when each token was there."""
+
+        def __init__(self) -> None:
+            self.times: list[float] = []
+
+        def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+            self.times.append(time.perf_counter())
+            return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+    clock = Clock()
+    settings: dict[str, Any] = {"do_sample": False, "return_dict_in_generate": True, "stopping_criteria": [clock]}
+    if model.generation_config.pad_token_id is None:
+        settings["pad_token_id"] = model.generation_config.eos_token_id or 0
+    out = model.generate(**inputs, max_new_tokens=max_new_tokens, **settings | kwargs)
+    cache = out["cache"] if "cache" in out else out["past_key_values"]
+    steps = tuple(after - before for before, after in zip(clock.times, clock.times[1:], strict=False))
+    return out.sequences[0, inputs["input_ids"].shape[1] :], Generation("", cache, steps)
+
+
+# ------------------------------------------------------------------------------------------------------------ bytes
+
+
+def cache_tensors(cache: Any) -> list[torch.Tensor]:
+    """All plain tensors reachable from a transformers cache or a nest, those inside tensor subclasses included."""
+    found: list[torch.Tensor] = []
+    stack, seen = [cache], set()
+    while stack:
+        item = stack.pop()
+        if item is None or isinstance(item, (str, bytes, int, float, type, torch.nn.Module)) or id(item) in seen:
+            continue
+        seen.add(id(item))
+        if isinstance(item, torch.Tensor):
+            if hasattr(item, "__tensor_flatten__"):
+                stack += [getattr(item, name) for name in item.__tensor_flatten__()[0]]
+            else:
+                found.append(item)
+        elif isinstance(item, Mapping):
+            stack += item.values()
+        elif isinstance(item, (list, tuple, set, frozenset)):
+            stack += item
+        elif hasattr(item, "__dict__") and not callable(item):
+            stack += vars(item).values()
+    return found
+
+
+def cache_bytes(cache: Any) -> int:
+    """Bytes really held by a cache: each distinct storage reachable from it, whole, spare capacity included."""
+    storages = {}
+    for tensor in cache_tensors(cache):
+        storage = tensor.untyped_storage()
+        storages[storage.device, storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def cache_used_bytes(cache: Any) -> int:
+    """Bytes of the rows that a cache shows: spare capacity, and what a window has left behind, excluded."""
+    shown = {}
+    for tensor in cache_tensors(cache):
+        key = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride())
+        shown[key] = tensor.numel() * tensor.element_size()
+    return sum(shown.values())
+
+
+def bytes_per_token(cache: Any) -> float:
+    """What one more token costs: over all cached tensors, used bytes divided by the tokens each one keeps, batch 1."""
+    total = 0.0
+    for layer in getattr(cache, "layers", ()):
+        for value in (getattr(layer, "keys", None), getattr(layer, "values", None)):
+            if isinstance(value, torch.Tensor) and value.numel():
+                total += cache_used_bytes(value) / (value.shape[0] * value.shape[-2])
+    return total

@@ -1,0 +1,200 @@
+"""What runs at each call: take LatentKVs apart, look codecs up by the weights at hand, call the inner graph, wrap.
+
+This is the hot path of every decode step, so it is written for few Python operations per cache tensor.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import sympy
+import torch
+from torch.fx import GraphModule
+
+from .codec import Codec
+from .compat import size_expr
+from .errors import EagerWarning, ForeignCache
+from .latent import LatentKV, Rows
+from .passes.normalise import placeholders
+from .passes.rewrite import Input, Output, Rewritten
+from .passes.sites import Matched, Site
+from .store import WeightState
+
+
+class Builder(Protocol):
+    def weights(self, site: Site, arguments: Sequence[Any]) -> list[torch.Tensor]: ...
+    def codecs(self, arguments: Sequence[Any]) -> list[Codec]: ...
+    def build(self, codecs: Sequence[Codec]) -> Binding: ...
+
+
+Symbols = tuple[tuple[sympy.Symbol, int, int | None], ...]
+"""(symbol, argument, dim): where a symbolic size is read at run time; dim None for an int argument."""
+
+
+@dataclass(frozen=True)
+class Binding:
+    """An inner callable with its recipe for inputs and outputs."""
+
+    inner: Callable[..., Any]
+    inputs: tuple[Input, ...]
+    outputs: tuple[Output, ...]
+    sizes: Callable[[Sequence[Any]], dict[Any, int]]
+
+    def __call__(self, arguments: Sequence[Any], codecs: Sequence[Codec]) -> tuple[Any, ...]:
+        sizes = self.sizes(arguments)
+        windows: dict[int, tuple[Rows, int]] = {}
+        values: list[Any] = []
+        for spec in self.inputs:
+            kind, index = spec.kind, spec.index
+            if kind == "argument":
+                values.append(arguments[index])
+            elif kind == "codes":
+                values.append(getattr(arguments[index], spec.name))
+            elif kind == "window":
+                if index not in windows:
+                    windows[index] = _window(arguments[index], sizes[spec.extra])
+                rows, start = windows[index]
+                extent = arguments[index].length + sizes[spec.extra]
+                values.append(getattr(rows, spec.name).narrow(0, start, extent))
+            elif kind == "site":
+                codec = codecs[index]
+                values.append(codec.encode if spec.name == "encode" else codec.tensors()[spec.name])
+            else:
+                values.append(arguments[index].codec.tensors()[spec.name])
+        results = self.inner(*values)
+        return tuple(self._wrap(o, results, arguments, codecs, windows, sizes) for o in self.outputs)
+
+    def _wrap(
+        self,
+        out: Output,
+        results: Sequence[Any],
+        arguments: Sequence[Any],
+        codecs: Sequence[Codec],
+        windows: dict[int, tuple[Rows, int]],
+        sizes: dict[Any, int],
+    ) -> Any:
+        if out.kind == "plain":
+            return results[out.index]
+        if out.kind == "born":
+            assert out.owner is not None
+            codec = arguments[out.owner[1]].codec if out.owner[0] == "latent" else codecs[out.owner[1]]
+            return LatentKV.born(codec, results[out.index], None if out.positions is None else results[out.positions])
+        if out.kind == "window":
+            rows, start = windows[out.index]
+            return LatentKV.view(arguments[out.index].codec, rows, start + sizes[out.start], sizes[out.length])
+        return arguments[out.index] if out.kind == "same" else None
+
+
+def _window(latent: LatentKV, extra: int) -> tuple[Rows, int]:
+    before = latent.rows
+    rows = latent.reserve(extra)
+    return rows, latent.start if rows is before else 0
+
+
+def bind_inputs(canonical: GraphModule, made: Rewritten, inner: Callable[..., Any]) -> Binding:
+    """Compile the size expressions that the wrapper needs into one function of the arguments."""
+    wanted = {e for i in made.inputs if i.extra is not None for e in [i.extra]}
+    wanted |= {e for o in made.outputs for e in (o.start, o.length) if e is not None}
+    constants = {e: int(e) for e in wanted if e.is_number}
+    varying = [e for e in wanted if not e.is_number]
+    sources: dict[sympy.Symbol, tuple[int, int | None]] = {}
+    for i, node in enumerate(placeholders(canonical)):
+        value = node.meta["val"]
+        if isinstance(value, torch.SymInt):
+            _note(sources, value, i, None)
+        elif isinstance(value, torch.Tensor):
+            for dim, size in enumerate(value.shape):
+                _note(sources, size, i, dim)
+    symbols = sorted({s for e in varying for s in e.free_symbols}, key=str)
+    places = [sources[s] for s in symbols]
+    evaluate = sympy.lambdify(symbols, varying, modules="math", cse=False) if varying else None
+
+    def sizes(arguments: Sequence[Any]) -> dict[Any, int]:
+        if evaluate is None:
+            return constants
+        at = [arguments[i] if dim is None else arguments[i].shape[dim] for i, dim in places]
+        return {**constants, **dict(zip(varying, map(int, evaluate(*at)), strict=True))}
+
+    return Binding(inner, tuple(made.inputs), tuple(made.outputs), sizes)
+
+
+def _note(sources: dict[sympy.Symbol, tuple[int, int | None]], size: Any, argument: int, dim: int | None) -> None:
+    expr = size_expr(size)
+    if isinstance(expr, sympy.Symbol) and (expr not in sources or dim is None):
+        sources[expr] = (argument, dim)
+
+
+class Compiled:
+    """The callable that Dynamo keeps for one graph.
+
+    Codecs follow the weights: each call checks that the weights are those the codecs were made from, unchanged, and
+    looks others up (or makes them) where not. A LatentKV written by other codecs is decoded, and the call goes on
+    dense: right, and said once.
+    """
+
+    def __init__(
+        self, canonical: GraphModule, original: GraphModule, matched: Matched, options: Any, builder: Builder
+    ) -> None:
+        self.canonical, self.original, self.matched, self.builder = canonical, original, matched, builder
+        self.options = options
+        self.bindings: dict[tuple[Any, ...], Binding] = {}
+        self.states: tuple[tuple[WeightState, ...], ...] = ()
+        self.codecs: list[Codec] = []
+        self.binding: Binding | None = None
+        arguments = placeholders(canonical)
+        latents = {n: i for i, n in enumerate(arguments) if n.meta.get("latent") is not None}
+        self.latents = tuple(latents.values())
+        self.templates = {i: arguments[i].meta["latent"].codec for i in self.latents}
+        self.joined = [
+            (latents[n], s) for s, site in enumerate(matched.sites) for n in site.group.find().latents if n in latents
+        ]
+
+    def first(self, examples: Sequence[Any]) -> Compiled:
+        """Make codecs and the inner callable at compile time, on the real weights."""
+        self._prepare(examples)
+        return self
+
+    def _prepare(self, arguments: Sequence[Any]) -> None:
+        sites = self.matched.sites
+        self.codecs = self.builder.codecs(arguments)
+        weights = [self.builder.weights(site, arguments) for site in sites]
+        self.states = tuple(tuple(WeightState.of(w) for w in ws) for ws in weights)
+        signature = tuple(c.signature for c in self.codecs)
+        fits = all(self.templates[a].signature == self.codecs[s].signature for a, s in self.joined)
+        if not fits:
+            self.binding = None
+            return
+        if signature not in self.bindings:
+            self.bindings[signature] = self.builder.build(self.codecs)
+        self.binding = self.bindings[signature]
+
+    def __call__(self, *arguments: Any) -> Any:
+        for site, states in zip(self.matched.sites, self.states, strict=True):
+            for state, weight in zip(states, self.builder.weights(site, arguments), strict=True):
+                if not state.still(weight):
+                    self._prepare(arguments)
+                    break
+        if self.binding is None or any(arguments[a].codec is not self.codecs[s] for a, s in self.joined):
+            return self._dense(arguments)
+        return self.binding(arguments, self.codecs)
+
+    def _dense(self, arguments: Sequence[Any]) -> Any:
+        """Run the untouched graph on decoded caches: the cache in hand was written by other weights or another plan."""
+        mutated = [n for n in self.canonical.graph.nodes if getattr(n.target, "_schema", None) and _writes_argument(n)]
+        if any(n.meta.get("latent") is not None for n in mutated):
+            raise ForeignCache("its buffer is written in place, and the model's weights or plan have changed since")
+        warnings.warn(
+            "a cache written by other weights or another plan goes on uncompressed (decoded, right, but dense); "
+            "start with a fresh cache to compress again",
+            EagerWarning,
+            stacklevel=3,
+        )
+        plain = [a.dense() if isinstance(a, LatentKV) else a for a in arguments]
+        return self.original.forward(*plain)
+
+
+def _writes_argument(node: Any) -> bool:
+    return bool(node.target._schema.is_mutable) and node.args[0].op == "placeholder"

@@ -1,0 +1,78 @@
+"""The one owner of codecs: they follow the weights, not the graph.
+
+A compiled graph can be called with other weights than it was compiled with, without a recompile (Dynamo does not
+guard parameters by identity). So codecs are looked up by the weights at hand: the same tensors, unchanged since.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .codec import Codec
+
+
+@dataclass(frozen=True)
+class WeightState:
+    """One weight as it was: the tensor (weakly), its in-place version and its storage."""
+
+    ref: weakref.ref[torch.Tensor]
+    version: int
+    pointer: int
+
+    @classmethod
+    def of(cls, weight: torch.Tensor) -> WeightState:
+        return cls(weakref.ref(weight), version_of(weight), weight.data_ptr())
+
+    def still(self, weight: torch.Tensor) -> bool:
+        return (
+            self.ref() is weight and version_of(weight) == self.version and weight.data_ptr() == self.pointer
+        )
+
+
+def version_of(weight: torch.Tensor) -> int:
+    """The in-place version (inference tensors have none and count as 0)."""
+    return 0 if weight.is_inference() else weight._version
+
+
+@dataclass(frozen=True)
+class Entry:
+    weights: tuple[WeightState, ...]
+    codec: Codec
+
+    def still(self, weights: Sequence[torch.Tensor]) -> bool:
+        return len(weights) == len(self.weights) and all(
+            s.still(w) for s, w in zip(self.weights, weights, strict=True)
+        )
+
+
+class CodecStore:
+    """Codecs by (options, kind, ordinal, weights). Entries of weights that died are dropped as their ids come up."""
+
+    def __init__(self) -> None:
+        self._entries: dict[tuple[Any, ...], Entry] = {}
+
+    def find(self, key: tuple[Any, ...], weights: Sequence[torch.Tensor]) -> Codec | None:
+        entry = self._entries.get((key, *map(id, weights)))
+        return entry.codec if entry is not None and entry.still(weights) else None
+
+    def add(self, key: tuple[Any, ...], weights: Sequence[torch.Tensor], codec: Codec) -> None:
+        full = (key, *map(id, weights))
+        entry = Entry(tuple(WeightState.of(w) for w in weights), codec)
+        self._entries[full] = entry
+        for weight in weights:
+            weakref.finalize(weight, self._drop, full, entry)
+
+    def _drop(self, full: tuple[Any, ...], entry: Entry) -> None:
+        if self._entries.get(full) is entry:
+            del self._entries[full]
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+
+STORE = CodecStore()

@@ -1,0 +1,370 @@
+"""Which values are caches: the token-axis programs that start at a cache and end in an output or a mutated input.
+
+A *cell* is a node whose value is a run of cached tokens: a LatentKV input, an empty or zeroed buffer that a write
+fills, the new rows themselves, or what ``cat``, ``slice``, ``roll``, ``index_copy_``, ``copy_`` make of other cells.
+Cells that flow into one another form a *group*, which is coded as a whole or not at all. Whatever else reads a cell
+is a reader, and gets decoded tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from .facts import static_size
+from .rules import _arg, _dim, shape, tensors
+
+aten = torch.ops.aten
+
+
+@dataclass(eq=False)
+class Group:
+    """Cells that flow into one another. ``rows``: nodes that bring new tokens, with their token axis."""
+
+    token: int
+    rows: dict[Node, int] = field(default_factory=dict)
+    latents: list[Node] = field(default_factory=list)
+    blanks: list[Node] = field(default_factory=list)
+    window: int | None = None
+    broken: tuple[Node, str] | None = None
+    merged_into: Group | None = None
+
+    def find(self) -> Group:
+        group = self
+        while group.merged_into is not None:
+            group = group.merged_into
+        return group
+
+    def union(self, other: Group) -> Group:
+        a, b = self.find(), other.find()
+        if a is not b:
+            a.rows.update(b.rows)
+            a.latents += b.latents
+            a.blanks += b.blanks
+            a.window = a.window if b.window is None else b.window
+            a.broken = a.broken or b.broken
+            b.merged_into = a
+        return a
+
+
+@dataclass(frozen=True)
+class DenseWrite:
+    """A write to a cache that was not born in a rewritten graph: it stays dense (Miss ``preallocated``)."""
+
+    node: Node
+    rows: Node
+    token: int
+
+
+class Caches:
+    """Cells of one graph: ``cells[node]`` is the node's group; ``dense`` the writes that must stay dense."""
+
+    def __init__(self, nodes: Iterable[Node]) -> None:
+        self.cells: dict[Node, Group] = {}
+        self.dense: list[DenseWrite] = []
+        self.nodes = list(nodes)
+        for node in self.nodes:
+            self._visit(node)
+        self._bare_outputs()
+
+    def group(self, node: Node) -> Group | None:
+        found = self.cells.get(node)
+        return None if found is None else found.find()
+
+    def groups(self) -> list[Group]:
+        found: dict[int, Group] = {}
+        for group in self.cells.values():
+            found.setdefault(id(group.find()), group.find())
+        return list(found.values())
+
+    # -- the scan ---------------------------------------------------------------------------------------------------
+
+    def _visit(self, node: Node) -> None:
+        if node.op == "placeholder":
+            latent = node.meta.get("latent")
+            if latent is not None:
+                token = latent.codec.decoder.token_dim
+                self.cells[node] = Group(token, latents=[node])
+            return
+        program = PROGRAMS.get(node.target) if node.op == "call_function" else None
+        if program is not None:
+            program(self, node)
+
+    def join(self, node: Node, sources: list[Node], token: int, strict: bool = False) -> Group:
+        """Make ``node`` a cell with all ``sources``; those that are none yet become rows (or blanks)."""
+        group = Group(token)
+        for source in sources:
+            if source in self.cells:
+                group = self.cells[source].union(group)
+            elif _is_blank(source):
+                group.blanks.append(source)
+                self.cells[source] = group
+            elif _is_empty(source):
+                continue
+            else:
+                group.rows[source] = token
+                self.cells[source] = group
+        self.cells[node] = group
+        return group.find()
+
+    def base(self, node: Node) -> tuple[Node, int | None, list[Node]]:
+        """Follow slices along one axis back to what they slice: (base, axis, the slice nodes)."""
+        axis: int | None = None
+        path: list[Node] = []
+        while node.target is aten.slice.Tensor and node not in self.cells:
+            source = tensors(node)[0]
+            at = _dim(_arg(node, 1, "dim", 0), len(shape(source)))
+            whole = shape(source)[at] == shape(node)[at] and not path
+            if axis is not None and at != axis and not whole:
+                break
+            axis = at if axis is None else axis
+            path.append(node)
+            node = source
+        return node, axis, path
+
+    def _bare_outputs(self) -> None:
+        """Rows that leave the graph without a write (a hand-written cache's first step), if attention reads them."""
+        output = next(n for n in self.nodes if n.op == "output")
+        for node in output.all_input_nodes:
+            value = node.meta.get("val")
+            if node in self.cells or not isinstance(value, torch.Tensor) or not value.is_floating_point():
+                continue
+            if node.op == "placeholder" or value.dim() < 3:
+                continue
+            reader = find_reader(node)
+            if reader is not None:
+                self.join(node, [node], reader.token)
+
+
+def _is_empty(node: Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and any(s == 0 for s in shape(node))
+
+
+_ALLOCATIONS = {
+    aten.zeros.default, aten.empty.memory_format, aten.full.default, aten.new_zeros.default, aten.new_empty.default,
+    aten.new_full.default, aten.zeros_like.default, aten.empty_like.default,
+}  # fmt: skip
+
+
+def _is_blank(node: Node) -> bool:
+    return node.op == "call_function" and node.target in _ALLOCATIONS and not _is_empty(node)
+
+
+def _cache_like(caches: Caches, node: Node) -> bool:
+    return node in caches.cells or _is_blank(node)
+
+
+# -- programs: one function per op, the table below ---------------------------------------------------------------------
+
+
+def _cat(caches: Caches, node: Node) -> None:
+    parts: list[Node] = list(node.args[0])  # type: ignore[arg-type]
+    dim = _dim(_arg(node, 1, "dim", 0), len(shape(node)))
+    cells = [p for p in parts if p in caches.cells]
+    if cells and any(caches.cells[c].find().token != dim for c in cells):
+        return
+    if cells or any(_is_empty(p) for p in parts):
+        caches.join(node, parts, dim)
+        return
+    past = [p for p in parts if caches.base(p)[0].op == "placeholder" and not caches.base(p)[0].meta.get("state")]
+    if past and len(shape(node)) >= 3 and past[0].meta["val"].is_floating_point():
+        caches.dense += [DenseWrite(node, p, dim) for p in parts if p not in past]
+
+
+def _slice(caches: Caches, node: Node) -> None:
+    source = tensors(node)[0]
+    if source not in caches.cells:
+        return
+    group = caches.cells[source].find()
+    if _dim(_arg(node, 1, "dim", 0), len(shape(source))) != group.token:
+        return
+    start, end = _arg(node, 2, "start"), _arg(node, 3, "end")
+    if isinstance(start, int) and start < 0 and (end is None or (isinstance(end, int) and end > 1 << 40)):
+        group.window = -start if node.users and any(u.op == "output" for u in node.users) else group.window
+    if _arg(node, 4, "step", 1) == 1:
+        caches.join(node, [source], group.token)
+
+
+def _same(caches: Caches, node: Node) -> None:
+    source = tensors(node)[0]
+    if source in caches.cells and source.meta["val"].dtype == node.meta["val"].dtype:
+        caches.join(node, [source], caches.cells[source].find().token)
+
+
+def _roll(caches: Caches, node: Node) -> None:
+    source = tensors(node)[0]
+    dims = _arg(node, 2, "dims", ())
+    if source in caches.cells and len(dims) == 1:
+        group = caches.cells[source].find()
+        if _dim(dims[0], len(shape(source))) == group.token:
+            caches.join(node, [source], group.token)
+
+
+def _index_copy(caches: Caches, node: Node) -> None:
+    target, dim, _, rows = node.args[:4]
+    assert isinstance(target, Node) and isinstance(rows, Node)
+    dim = _dim(dim, len(shape(target)))
+    _write(caches, node, target, rows, dim)
+
+
+def _index_put(caches: Caches, node: Node) -> None:
+    target, indices, rows = node.args[:3]
+    assert isinstance(target, Node) and isinstance(rows, Node)
+    used = [i for i, x in enumerate(indices) if x is not None]  # type: ignore[arg-type,var-annotated]
+    index = indices[used[0]] if len(used) == 1 else None  # type: ignore[index]
+    plain = isinstance(index, Node) and index.meta["val"].dim() == 1 and not _arg(node, 3, "accumulate", False)
+    if plain:
+        _write(caches, node, target, rows, used[0])
+    elif target in caches.cells:
+        caches.cells[target].find().broken = (node, "it is written with several indices at once")
+
+
+def _copy(caches: Caches, node: Node) -> None:
+    target, rows = node.args[:2]
+    if not isinstance(rows, Node):
+        return
+    assert isinstance(target, Node)
+    source, source_axis, path = caches.base(rows)
+    into, into_axis, into_path = caches.base(target)
+    if not _cache_like(caches, into):
+        if into.op == "placeholder" and into_axis is not None and not into.meta.get("state"):
+            caches.dense.append(DenseWrite(node, rows, into_axis))
+        return
+    group = caches.group(into)
+    token = group.token if group else into_axis if into_axis is not None else source_axis
+    known = caches.group(source)
+    token = known.token if known and group is None else token
+    if token is None:
+        reader = find_reader(source)
+        token = reader.token if reader else None
+    if token is None or shape(rows) != shape(target):
+        if group:
+            group.broken = (node, "it is overwritten in a way that is not understood")
+        return
+    if source_axis not in (None, token) or into_axis not in (None, token):
+        if group:
+            group.broken = (node, "it is written along another axis than its tokens")
+        return
+    _write(caches, node, into, source, token)
+    for piece in path + into_path:
+        caches.cells[piece] = caches.cells[node]
+
+
+def _write(caches: Caches, node: Node, target: Node, rows: Node, dim: int) -> None:
+    if not _cache_like(caches, target):
+        if target.op == "placeholder" and not target.meta.get("state"):
+            caches.dense.append(DenseWrite(node, rows, dim))
+        return
+    group = caches.group(target)
+    if group is not None and group.token != dim:
+        group.broken = (node, "it is written along another axis than its tokens")
+        return
+    if shape(target)[:dim] != shape(rows)[:dim] or shape(target)[dim + 1 :] != shape(rows)[dim + 1 :]:
+        if group is not None:
+            group.broken = (node, "it is written with broadcasting")
+        return
+    joined = caches.join(node, [target, rows], dim)
+    if joined.window is None and joined.blanks:
+        joined.window = static_size(joined.blanks[0].meta["val"].shape[dim])
+
+
+PROGRAMS: dict[Any, Callable[[Caches, Node], None]] = {
+    aten.cat.default: _cat,
+    aten.slice.Tensor: _slice,
+    aten.roll.default: _roll,
+    aten.clone.default: _same,
+    aten.contiguous.default: _same,
+    aten.index_copy_.default: _index_copy,
+    aten.index_put_.default: _index_put,
+    aten.copy_.default: _copy,
+}
+
+
+# -- readers ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Reader:
+    """The attention that reads a cache: ``kind`` is "key" or "value", ``node`` the product (or SDPA) that reads it,
+    ``token`` the token axis of the cached value, ``path`` the layout ops between."""
+
+    node: Node
+    kind: str
+    token: int
+    path: tuple[Node, ...]
+
+
+_LAYOUT = {
+    aten.transpose.int, aten.permute.default, aten.expand.default, aten.reshape.default, aten.view.default,
+    aten._unsafe_view.default, aten.unsqueeze.default, aten.clone.default, aten.contiguous.default, aten.to.dtype,
+    aten.repeat_interleave.self_int, aten.cat.default, aten.slice.Tensor, aten.mul.Tensor, aten.flatten.using_ints,
+    aten.squeeze.dim, aten.index_copy_.default, aten.copy_.default, aten.repeat.default, aten.alias.default,
+}  # fmt: skip
+_PRODUCTS = {aten.matmul.default, aten.bmm.default, aten.baddbmm.default}
+
+
+def find_reader(node: Node, limit: int = 64) -> Reader | None:
+    """The first attention product that reads ``node`` through layout ops, breadth first."""
+    queue: list[tuple[Node, tuple[Node, ...]]] = [(node, ())]
+    seen = {node}
+    while queue and limit:
+        limit -= 1
+        current, path = queue.pop(0)
+        for user in current.users:
+            found = _reads(user, current)
+            if found is not None:
+                kind, axis = found
+                return Reader(user, kind, _axis_before(axis, (*path,), node), path)
+            if user in seen or user.target not in _LAYOUT or user.op != "call_function":
+                continue
+            seen.add(user)
+            queue.append((user, (*path, user)))
+    return None
+
+
+def _reads(user: Node, value: Node) -> tuple[str, int] | None:
+    """("key" or "value", token axis of ``value``) where ``user`` is attention's product with ``value``."""
+    rank = len(shape(value)) if isinstance(value.meta.get("val"), torch.Tensor) else 0
+    if user.target is aten.scaled_dot_product_attention.default:
+        if user.args[1] is value:
+            return "key", rank - 2
+        return ("value", rank - 2) if user.args[2] is value else None
+    if user.target in _PRODUCTS and rank >= 3:
+        right = user.args[2] if user.target is aten.baddbmm.default else user.args[1]
+        if right is value:  # [.., S, X] @ [.., X, Y]: over features it is q k^T, over tokens it is weights v
+            scores = _feeds_softmax(user)
+            return ("key", rank - 1) if scores else ("value", rank - 2)
+    return None
+
+
+def _feeds_softmax(node: Node, limit: int = 24) -> bool:
+    queue, seen = [node], {node}
+    while queue and limit:
+        limit -= 1
+        for user in queue.pop(0).users:
+            if user.target in (aten.softmax.int, aten._softmax.default):
+                return True
+            if user not in seen and user.target not in _PRODUCTS and user.target is not aten.linear.default:
+                seen.add(user)
+                queue.append(user)
+    return False
+
+
+def _axis_before(axis: int, path: tuple[Node, ...], start: Node) -> int:
+    """Follow an axis of the last value in ``path`` back to ``start`` with the matcher's own rules."""
+    from .rules import Axes, Mixes, rule_of
+
+    for node in reversed(path):
+        rule = rule_of(node)
+        if rule is None:
+            continue
+        try:
+            axis = next((a.token for _, a in rule.back(node, Axes(None, axis)) if a.token is not None), axis)
+        except Mixes:
+            continue
+    return axis

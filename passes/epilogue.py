@@ -1,0 +1,233 @@
+"""Re-emit a region of the graph for any number of tokens and batch rows, and evaluate affine chains on weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
+
+from lorc_fx.decoder import Decoder
+
+from .facts import NoSite, Region, Rows, static_size
+from .rules import Axes, rule_of
+
+aten = torch.ops.aten
+
+
+def resized(node: Node, axes: Axes, batch: Any, tokens: Any) -> list[Any]:
+    """The sizes of a node's value with its batch and token axes replaced; all others must be static."""
+    sizes: list[Any] = []
+    for i, size in enumerate(node.meta["val"].shape):
+        if i == axes.token and i == axes.batch:
+            sizes.append(-1)
+        elif i == axes.token:
+            sizes.append(tokens)
+        elif i == axes.batch:
+            sizes.append(batch)
+        else:
+            static = static_size(size)
+            if static is None:
+                raise NoSite(node, f"`{node.name}` has a feature dimension of unknown size")
+            sizes.append(static)
+    return sizes
+
+
+def _static_args(node: Node) -> Any:
+    """The node's arguments with symbolic ints as ints; a size that varies is refused."""
+
+    def fix(arg: Node) -> Any:
+        value = arg.meta.get("val")
+        if isinstance(value, (torch.Tensor, list, tuple)):
+            return arg
+        static = static_size(value) if isinstance(value, (int, torch.SymInt)) else None
+        if static is None:
+            raise NoSite(node, f"op `{node.target}` takes a size that changes from call to call")
+        return static
+
+    return map_arg(node.args, fix), map_arg(node.kwargs, fix)
+
+
+def feature_sizes(node: Node, axes: Axes) -> list[int]:
+    """The static sizes of a value's feature axes, in order; their product is the width n of a site at y."""
+    sizes = []
+    for i, size in enumerate(node.meta["val"].shape):
+        if i in (axes.batch, axes.token):
+            continue
+        static = static_size(size)
+        if static is None:
+            raise NoSite(node, f"`{node.name}` has a feature dimension of unknown size")
+        sizes.append(static)
+    return sizes
+
+
+def from_rows(graph: Graph, rows: Node, sizes: list[int], axes: Axes, batch: Any, tokens: Any) -> Node:
+    """[B, T, prod(sizes)] -> the layout in which ``axes`` says where batch and tokens are (others: ``sizes``)."""
+    if axes.batch is not None and axes.batch == axes.token:
+        flat = graph.call_function(aten.reshape.default, (rows, [-1, *sizes]))
+        order = _order([0], [axes.token], len(sizes) + 1)
+    elif axes.batch is None:
+        first = graph.call_function(aten.select.int, (rows, 0, 0))
+        flat = graph.call_function(aten.reshape.default, (first, [tokens, *sizes]))
+        order = _order([0], [axes.token], len(sizes) + 1)
+    else:
+        flat = graph.call_function(aten.reshape.default, (rows, [batch, tokens, *sizes]))
+        order = _order([0, 1], [axes.batch, axes.token], len(sizes) + 2)
+    if order == sorted(order):
+        return flat
+    return graph.call_function(aten.permute.default, (flat, order))
+
+
+def _order(leading: list[int], places: list[int | None], rank: int) -> list[int]:
+    """The permutation that brings the leading axes to ``places`` and leaves the others in order."""
+    rest = iter(i for i in range(rank) if i not in leading)
+    at = dict(zip(places, leading, strict=True))
+    return [at[i] if i in at else next(rest) for i in range(rank)]
+
+
+def _emit(graph: Graph, region: Region, env: dict[Node, Node], batch: Any, tokens: Any) -> Node:
+    for node, axes in region.nodes:
+        rule = rule_of(node)
+        if rule is not None and rule.sized:
+            source = env[node.args[0]]  # type: ignore[index]
+            op = aten.expand.default if node.target is aten.expand.default else aten.reshape.default
+            env[node] = graph.call_function(op, (source, resized(node, axes, batch, tokens)))
+            continue
+        args, kwargs = _static_args(node)
+        env[node] = graph.call_function(
+            node.target, map_arg(args, env.__getitem__), map_arg(kwargs, env.__getitem__)  # type: ignore[arg-type]
+        )
+    return env[region.output]
+
+
+def make_decoder(rows: Rows, words: str) -> tuple[Decoder, tuple[Node, ...]]:
+    """The epilogue of a site as a Decoder, and the placeholders (or attributes) that are its constants, in order."""
+    graph = Graph()
+    y = graph.placeholder("y")
+    positions = graph.placeholder("positions")
+    region = rows.epilogue
+    constants = tuple(n for n in region.inputs if n not in (rows.y, rows.position))
+    env = {c: graph.placeholder(f"const{i}") for i, c in enumerate(constants)}
+    batch = graph.call_function(aten.sym_size.int, (y, 0))
+    tokens = graph.call_function(aten.sym_size.int, (y, 1))
+    sizes = feature_sizes(rows.y, rows.y_axes)
+    env[rows.y] = from_rows(graph, y, sizes, rows.y_axes, batch, tokens)
+    if rows.position is not None and rows.position_axes is not None:
+        ones = feature_sizes(rows.position, rows.position_axes)
+        if any(s != 1 for s in ones):
+            raise NoSite(rows.position, "its tokens have several positions each")
+        cast = graph.call_function(aten.to.dtype, (positions, rows.position.meta["val"].dtype))
+        env[rows.position] = from_rows(graph, cast, ones, rows.position_axes, batch, tokens)
+    graph.output(_emit(graph, region, env, batch, tokens))
+    graph.eliminate_dead_code()
+    axes = region.output_axes
+    value = region.output.meta["val"]
+    layout: list[str | int] = ["B" if i == axes.batch else "T" if i == axes.token else int(s)  # type: ignore[misc]
+                               for i, s in enumerate(_static_or_zero(value.shape, axes))]
+    width = 1
+    for size in sizes:
+        width *= size
+    module = GraphModule(torch.nn.Module(), graph)
+    decoder = Decoder(module, width, tuple(layout), value.dtype, rows.position is not None, words)
+    return decoder, constants
+
+
+def _static_or_zero(sizes: Any, axes: Axes) -> list[int]:
+    return [0 if i in axes else (static_size(s) or 0) for i, s in enumerate(sizes)]
+
+
+def effective_weight(rows: Rows, real: Mapping[Node, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The weight [n, d] and bias [n] (None where zero) of the affine chain x -> y, by running it.
+
+    The d rows of the identity are d tokens; the first product turns them into W^T for free. Constants that are added
+    are left out of that run and give the bias in a second one, on a token of zeros. A chain of one product is
+    evaluated in the weight's own dtype (then W is W, bit by bit); longer ones in at least fp32.
+    """
+    width_in = int(rows.x.meta["val"].shape[-1])
+    with torch.no_grad():
+        matrix = _run(rows, real, None, width_in)
+        weight = matrix.reshape(width_in, -1).T.contiguous()
+        shift = _run(rows, real, torch.zeros(1, width_in, dtype=weight.dtype, device=weight.device), 1).reshape(-1)
+    return weight, shift if bool((shift != 0).any()) else None
+
+
+def _run(rows: Rows, real: Mapping[Node, torch.Tensor], zeros: torch.Tensor | None, tokens: int) -> torch.Tensor:
+    """Run the chain on a token of zeros, or (``zeros`` None) on the identity with added constants left out."""
+    env: dict[Node, torch.Tensor] = {}
+    for node in rows.chain.inputs:
+        if node is not rows.x:
+            env[node] = _precise(real[node], rows)
+    if zeros is not None:
+        env[rows.x] = _placed(zeros, rows.x, rows.x_axes)
+    for node, axes in rows.chain.nodes:
+        env[node] = _step(node, axes, env, rows, tokens, linear=zeros is None)
+    return _gathered(env[rows.y], rows.y_axes)
+
+
+def _precise(tensor: torch.Tensor, rows: Rows) -> torch.Tensor:
+    tensor = tensor.detach()
+    low = tensor.is_floating_point() and tensor.element_size() < 4
+    return tensor.float() if low and rows.contractions > 1 else tensor
+
+
+def _placed(flat: torch.Tensor, node: Node, axes: Axes) -> torch.Tensor:
+    """[tokens, features] -> the node's layout with a batch of one."""
+    return flat.reshape(resized(node, axes, 1, flat.shape[0]))
+
+
+def _gathered(value: torch.Tensor, axes: Axes) -> torch.Tensor:
+    """A value with a batch of one -> [tokens, features in order]."""
+    assert axes.token is not None
+    return value.movedim(axes.token, 0).flatten(1)
+
+
+def _step(node: Node, axes: Axes, env: dict[Node, Any], rows: Rows, tokens: int, linear: bool) -> Any:
+    rule = rule_of(node)
+    if rule is None:
+        args, kwargs = _static_args(node)
+        return node.target(*map_arg(args, env.__getitem__), **map_arg(kwargs, env.__getitem__))  # type: ignore[operator]
+    depends = [n for n, a in rule.back(node, axes) if a.token is not None] if axes.token is not None else []
+    if rule.sized:
+        value = env[node.args[0]]  # type: ignore[index]
+        sizes = resized(node, axes, 1, tokens)
+        return value.expand(sizes) if node.target is aten.expand.default else value.reshape(sizes)
+    if linear and depends and rows.x in depends:
+        if rule.role == "contract":
+            return _placed(_weight_rows(node, env), node, axes)
+        env.setdefault(rows.x, _identity(rows))
+    args, kwargs = _static_args(node)
+    if linear and depends and node.target is aten.linear.default:
+        args = args[:2]
+    elif linear and depends and node.target is aten.addmm.default:
+        return env[args[1]] @ env[args[2]] * kwargs.get("alpha", 1)
+    elif linear and depends and rule.role == "sum" and len(depends) == 1 and len(node.all_input_nodes) == 2:
+        other = next(n for n in node.all_input_nodes if n is not depends[0])
+        env = {**env, other: torch.zeros_like(env[other])}
+    elif linear and depends and rule.role == "sum" and not all(isinstance(a, Node) for a in args[:2]):
+        args = tuple(a if isinstance(a, Node) or i != 1 or _is_dim(node) else 0 for i, a in enumerate(args))
+    return node.target(*map_arg(args, env.__getitem__), **map_arg(kwargs, env.__getitem__))  # type: ignore[operator]
+
+
+def _is_dim(node: Node) -> bool:
+    return node.target in (aten.cat.default, aten.stack.default)
+
+
+def _identity(rows: Rows) -> torch.Tensor:
+    value = rows.x.meta["val"]
+    return _placed(torch.eye(int(value.shape[-1]), dtype=torch.float32).to(value.dtype), rows.x, rows.x_axes)
+
+
+def _weight_rows(node: Node, env: dict[Node, Any]) -> torch.Tensor:
+    """What the identity becomes in the first product: the weight itself, [d, n]."""
+    if node.target is aten.linear.default:
+        return env[node.args[1]].T  # type: ignore[index]
+    if node.target is aten.addmm.default:
+        return env[node.args[2]] * node.kwargs.get("alpha", 1) if node.kwargs.get("alpha", 1) != 1 else env[node.args[2]]  # type: ignore[index]
+    weight = env[node.args[1]]  # type: ignore[index]
+    while weight.dim() > 2 and weight.shape[0] == 1:
+        weight = weight[0]
+    if weight.dim() != 2:
+        raise NoSite(node, "it multiplies by a different weight for each batch row")
+    return weight

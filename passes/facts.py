@@ -1,0 +1,273 @@
+"""The walk that applies the rules: what is a cached value, as a function of its token?
+
+    x  --affine chain-->  y  --epilogue-->  rows          (positions and constants feed the epilogue)
+
+``describe`` starts at the rows that a cache write stores and goes backward. ``y`` is the last value that is affine in
+one per-token activation ``x`` and through which everything else passes; what follows is the epilogue.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from lorc_fx.compat import size_expr
+
+from .rules import Axes, Mixes, rule_of, shape
+
+
+class NoSite(Exception):
+    """Why rows are not a site: a node and a reason (a lazily formatted text)."""
+
+    def __init__(self, node: Node, reason: str) -> None:
+        super().__init__(reason)
+        self.node, self.reason = node, reason
+
+
+@dataclass(frozen=True)
+class Region:
+    """Nodes in graph order with the axes they have, from some inputs (not contained) to one output (contained)."""
+
+    nodes: tuple[tuple[Node, Axes], ...]
+    inputs: dict[Node, Axes]
+    output: Node
+    output_axes: Axes
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What ``describe`` found. ``chain`` goes from x to y, ``epilogue`` from y, positions and constants to the rows."""
+
+    x: Node
+    x_axes: Axes
+    y: Node
+    y_axes: Axes
+    position: Node | None
+    position_axes: Axes | None
+    chain: Region
+    epilogue: Region
+    contractions: int
+
+
+@dataclass(frozen=True)
+class _Root:
+    node: Node
+    axes: Axes
+    contractions: int
+
+
+class Facts:
+    """Facts about one graph, memoised: each (node, axes) is looked at once, so the walk is linear in the graph."""
+
+    def __init__(self, nodes: Iterable[Node]) -> None:
+        self.order = {n: i for i, n in enumerate(nodes)}
+        self._roots: dict[tuple[Node, Axes], _Root] = {}
+
+    # -- affine roots -------------------------------------------------------------------------------------------------
+
+    def root(self, node: Node, axes: Axes) -> _Root:
+        """The earliest activation in which ``node`` is affine (``node`` itself where no rule leads further)."""
+        key = (node, axes)
+        if key not in self._roots:
+            self._roots[key] = self._find_root(node, axes)
+        return self._roots[key]
+
+    def _find_root(self, node: Node, axes: Axes) -> _Root:
+        here = _Root(node, axes, 0)
+        rule = rule_of(node)
+        if rule is None or rule.role == "pointwise":
+            return here
+        try:
+            dependent = [(n, a) for n, a in rule.back(node, axes) if a.token is not None]
+        except Mixes:
+            return here
+        if not dependent or (rule.role != "sum" and len(dependent) != 1):
+            return here
+        if rule.role == "contract" and not _is_activation_side(node, dependent[0][0]):
+            return here
+        roots = [self.root(n, a) for n, a in dependent]
+        if any(r.node is not roots[0].node or r.axes != roots[0].axes for r in roots):
+            return here
+        depth = max(r.contractions for r in roots) + (rule.role == "contract")
+        return _Root(roots[0].node, roots[0].axes, depth)
+
+    # -- regions ------------------------------------------------------------------------------------------------------
+
+    def region(self, output: Node, axes: Axes, stops: dict[Node, Axes], leaf: Callable[[Node, Axes], bool]) -> Region:
+        """All nodes between ``stops`` (or nodes for which ``leaf`` says True) and ``output``."""
+        seen: dict[Node, Axes] = {}
+        inputs: dict[Node, Axes] = {}
+        stack = [(output, axes)]
+        while stack:
+            node, at = stack.pop()
+            known = stops if node in stops else inputs if node in inputs else seen
+            if node in known:
+                if known[node] != at and not (known is inputs and None in (known[node].token, at.token)):
+                    raise NoSite(node, f"`{node.name}` is used with its tokens along two different axes")
+                if node in stops:
+                    inputs[node] = at
+                continue
+            if node in stops or leaf(node, at):
+                inputs[node] = at
+                continue
+            seen[node] = at
+            rule = rule_of(node)
+            if rule is None:
+                if at.token is None and at.batch is None:
+                    stack.extend((n, Axes(None, None)) for n in node.all_input_nodes)
+                    continue
+                raise NoSite(node, f"op `{node.target}` has no rule: what it does to tokens is unknown")
+            try:
+                stack.extend(rule.back(node, at))
+            except Mixes as why:
+                raise NoSite(node, f"op `{node.target}` {why}") from None
+        ordered = sorted(seen, key=self.order.__getitem__)
+        return Region(tuple((n, seen[n]) for n in ordered), inputs, output, axes)
+
+    # -- description of rows ------------------------------------------------------------------------------------------
+
+    def describe(self, rows: Node, token: int) -> Rows:
+        """Describe ``rows``, whose tokens lie along ``token``; raises NoSite with the reason."""
+        rank = len(shape(rows))
+        guesses = [b for b in range(rank - 1) if b != token] + [None]
+        first: NoSite | None = None
+        for batch in guesses:
+            try:
+                return self._describe(rows, Axes(batch, token))
+            except NoSite as why:
+                first = first or why
+        assert first is not None
+        raise first
+
+    def _describe(self, rows: Node, axes: Axes) -> Rows:
+        boundary, positions = self._boundary(rows, axes)
+        if not boundary:
+            raise NoSite(rows, "no projection of an activation leads here")
+        roots = {(self.root(n, a).node, self.root(n, a).axes) for n, a in boundary.items()}
+        if len(roots) > 1:
+            names = ", ".join(sorted(f"`{n.name}`" for n, _ in roots))
+            raise NoSite(rows, f"it mixes projections of several activations ({names})")
+        root, root_axes = roots.pop()
+        y, y_axes = self._meet(boundary, root)
+        if y is root:
+            raise NoSite(rows, "it depends on its projections in a way that has no single vector to code")
+        x, x_axes = self._trim(y, y_axes, root, root_axes)
+        _check_tokens(x, x_axes)
+        position, position_axes = self._meet(positions, None) if positions else (None, None)
+        stops = {y: y_axes} if position is None else {y: y_axes, position: position_axes}
+        chain = self.region(y, y_axes, {x: x_axes}, _is_constant_leaf)
+        epilogue = self.region(rows, axes, stops, _is_constant_leaf)  # type: ignore[arg-type]
+        for region in (chain, epilogue):
+            _check_constants(region, {x, y, position})
+        return Rows(x, x_axes, y, y_axes, position, position_axes, chain, epilogue, self.root(y, y_axes).contractions)
+
+    def _boundary(self, rows: Node, axes: Axes) -> tuple[dict[Node, Axes], dict[Node, Axes]]:
+        """The last affine values and the integer (position) values met first on the way back from ``rows``."""
+        boundary: dict[Node, Axes] = {}
+        positions: dict[Node, Axes] = {}
+        seen: set[tuple[Node, Axes]] = set()
+        stack = [(rows, axes)]
+        while stack:
+            node, at = stack.pop()
+            if (node, at) in seen or at.token is None:
+                continue
+            seen.add((node, at))
+            if self.root(node, at).contractions:
+                boundary[node] = at
+            elif _is_integer(node):
+                positions[node] = at
+            elif not _is_constant_leaf(node, at):
+                rule = rule_of(node)
+                if rule is None:
+                    kind = "input" if node.op == "placeholder" else f"result of `{node.target}`"
+                    raise NoSite(node, f"it depends on a per-token {kind} that is neither projected nor a position")
+                try:
+                    stack.extend(rule.back(node, at))
+                except Mixes as why:
+                    raise NoSite(node, f"op `{node.target}` {why}") from None
+        return boundary, positions
+
+    def _meet(self, front: dict[Node, Axes], root: Node | None) -> tuple[Node, Axes]:
+        """The one node through which all of ``front`` pass: step the latest back until one is left."""
+        front = dict(front)
+        while len(front) > 1:
+            latest = max(front, key=self.order.__getitem__)
+            axes = front.pop(latest)
+            rule = rule_of(latest)
+            if latest is root or rule is None:
+                raise NoSite(latest, f"`{latest.name}` and others reach the cache separately")
+            try:
+                found = [(n, a) for n, a in rule.back(latest, axes) if a.token is not None]
+            except Mixes as why:
+                raise NoSite(latest, f"op `{latest.target}` {why}") from None
+            for node, at in found:
+                if front.setdefault(node, at) != at:
+                    raise NoSite(node, f"`{node.name}` is used with its tokens along two different axes")
+        return next(iter(front.items()))
+
+    def _trim(self, y: Node, y_axes: Axes, root: Node, root_axes: Axes) -> tuple[Node, Axes]:
+        """x: the input of the first product with a weight, where all first products share it; else the root."""
+        first: dict[Node, Axes] = {}
+        stack = [(y, y_axes)]
+        seen: set[Node] = set()
+        while stack:
+            node, at = stack.pop()
+            if node in seen or node is root:
+                continue
+            seen.add(node)
+            rule = rule_of(node)
+            assert rule is not None
+            for source, found in rule.back(node, at):
+                if found.token is None:
+                    continue
+                if rule.role == "contract" and self.root(source, found).contractions == 0:
+                    first[source] = found
+                else:
+                    stack.append((source, found))
+        return next(iter(first.items())) if len(first) == 1 else (root, root_axes)
+
+
+def _is_activation_side(node: Node, source: Node) -> bool:
+    """Whether ``source`` is the left factor of a product (x W, the only side that the codec can take over)."""
+    position = 1 if node.target is torch.ops.aten.addmm.default else 0
+    return node.args[position] is source
+
+
+def _is_integer(node: Node) -> bool:
+    value: Any = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.dtype in (torch.int64, torch.int32)
+
+
+def _is_constant_leaf(node: Node, axes: Axes) -> bool:
+    """Parameters, buffers and graph constants: the same for every call, so no token is in them."""
+    return node.op == "get_attr" or (node.op == "placeholder" and bool(node.meta.get("state")))
+
+
+def _check_tokens(x: Node, axes: Axes) -> None:
+    """x must be [tokens and batch..., d]: every leading axis known, so that a latent row is one token of one batch row."""
+    leading = set(range(len(shape(x)) - 1))
+    lone = {i for i in leading if shape(x)[i] == 1}
+    known = {a for a in axes if a is not None}
+    if not (leading - lone <= known <= leading) or axes.token is None:
+        raise NoSite(x, f"the axes of the activation `{x.name}` are not batch, tokens and features")
+
+
+def _check_constants(region: Region, known: set[Node | None]) -> None:
+    for node in region.inputs:
+        if node not in known and not _is_constant_leaf(node, Axes(None, None)):
+            raise NoSite(node, f"it depends on `{node.name}`, an input of the call that is no position")
+    for node, axes in region.nodes:
+        if node.op == "placeholder" and not _is_constant_leaf(node, axes) and isinstance(node.meta["val"], torch.Tensor):
+            raise NoSite(node, f"it depends on `{node.name}`, an input of the call that is no position")
+        if node.op == "call_function" and getattr(node.target, "_schema", None) and node.target._schema.is_mutable:  # type: ignore[union-attr]
+            raise NoSite(node, f"op `{node.target}` writes in place between projection and cache")
+
+
+def static_size(size: Any) -> int | None:
+    """A dimension as an int where it is static, else None."""
+    expr = size_expr(size)
+    return int(expr) if expr.is_number else None

@@ -1,0 +1,534 @@
+"""A canonical graph and codecs -> the same graph over latents.
+
+Before (one layer, decode)                        After
+    k = epilogue(x @ W^T)          [B,H,S,D]          c = x @ (P^T W)^T              [S,B,r]
+    K = cat([past, k], 2)          [B,H,T+S,D]        rows[T:T+S] = c                rows [T+S,B,r], in place
+    out = sdpa(q, K, V)                               K = epilogue(rows @ S + mu)    [B,H,T+S,D]
+    return K, out                                     out = sdpa(q, K, V); return out
+
+Every cell of a coded group is mirrored by ops on its rows; every other reader of a cell reads decoded tokens, a
+token's own included. In-place ops stay in place and in order, so aliasing means what it meant.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
+
+from lorc_fx.codec import Codec
+from lorc_fx.compat import size_expr
+from lorc_fx.errors import GraphInvariant
+
+from .caches import Group
+from .lower import Absorption, absorb
+from .rules import _arg, shape, tensors
+from .sites import Matched, Site
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Input:
+    """One input of the rewritten graph and where the wrapper takes it from at each call.
+
+    kind        index            name
+    argument    argument i       -
+    codes       LatentKV arg i   "codes" or "positions": the rows that it shows
+    window      LatentKV arg i   "codes" or "positions": those rows and room for ``extra`` more at the end
+    latent      LatentKV arg i   a field of its codec
+    site        site i           a field of its codec
+    """
+
+    kind: str
+    index: int
+    name: str = ""
+    extra: sympy.Expr | None = None
+
+
+@dataclass(frozen=True)
+class Output:
+    """One output of the original graph and what the wrapper makes it from.
+
+    plain       result ``index``
+    born        a new LatentKV over results ``index`` (codes) and ``positions``; codec of ``owner``
+    window      a LatentKV over rows [start, start + length) of the window of argument ``index``
+    same        argument ``index`` itself
+    none        a constant None
+    """
+
+    kind: str
+    index: int = -1
+    positions: int | None = None
+    owner: tuple[str, int] | None = None
+    start: sympy.Expr | None = None
+    length: sympy.Expr | None = None
+
+
+@dataclass
+class Rewritten:
+    """The graph over latents with its inputs and outputs."""
+
+    module: GraphModule
+    inputs: list[Input]
+    outputs: list[Output]
+    lowerings: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class _Cell:
+    """A cell as rows: nodes for codes [T, B, r] and positions [T, B] (or None)."""
+
+    codes: Node
+    positions: Node | None
+    argument: int | None = None  # the LatentKV argument whose own rows these are
+    window: int | None = None  # the LatentKV argument whose window these are rows of
+    start: sympy.Expr = sympy.Integer(0)
+    fresh: bool = False  # owns its storage exactly
+
+
+class Rewriter:
+    """Builds the new graph in one walk over the old one."""
+
+    def __init__(self, gm: GraphModule, matched: Matched, codecs: Mapping[Site, Codec]) -> None:
+        self.old, self.matched = gm, matched
+        self.graph = Graph()
+        self.inputs: list[Input] = []
+        self.env: dict[Node, Node] = {}
+        self.cells: dict[Node, _Cell] = {}
+        self.writes: dict[Group, int] = {}
+        self.reads: dict[tuple[Node, int], Node] = {}
+        self.site_of = {site.node: (i, site) for i, site in enumerate(matched.sites)}
+        self.codecs = codecs
+        self.owners: dict[Group, tuple[str, int]] = {}
+        self.templates: dict[Group, Codec] = {}
+        self.codec_nodes: dict[tuple[tuple[str, int], str], Node] = {}
+        self.arguments = [n for n in gm.graph.nodes if n.op == "placeholder"]
+        self.last: Node | None = None
+        self.unread: list[tuple[Node, Group, _Cell]] = []
+        self.absorptions: dict[Node, Absorption] = absorb(matched, codecs)
+        self._owners()
+
+    def _owners(self) -> None:
+        """Who names the codec of each coded group: the LatentKV that comes in (decoding must fit its codes), else
+        the site."""
+        for i, node in enumerate(self.arguments):
+            group = self.matched.caches.group(node)
+            if node.meta.get("latent") is not None and group in self.matched.coded and group not in self.owners:
+                self.owners[group] = ("latent", i)
+                self.templates[group] = node.meta["latent"].codec
+        for i, site in enumerate(self.matched.sites):
+            group = site.group.find()
+            if group not in self.owners:
+                self.owners[group] = ("site", i)
+                self.templates[group] = self.codecs[site]
+
+    # -- the walk -----------------------------------------------------------------------------------------------------
+
+    def run(self) -> Rewritten:
+        outputs: list[Output] = []
+        for i, node in enumerate(self.arguments):
+            self._argument(i, node)
+        for node, group, cell in self.unread:
+            self.env[node] = self._decode(group, cell)
+        for node in self.old.graph.nodes:
+            if node.op == "placeholder":
+                continue
+            if node.op == "output":
+                outputs = self._outputs(node)
+            elif self._coded(node) is not None:
+                self._cell(node)
+            elif node in self.absorptions:
+                self.env[node] = self.absorptions[node].emit(self, node)
+            else:
+                self.env[node] = self._copied(node)
+        self.graph.eliminate_dead_code(_is_impure)
+        module = GraphModule(self.old, self.graph)
+        return self._pruned(Rewritten(module, self.inputs, outputs, self._lowerings()))
+
+    def _coded(self, node: Node) -> Group | None:
+        group = self.matched.caches.group(node)
+        return group if group in self.matched.coded else None
+
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
+        return self.graph.call_function(target, args, kwargs)
+
+    def placeholder(self, name: str, spec: Input, value: Any) -> Node:
+        """A new input; all inputs come before the first op, in the order of ``inputs``."""
+        self.inputs.append(spec)
+        with self.graph.inserting_after(self.last):  # type: ignore[arg-type]
+            self.last = self.graph.placeholder(name)
+        self.last.meta["val"] = value
+        return self.last
+
+    def _argument(self, i: int, node: Node) -> None:
+        group = self._coded(node)
+        if node.meta.get("latent") is None:
+            self.env[node] = self.placeholder(node.name, Input("argument", i), node.meta["val"])
+            return
+        latent = node.meta["latent"]
+        if group is None:  # what is written to it is not understood: read it once, and go on dense
+            group = Group(latent.codec.decoder.token_dim)
+            self.owners[group], self.templates[group] = ("latent", i), latent.codec
+        users = list(node.users)
+        append = users[0] if len(users) == 1 and _appends(users[0], node) and self._coded(node) else None
+        extra = None
+        if append is not None:
+            token = group.token
+            extra = sympy.expand(shape(append)[token] - shape(node)[token])
+        kind = "codes" if extra is None else "window"
+        parts: list[Node | None] = []
+        for name in ("codes", "positions"):
+            value = getattr(latent, name)
+            if value is None:
+                parts.append(None)
+                continue
+            if append is not None and extra is not None:
+                value = value.new_empty((append.meta["val"].shape[group.token], *value.shape[1:]))
+            parts.append(self.placeholder(f"{node.name}_{name}", Input(kind, i, name, extra), value))
+        codes = parts[0]
+        assert codes is not None
+        cell = _Cell(codes, parts[1], argument=i, window=i if extra is not None else None)
+        if self._coded(node) is None:
+            self.unread.append((node, group, cell))
+        else:
+            self.cells[node] = cell
+
+    def _copied(self, node: Node) -> Node:
+        """A node as it was, reading decoded tokens where it read cells."""
+
+        def use(arg: Node) -> Node:
+            return self.read(arg) if self._coded(arg) is not None else self.env[arg]
+
+        if node.op == "get_attr":
+            return self.graph.node_copy(node)
+        args = map_arg(node.args, use)
+        copy = self.graph.create_node(node.op, node.target, args, map_arg(node.kwargs, use), node.name)
+        return copy
+
+    # -- cells ----------------------------------------------------------------------------------------------------------
+
+    def _cell(self, node: Node) -> None:
+        if node in self.site_of:
+            self.cells[node] = self._encode(*self.site_of[node])
+        else:
+            self.cells[node] = MIRRORS[node.target](self, node)
+
+    def codec_input(self, group: Group, name: str) -> Node | None:
+        """The codec's tensor ``name`` as an input of the graph (None where this codec has none)."""
+        owner, template = self.owners[group], self.templates[group]
+        value = template.tensors().get(name)
+        if value is None:
+            return None
+        return self._codec_tensor(owner, name, value)
+
+    def _codec_tensor(self, owner: tuple[str, int], name: str, value: torch.Tensor) -> Node:
+        key = (owner, name)
+        if key not in self.codec_nodes:
+            kind, index = owner
+            self.codec_nodes[key] = self.placeholder(f"{kind}{index}_{name}", Input(kind, index, name), value)
+        return self.codec_nodes[key]
+
+    def _encode(self, index: int, site: Site) -> _Cell:
+        """New rows: x [.., d] -> codes [S, B, r] by the factorised projection, and their positions [S, B]."""
+        weight = self._codec_tensor(("site", index), "encode", self.codecs[site].encode)
+        x, axes = self.env_value(site.rows.x), site.rows.x_axes
+        latent = self.call(aten.linear.default, x, weight)
+        batch, tokens = self._extent(site)
+        codes = self._token_major(latent, axes, batch, tokens, [self.codecs[site].rank])
+        positions = None
+        if site.decoder.needs_positions:
+            node = site.rows.position
+            assert node is not None and site.rows.position_axes is not None
+            cast = self.call(aten.to.dtype, self.env_value(node), torch.int32)
+            positions = self._token_major(cast, site.rows.position_axes, batch, tokens, [])
+        return _Cell(codes, positions, fresh=True)
+
+    def env_value(self, node: Node) -> Node:
+        return self.read(node) if self._coded(node) is not None else self.env[node]
+
+    def _extent(self, site: Site) -> tuple[Any, Any]:
+        """Batch and new tokens of a site's rows, as ints or as nodes that compute them."""
+        return tuple(  # type: ignore[return-value]
+            1 if axis is None else self.size(site.node, axis) for axis in (site.rows.epilogue.output_axes)
+        )
+
+    def size(self, node: Node, axis: int) -> Any:
+        """A size of an old node's value: an int, or a node of the new graph."""
+        expr = shape(node)[axis]
+        return int(expr) if expr.is_number else self.expression(expr)
+
+    def expression(self, expr: sympy.Expr) -> Any:
+        """A SymPy expression of sizes as nodes of the new graph, from the graph's own symbolic inputs."""
+        if expr.is_number:
+            return int(expr)
+        for i, node in enumerate(self.arguments):
+            value = node.meta["val"]
+            if isinstance(value, torch.SymInt) and size_expr(value) == expr:
+                return self.env[node]
+            if isinstance(value, torch.Tensor):
+                for dim, size in enumerate(value.shape):
+                    if size_expr(size) == expr and node.meta.get("latent") is None:
+                        return self.call(aten.sym_size.int, self.env[self.arguments[i]], dim)
+        if isinstance(expr, (sympy.Add, sympy.Mul)):
+            op = operator.add if isinstance(expr, sympy.Add) else operator.mul
+            parts = [self.expression(a) for a in expr.args]
+            total = parts[0]
+            for part in parts[1:]:
+                total = self.call(op, total, part)
+            return total
+        raise GraphInvariant("rewrite", "sizes are sums and products of the graph's symbolic inputs", str(expr))
+
+    def _token_major(self, value: Node, axes: Any, batch: Any, tokens: Any, rest: list[int]) -> Node:
+        """A per-token value in the layout ``axes`` -> contiguous [S, B, *rest]."""
+        if axes.batch is None or axes.batch == axes.token or axes.batch < axes.token:
+            if axes.batch is None and batch != 1:  # the same for all rows of the batch
+                flat = self.call(aten.reshape.default, value, [1, tokens, *rest])
+                flat = self.call(aten.expand.default, flat, [batch, tokens, *rest])
+            else:
+                flat = self._spread(value, axes, batch, tokens, rest)
+            major = self.call(aten.transpose.int, flat, 0, 1)
+        else:
+            major = self.call(aten.reshape.default, value, [tokens, batch, *rest])
+        return self.call(aten.clone.default, major, memory_format=torch.contiguous_format)
+
+    def _spread(self, value: Node, axes: Any, batch: Any, tokens: Any, rest: list[int]) -> Node:
+        """[1 or B, S, *rest] -> [B, S, *rest]; positions are often given once for all rows."""
+        if not rest and batch != 1:
+            flat = self.call(aten.reshape.default, value, [-1, tokens])
+            return self.call(aten.expand.default, flat, [batch, tokens])
+        return self.call(aten.reshape.default, value, [batch, tokens, *rest])
+
+    # -- reading ----------------------------------------------------------------------------------------------------------
+
+    def read(self, node: Node) -> Node:
+        """Decoded tokens of a cell as they are now: rows -> y_hat -> epilogue (the universal lowering)."""
+        group = self._coded(node)
+        assert group is not None
+        key = (node, self.writes.get(group, 0))
+        if key not in self.reads:
+            self.reads[key] = self._decode(group, self.cells[node])
+        return self.reads[key]
+
+    def vectors(self, group: Group, cell: _Cell) -> Node:
+        """y_hat [B, T, n]."""
+        y, decode, mean = cell.codes, self.codec_input(group, "decode"), self.codec_input(group, "mean")
+        if decode is not None:
+            y = self.call(aten.matmul.default, y, decode)
+        y = self.call(aten.transpose.int, y, 0, 1)
+        return y if mean is None else self.call(aten.add.Tensor, y, mean)
+
+    def _decode(self, group: Group, cell: _Cell) -> Node:
+        template = self.templates[group]
+        y = self.vectors(group, cell)
+        positions = None if cell.positions is None else self.call(aten.transpose.int, cell.positions, 0, 1)
+        inputs: dict[str, Node | None] = {"y": y, "positions": positions}
+        env: dict[Node, Any] = {}
+        for inner in template.decoder.module.graph.nodes:
+            if inner.op == "placeholder":
+                env[inner] = inputs[inner.name] if inner.name in inputs else self.codec_input(group, inner.name)
+            elif inner.op == "output":
+                return env[inner.args[0]]
+            else:
+                env[inner] = self.graph.node_copy(inner, env.__getitem__)
+        raise AssertionError("a decoder has an output")
+
+    # -- outputs ----------------------------------------------------------------------------------------------------------
+
+    def _outputs(self, node: Node) -> list[Output]:
+        results: list[Any] = []
+        outputs: list[Output] = []
+        values = node.args[0]
+        values = values if isinstance(values, (list, tuple)) else [values]
+        for value in values:
+            if not isinstance(value, Node):
+                outputs.append(Output("none") if value is None else Output("plain", len(results)))
+                results += [] if value is None else [value]
+            elif self._coded(value) is None:
+                outputs.append(Output("plain", len(results)))
+                results.append(self.env[value])
+            else:
+                outputs.append(self._cell_output(value, results))
+        self.graph.output(tuple(results))
+        return outputs
+
+    def _cell_output(self, node: Node, results: list[Any]) -> Output:
+        group = self._coded(node)
+        assert group is not None
+        cell = self.cells[node]
+        if cell.window is not None:
+            return Output("window", cell.window, start=cell.start, length=shape(node)[group.token])
+        if cell.argument is not None:
+            return Output("same", cell.argument)
+        codes, positions = cell.codes, cell.positions
+        if not cell.fresh:
+            codes = self.call(aten.clone.default, codes)
+            positions = None if positions is None else self.call(aten.clone.default, positions)
+        results.append(codes)
+        at = len(results) - 1
+        if positions is not None:
+            results.append(positions)
+        return Output("born", at, None if positions is None else at + 1, self.owners[group])
+
+    def _lowerings(self) -> dict[str, str]:
+        return {}
+
+    def _pruned(self, made: Rewritten) -> Rewritten:
+        """Drop inputs that nothing reads (replaced weights), so that the compiled graph does not ask for them."""
+        holders = [n for n in made.module.graph.nodes if n.op == "placeholder"]
+        kept = []
+        for holder, spec in zip(holders, made.inputs, strict=True):
+            if holder.users:
+                kept.append(spec)
+            else:
+                made.module.graph.erase_node(holder)
+        made.inputs = kept
+        made.module.graph.lint()
+        made.module.recompile()
+        return made
+
+
+def _appends(user: Node, node: Node) -> bool:
+    return user.target is aten.cat.default and user.args[0][0] is node and len(user.args[0]) > 1  # type: ignore[index,arg-type]
+
+
+def _is_impure(node: Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return node.op in ("placeholder", "output") or node.is_impure() or bool(schema is not None and schema.is_mutable)
+
+
+# -- mirrors: what each cache op does to rows ----------------------------------------------------------------------------
+
+
+def _each(r: Rewriter, cell: _Cell, fn: Callable[[Node], Node], **kept: Any) -> _Cell:
+    return _Cell(fn(cell.codes), None if cell.positions is None else fn(cell.positions), **kept)
+
+
+def _cat(r: Rewriter, node: Node) -> _Cell:
+    parts = [r.cells[p] for p in node.args[0] if p in r.cells]  # type: ignore[union-attr]
+    if len(parts) == 1:
+        return parts[0]
+    group = r._coded(node)
+    assert group is not None
+    first = parts[0]
+    if first.window is not None:
+        for name in ("codes", "positions"):
+            window = getattr(first, name)
+            if window is None:
+                continue
+            rows = [getattr(p, name) for p in parts[1:]]
+            new = rows[0] if len(rows) == 1 else r.call(aten.cat.default, rows, 0)
+            begin = r.size(node.args[0][0], group.token)  # type: ignore[index]
+            end = r.size(node, group.token)
+            room = r.call(aten.slice.Tensor, window, 0, begin, end)
+            r.call(aten.copy_.default, room, new)
+        return _Cell(first.codes, first.positions, window=first.window)
+    codes = r.call(aten.cat.default, [p.codes for p in parts], 0)
+    positions = None
+    if first.positions is not None:
+        positions = r.call(aten.cat.default, [p.positions for p in parts], 0)
+    return _Cell(codes, positions, fresh=True)
+
+
+def _slice(r: Rewriter, node: Node) -> _Cell:
+    source = tensors(node)[0]
+    group = r._coded(node)
+    assert group is not None
+    cell = r.cells[source]
+    start, end = _arg(node, 2, "start"), _arg(node, 3, "end")
+    total, kept = shape(source)[group.token], shape(node)[group.token]
+    if total == kept:
+        return cell
+    to_end = end is None or (isinstance(end, int) and end >= 1 << 62)
+    offset = total - kept if to_end else sympy.Integer(start or 0) if not isinstance(start, Node) else None
+    use = lambda a: r.env[a] if isinstance(a, Node) else a  # noqa: E731
+    made = _each(r, cell, lambda t: r.call(aten.slice.Tensor, t, 0, use(start), use(end)))
+    if cell.window is not None and offset is not None and not (offset.is_number and offset < 0):
+        made.window, made.start = cell.window, cell.start + offset
+    return made
+
+
+def _clone(r: Rewriter, node: Node) -> _Cell:
+    return _each(r, r.cells[tensors(node)[0]], lambda t: r.call(aten.clone.default, t), fresh=True)
+
+
+def _roll(r: Rewriter, node: Node) -> _Cell:
+    source, shifts = tensors(node)[0], node.args[1]
+    return _each(r, r.cells[source], lambda t: r.call(aten.roll.default, t, shifts, [0]), fresh=True)
+
+
+def _written(r: Rewriter, node: Node, write: Callable[[Node, Node], Any], rows: Node) -> _Cell:
+    """An in-place write of ``rows`` into the first argument: the same write on codes and positions."""
+    target, source = r.cells[node.args[0]], r.cells[rows]  # type: ignore[index]
+    write(target.codes, source.codes)
+    if target.positions is not None and source.positions is not None:
+        write(target.positions, source.positions)
+    group = r._coded(node)
+    assert group is not None
+    r.writes[group] = r.writes.get(group, 0) + 1
+    return target
+
+
+def _index_copy(r: Rewriter, node: Node) -> _Cell:
+    index = r.env[node.args[2]]  # type: ignore[index]
+    return _written(
+        r, node, lambda into, rows: r.call(aten.index_copy_.default, into, 0, index, rows), node.args[3]  # type: ignore[arg-type]
+    )
+
+
+def _index_put(r: Rewriter, node: Node) -> _Cell:
+    index = next(r.env[x] for x in node.args[1] if x is not None)  # type: ignore[union-attr,index]
+    return _written(
+        r, node, lambda into, rows: r.call(aten.index_put_.default, into, [index], rows), node.args[2]  # type: ignore[arg-type]
+    )
+
+
+def _copy(r: Rewriter, node: Node) -> _Cell:
+    return _written(r, node, lambda into, rows: r.call(aten.copy_.default, into, rows), node.args[1])  # type: ignore[arg-type]
+
+
+def _blank(r: Rewriter, node: Node) -> _Cell:
+    """A buffer that this graph allocates: zero rows. Rows that are never written are masked, as in a dense buffer."""
+    group = r._coded(node)
+    assert group is not None
+    template = r.templates[group]
+    tokens = r.size(node, group.token)
+    batch = 1 if template.decoder.batch_dim < 0 else r.size(node, template.decoder.batch_dim)
+    device = node.meta["val"].device
+    codes = r.call(aten.zeros.default, [tokens, batch, template.rank], dtype=template.dtype, device=device)
+    positions = None
+    if template.decoder.needs_positions:
+        positions = r.call(aten.zeros.default, [tokens, batch], dtype=torch.int32, device=device)
+    return _Cell(codes, positions, fresh=True)
+
+
+MIRRORS: dict[Any, Callable[[Rewriter, Node], _Cell]] = {
+    aten.cat.default: _cat,
+    aten.slice.Tensor: _slice,
+    aten.clone.default: _clone,
+    aten.contiguous.default: _clone,
+    aten.roll.default: _roll,
+    aten.index_copy_.default: _index_copy,
+    aten.index_put_.default: _index_put,
+    aten.copy_.default: _copy,
+    aten.zeros.default: _blank,
+    aten.empty.memory_format: _blank,
+    aten.full.default: _blank,
+    aten.new_zeros.default: _blank,
+    aten.new_empty.default: _blank,
+    aten.new_full.default: _blank,
+    aten.zeros_like.default: _blank,
+    aten.empty_like.default: _blank,
+}
+
+
+def rewrite(gm: GraphModule, matched: Matched, codecs: Mapping[Site, Codec]) -> Rewritten:
+    """Replace projections by factorised ones and cells by rows; everything else reads decoded tokens."""
+    return Rewriter(gm, matched, codecs).run()
+

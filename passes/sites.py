@@ -1,0 +1,139 @@
+"""Groups of cells -> sites (to be coded) and misses (to be left as they are)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.fx import GraphModule, Node
+
+from lorc_fx.decoder import Decoder
+from lorc_fx.records import Miss
+
+from .caches import Caches, Group, Reader, find_reader
+from .epilogue import feature_sizes, make_decoder
+from .facts import Facts, NoSite, Rows
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """One projection whose result is cached: the rows node, what it is made of, and who reads it.
+
+    ``layer`` pairs a key site with its value site, from 0; ``ordinal`` tells apart sites of equal kind and weights.
+    ``weights``: placeholders of the affine chain; ``consts``: placeholders (or attributes) the epilogue reads.
+    """
+
+    layer: int
+    kind: str
+    ordinal: int
+    node: Node
+    rows: Rows
+    group: Group
+    reader: Reader | None
+    decoder: Decoder
+    weights: tuple[Node, ...]
+    consts: tuple[Node, ...]
+    window: int | None
+
+    @property
+    def name(self) -> str:
+        return f"layer {self.layer} {self.kind}"
+
+    @property
+    def width_in(self) -> int:
+        return int(self.rows.x.meta["val"].shape[-1])
+
+
+@dataclass(frozen=True, eq=False)
+class Matched:
+    """What matching found in one graph: ``coded`` groups only hold sites and LatentKV inputs."""
+
+    caches: Caches
+    sites: tuple[Site, ...]
+    misses: tuple[Miss, ...]
+    coded: frozenset[Group]
+
+
+def match(gm: GraphModule) -> Matched:
+    """Find the sites of a canonical graph. Never raises for a value it does not understand: that is a Miss."""
+    nodes = list(gm.graph.nodes)
+    caches, facts = Caches(nodes), Facts(nodes)
+    misses: list[Miss] = []
+    found: list[tuple[Node, Rows, Group, Decoder, tuple[Node, ...]]] = []
+    coded: set[Group] = set()
+    for group in caches.groups():
+        try:
+            if group.broken is not None:
+                raise NoSite(*group.broken)
+            parts = [(node, facts.describe(node, token)) for node, token in group.rows.items()]
+            made = [(node, rows, group, *make_decoder(rows, words(rows))) for node, rows in parts]
+            _same_projection([m[1] for m in made])
+            found += made
+            if group.latents or made:
+                coded.add(group)
+        except NoSite as why:
+            misses.append(Miss(why.node.name, "not understood", why.reason))
+    for write in caches.dense:
+        try:
+            facts.describe(write.rows, write.token)
+        except NoSite:
+            continue
+        reason = "the cache was filled or allocated outside of a compiled graph, so it stays dense"
+        misses.append(Miss(write.node.name, "preallocated", reason))
+    return Matched(caches, tuple(_sites(found, facts)), tuple(misses), frozenset(coded))
+
+
+def _same_projection(rows: list[Rows]) -> None:
+    """One buffer has one codec: all that is written to it must come through the same weights."""
+    for other in rows[1:]:
+        if set(other.chain.inputs) - {other.x} != set(rows[0].chain.inputs) - {rows[0].x}:
+            raise NoSite(other.y, "one cache is written by several projections")
+
+
+def _sites(found: list[tuple[Node, Rows, Group, Decoder, tuple[Node, ...]]], facts: Facts) -> list[Site]:
+    read = []
+    for node, rows, group, decoder, consts in found:
+        reader = find_reader(node)
+        kind = reader.kind if reader else "key" if decoder.needs_positions else "value"
+        read.append((facts.order[node], kind, reader, node, rows, group, decoder, consts))
+    read.sort(key=lambda item: item[0])
+    layers = {"key": 0, "value": 0}
+    ordinals: dict[tuple[str, frozenset[Node]], int] = {}
+    sites = []
+    for _, kind, reader, node, rows, group, decoder, consts in read:
+        weights = tuple(sorted((n for n in rows.chain.inputs if n is not rows.x), key=facts.order.__getitem__))
+        key = (kind, frozenset(weights))
+        ordinals[key] = ordinals.get(key, -1) + 1
+        sites.append(
+            Site(layers[kind], kind, ordinals[key], node, rows, group, reader, decoder, weights, consts, group.window)
+        )
+        layers[kind] += 1
+    return sites
+
+
+def words(rows: Rows) -> str:
+    """The epilogue in words, from the ops in it (no names of models: only what is computed)."""
+    targets = {str(n.target) for n, _ in rows.epilogue.nodes}
+    parts = []
+    if any("rsqrt" in t or "rms_norm" in t for t in targets):
+        parts.append("RMS norm")
+    if any("layer_norm" in t for t in targets):
+        parts.append("LayerNorm")
+    if any("vector_norm" in t or "aten.norm" in t for t in targets):
+        parts.append("L2 norm")
+    if rows.position is not None:
+        width = 1
+        for size in feature_sizes(rows.y, rows.y_axes):
+            width *= size
+        parts.append("rotary")
+    if any("clamp" in t for t in targets):
+        parts.append("clamp")
+    return " + ".join(parts) if parts else "none" if _is_linear(rows) else "token-wise"
+
+
+def _is_linear(rows: Rows) -> bool:
+    from .rules import rule_of
+
+    return all((rule := rule_of(n)) is not None and rule.role in ("layout", "sum") for n, _ in rows.epilogue.nodes)
