@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -127,6 +128,12 @@ def _inner(gm: GraphModule, examples: Sequence[Any], options: Options) -> Callee
         return torch._dynamo.lookup_backend(options.inner)(gm, list(examples))
 
 
+def _content(constant: torch.Tensor) -> tuple[Any, ...]:
+    """A constant of the graph by value: each trace makes its own copy."""
+    raw = constant.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    return (constant.dtype, tuple(constant.shape), hashlib.sha256(raw).digest())
+
+
 class _Builder:
     """Plans, codecs and inner callables for one canonical graph; called again where weights changed."""
 
@@ -136,10 +143,17 @@ class _Builder:
             n: getattr(canonical, str(n.target)) for n in canonical.graph.nodes if n.op == "get_attr"
         }
         self.index = {n: i for i, n in enumerate(placeholders(canonical))}
+        self.places = {
+            s: tuple(self.index[n] for n in (*s.weights, *s.consts) if n in self.index) for s in matched.sites
+        }
+        self.constants = {
+            s: tuple(_content(self.attributes[n]) for n in (*s.weights, *s.consts) if n in self.attributes)
+            for s in matched.sites
+        }
 
     def weights(self, site: Site, arguments: Sequence[Any]) -> list[torch.Tensor]:
-        """The real tensors that a site's codec is made from: chain weights, then the epilogue's constants."""
-        return [self.real(n, arguments) for n in (*site.weights, *site.consts)]
+        """The model's tensors that a site's codec is made from: chain weights, then the epilogue's constants."""
+        return [arguments[i] for i in self.places[site]]
 
     def real(self, node: Any, arguments: Sequence[Any]) -> torch.Tensor:
         return self.attributes[node] if node in self.attributes else arguments[self.index[node]]
@@ -156,7 +170,7 @@ class _Builder:
     def _key(self, site: Site) -> tuple[Any, ...]:
         o = self.options
         budget = (o.ratio, o.bytes_per_token, o.scheduler, o.d_min, o.d_max, o.protect_first, o.protect_last, o.plan)
-        return (budget, site.kind, site.ordinal)
+        return (budget, site.kind, site.ordinal, self.constants[site])
 
     def _find(self, site: Site, arguments: Sequence[Any]) -> Codec | None:
         return STORE.find(self._key(site), self.weights(site, arguments))

@@ -22,6 +22,9 @@ from .errors import BadWeight
 CONDITION_FLOOR = 1e-7
 """sigma_min is floored at this fraction of sigma_max, about the epsilon of fp32 weights: what is below it is noise."""
 
+RANK_FLOOR = 1e-6
+"""Singular values below this fraction of sigma_max count as zero for the rank: lossless to fp32 accuracy."""
+
 
 @dataclass(frozen=True)
 class Factors:
@@ -34,6 +37,11 @@ class Factors:
     @property
     def condition(self) -> float:
         return condition_number(self.singular)
+
+    @property
+    def rank(self) -> int:
+        """The numerical rank, at least 1: more columns would store nothing (repeated heads, narrow projections)."""
+        return max(1, int((self.singular > RANK_FLOOR * self.singular.max()).sum()))
 
 
 def factorise(weight: torch.Tensor, name: str) -> Factors:

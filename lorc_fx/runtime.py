@@ -183,8 +183,7 @@ class Compiled:
 
     def _dense(self, arguments: Sequence[Any]) -> Any:
         """Run the untouched graph on decoded caches: the cache in hand was written by other weights or another plan."""
-        mutated = [n for n in self.canonical.graph.nodes if getattr(n.target, "_schema", None) and _writes_argument(n)]
-        if any(n.meta.get("latent") is not None for n in mutated):
+        if any(_writes_latent(node) for node in self.canonical.graph.nodes):
             raise ForeignCache("its buffer is written in place, and the model's weights or plan have changed since")
         warnings.warn(
             "a cache written by other weights or another plan goes on uncompressed (decoded, right, but dense); "
@@ -196,5 +195,12 @@ class Compiled:
         return self.original.forward(*plain)
 
 
-def _writes_argument(node: Any) -> bool:
-    return bool(node.target._schema.is_mutable) and node.args[0].op == "placeholder"
+def _writes_latent(node: Any) -> bool:
+    """Whether a node writes in place into a LatentKV argument or a view of one."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or not schema.is_mutable:
+        return False
+    target = node.args[0]
+    while target.op == "call_function" and target.args and hasattr(target.args[0], "op"):
+        target = target.args[0]
+    return bool(target.meta.get("latent") is not None)

@@ -141,8 +141,14 @@ class Caches:
 
 
 def _is_empty(node: Node) -> bool:
+    """An empty buffer that a cache begins with: a constant, an allocation or an input (and not, say, the empty
+    un-rotated part of a key)."""
     value = node.meta.get("val")
-    return isinstance(value, torch.Tensor) and any(s == 0 for s in shape(node))
+    if not isinstance(value, torch.Tensor) or not any(s == 0 for s in shape(node)):
+        return False
+    while node.target in (aten.lift_fresh_copy.default, aten.clone.default, aten.to.dtype, aten.detach_.default):
+        node = node.args[0]  # type: ignore[assignment]
+    return node.op in ("get_attr", "placeholder") or node.target in _ALLOCATIONS
 
 
 _ALLOCATIONS = {
@@ -152,7 +158,7 @@ _ALLOCATIONS = {
 
 
 def _is_blank(node: Node) -> bool:
-    return node.op == "call_function" and node.target in _ALLOCATIONS and not _is_empty(node)
+    return node.op == "call_function" and node.target in _ALLOCATIONS and all(s != 0 for s in shape(node))
 
 
 def _cache_like(caches: Caches, node: Node) -> bool:
@@ -304,6 +310,7 @@ _LAYOUT = {
     aten._unsafe_view.default, aten.unsqueeze.default, aten.clone.default, aten.contiguous.default, aten.to.dtype,
     aten.repeat_interleave.self_int, aten.cat.default, aten.slice.Tensor, aten.mul.Tensor, aten.flatten.using_ints,
     aten.squeeze.dim, aten.index_copy_.default, aten.copy_.default, aten.repeat.default, aten.alias.default,
+    aten.broadcast_to.default,
 }  # fmt: skip
 _PRODUCTS = {aten.matmul.default, aten.bmm.default, aten.baddbmm.default}
 

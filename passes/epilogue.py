@@ -15,6 +15,7 @@ from .facts import NoSite, Region, Rows, static_size
 from .rules import Axes, rule_of
 
 aten = torch.ops.aten
+_EXPANDS = {aten.expand.default, aten.broadcast_to.default}
 
 
 def resized(node: Node, axes: Axes, batch: Any, tokens: Any) -> list[Any]:
@@ -92,7 +93,7 @@ def _emit(graph: Graph, region: Region, env: dict[Node, Node], batch: Any, token
         rule = rule_of(node)
         if rule is not None and rule.sized:
             source = env[node.args[0]]  # type: ignore[index]
-            op = aten.expand.default if node.target is aten.expand.default else aten.reshape.default
+            op = aten.expand.default if node.target in _EXPANDS else aten.reshape.default
             env[node] = graph.call_function(op, (source, resized(node, axes, batch, tokens)))
             continue
         args, kwargs = _static_args(node)
@@ -192,7 +193,7 @@ def _step(node: Node, axes: Axes, env: dict[Node, Any], rows: Rows, tokens: int,
     if rule.sized:
         value = env[node.args[0]]  # type: ignore[index]
         sizes = resized(node, axes, 1, tokens)
-        return value.expand(sizes) if node.target is aten.expand.default else value.reshape(sizes)
+        return value.expand(sizes) if node.target in _EXPANDS else value.reshape(sizes)
     if linear and depends and rows.x in depends:
         if rule.role == "contract":
             return _placed(_weight_rows(node, env), node, axes)

@@ -85,7 +85,7 @@ class Facts:
             dependent = [(n, a) for n, a in rule.back(node, axes) if a.token is not None]
         except Mixes:
             return here
-        if not dependent or (rule.role != "sum" and len(dependent) != 1):
+        if not dependent or (rule.role != "sum" and len(dependent) != 1) or any(_is_integer(n) for n, _ in dependent):
             return here
         if rule.role == "contract" and not _is_activation_side(node, dependent[0][0]):
             return here

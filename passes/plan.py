@@ -29,12 +29,12 @@ def spec_of(site: Site, factors: Factors) -> SiteSpec:
     return SiteSpec(
         layer=site.layer,
         kind=site.kind,
-        width=decoder.width,
+        width=factors.rank,
         column_bytes=element,
         fixed_bytes=POSITION_BYTES if decoder.needs_positions else 0,
         dense_bytes=dense,
         cond=factors.condition,
-        spectrum=tuple(factors.singular.tolist()),
+        spectrum=tuple(factors.singular[: factors.rank].tolist()),
         window=site.window,
     )
 

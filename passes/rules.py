@@ -301,10 +301,18 @@ def _table(node: Node, axis: int) -> list[tuple[Node, int | None]]:
 
 
 def _index(node: Node, axis: int) -> list[tuple[Node, int | None]]:
+    """One index tensor at one dim: its axes take the place of that dim."""
     indices = node.args[1]
-    if len(indices) != 1 or not isinstance(indices[0], Node):  # type: ignore[arg-type,index]
+    at = [i for i, index in enumerate(indices) if index is not None]  # type: ignore[arg-type,var-annotated]
+    if len(at) != 1:
         raise Mixes("indexes along several dims")
-    return _table(node, axis)
+    source, index = tensors(node)[:2]
+    inside, extent = axis - at[0], len(shape(index))
+    if inside < 0:
+        return [(source, axis), (index, None)]
+    if inside < extent:
+        return [(source, None), (index, inside)]
+    return [(source, axis - extent + 1), (index, None)]
 
 
 def _index_select(node: Node, axis: int) -> list[tuple[Node, int | None]]:
@@ -434,7 +442,7 @@ _rows("pointwise", "reduces features", _reduce, aten.var.dim, aten.var.correctio
 _rows("pointwise", "is a softmax over features", _softmax, aten.softmax.int, aten._softmax.default)
 _rows("pointwise", "normalises the features", _layer_norm, aten.layer_norm.default, aten.rms_norm.default)
 _rows("pointwise", "looks a row up in a table", _table, aten.embedding.default)
-_rows("pointwise", "looks a row up in a table", _index, aten.index.Tensor)
+_rows("layout", "picks features, or looks a row up in a table", _index, aten.index.Tensor)
 _rows("pointwise", "looks a row up in a table", _index_select, aten.index_select.default)
 _rows("pointwise", "casts", _passes, *[getattr(aten.to, o) for o in ("dtype", "device", "dtype_layout")])
 _rows("pointwise", "casts", _passes, aten._to_copy.default)
@@ -443,7 +451,8 @@ for _op in (aten.view.default, aten.reshape.default, aten._unsafe_view.default):
     RULES[_op] = Rule(_view, "layout", "regroups the axes", sized=True)
 for _op in (aten.flatten.using_ints, aten.unflatten.int):
     RULES[_op] = Rule(_view, "layout", "regroups the axes", sized=True)
-RULES[aten.expand.default] = Rule(per_axis(_expand), "layout", "broadcasts", sized=True)
+for _op in (aten.expand.default, aten.broadcast_to.default):
+    RULES[_op] = Rule(per_axis(_expand), "layout", "broadcasts", sized=True)
 
 for _op in (aten.add.Tensor, aten.sub.Tensor):
     RULES[_op] = Rule(_pointwise, "sum", "adds")

@@ -1,0 +1,270 @@
+"""Times of backend="lorc" as ratios to backend="inductor" on the same weights: decode, prefill, compile.
+
+    python -m bench.run [--quick] [--models llama gpt2] [--out bench/results/cpu.json]
+
+One process; all variants of a case take turns within each repeat, so drift of the machine meets all of them. All times
+are written. ``inner_seconds`` is the time inside the callables that inductor made, measured at the same boundary for
+both backends: the rest of a step is Dynamo's guards, the cache object, and for lorc the wrapping of latents.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import datetime
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import cases, models
+from bench.cases import Case, Variant
+from lorc_fx.cli import write_json
+from lorc_fx.evaluate import cache_bytes, cache_keyword, cache_used_bytes
+
+RESULTS = Path(__file__).parent / "results"
+WARMUP = 3
+
+
+class Timed:
+    """Inductor, counting its compiles, their seconds, and the seconds that the compiled callables take."""
+
+    def __init__(self, lower: Callable[[Any, Any], Any]) -> None:
+        self.lower = lower
+        self.compiles, self.compile_s, self.run_s = 0, 0.0, 0.0
+
+    def __call__(self, gm: Any, examples: Any) -> Callable[..., Any]:
+        start = time.perf_counter()
+        compiled = self.lower(gm, examples)
+        self.compiles += 1
+        self.compile_s += time.perf_counter() - start
+
+        def run(*args: Any) -> Any:
+            start = time.perf_counter()
+            result = compiled(*args)
+            self.run_s += time.perf_counter() - start
+            return result
+
+        return run
+
+
+def _inductor(gm: Any, examples: Any) -> Any:
+    return torch._dynamo.lookup_backend("inductor")(gm, examples)
+
+
+def _inductor_in_lorc(gm: Any, examples: Any) -> Any:
+    from lorc_fx.compat import compile_with_inductor
+
+    return compile_with_inductor(gm, examples, None)
+
+
+class Handle:
+    """One variant of a model: a module of its own over shared weights, compiled apart from the others."""
+
+    def __init__(self, variant: Variant, model: Any) -> None:
+        self.variant, self.model = variant, model
+        self.inner = Timed(_inductor if variant.ratio is None else _inductor_in_lorc)
+        apart: dict[str, Any] = {"isolate_recompiles": True, "recompile_limit": 64}
+        if variant.ratio is None:
+            model.compile(backend=self.inner, **apart)
+        else:
+            model.compile(backend="lorc", options={"ratio": variant.ratio, "inner": self.inner}, **apart)
+        self.keyword = cache_keyword(model)
+
+    def cache(self, capacity: int) -> Any:
+        """A fresh cache; a static one has room for ``capacity`` tokens."""
+        from transformers import DynamicCache, StaticCache
+
+        if self.variant.static:
+            return StaticCache(config=self.model.config, max_cache_len=capacity)
+        return DynamicCache(config=self.model.config)
+
+    @torch.no_grad()
+    def call(self, ids: torch.Tensor, cache: Any) -> tuple[float, float]:
+        """Feed ``ids`` [1, S]; seconds of the call, and those spent inside inductor's callables."""
+        inside = self.inner.run_s
+        start = time.perf_counter()
+        self.model(input_ids=ids, use_cache=True, logits_to_keep=1, **{self.keyword: cache})
+        return time.perf_counter() - start, self.inner.run_s - inside
+
+
+def measure_decode(handles: Sequence[Handle], tokens: int, repeats: int) -> list[dict[str, Any]]:
+    """One step on a cache of ``tokens``, which the same handle filled in chunks. Each step appends a token."""
+    ids, token = models.random_ids(tokens), models.random_ids(1)
+    caches = []
+    for handle in handles:
+        cache = handle.cache(tokens + WARMUP + repeats)
+        for start in range(0, tokens, cases.CHUNK):
+            handle.call(ids[:, start : start + cases.CHUNK], cache)
+        for _ in range(WARMUP):
+            handle.call(token, cache)
+        caches.append(cache)
+    sizes = [{"held_bytes": cache_bytes(cache), "used_bytes": cache_used_bytes(cache)} for cache in caches]
+    times = _interleaved([lambda h=h, c=c: h.call(token, c) for h, c in zip(handles, caches, strict=True)], repeats)
+    return [_row(handle, times[i]) | sizes[i] for i, handle in enumerate(handles)]
+
+
+def measure_prefill(handles: Sequence[Handle], tokens: int, repeats: int) -> list[dict[str, Any]]:
+    """``tokens`` in one piece into a fresh cache."""
+    ids = models.random_ids(tokens)
+    runs = [lambda h=h: h.call(ids, h.cache(tokens)) for h in handles]
+    for run in runs:
+        run()
+    times = _interleaved(runs, repeats)
+    return [_row(handle, times[i]) for i, handle in enumerate(handles)]
+
+
+def _interleaved(runs: Sequence[Callable[[], tuple[float, float]]], repeats: int) -> list[list[tuple[float, float]]]:
+    """Each run once per repeat, beginning with another one each time."""
+    times: list[list[tuple[float, float]]] = [[] for _ in runs]
+    for repeat in range(repeats):
+        for k in range(len(runs)):
+            i = (k + repeat) % len(runs)
+            times[i].append(runs[i]())
+    return times
+
+
+def _row(handle: Handle, times: Sequence[tuple[float, float]]) -> dict[str, Any]:
+    seconds, inside = [t for t, _ in times], [t for _, t in times]
+    return {
+        "variant": handle.variant.name,
+        "seconds": seconds,
+        "inner_seconds": inside,
+        "median_s": statistics.median(seconds),
+        "overhead_s": statistics.median(total - inner for total, inner in times),
+    }
+
+
+def measure_compile(variant: Variant, model: Any) -> dict[str, Any]:
+    """Cold compiles of prefill and decode, every compile cache off, weights of its own so that no factor is reused.
+
+    ``seconds`` is what the first prompt took more than the same prompt warm; ``inner_compiles`` and ``backend_calls``
+    are cumulative, after each prompt of ``cases.PROMPTS``.
+    """
+    from torch._inductor import config
+
+    handle = Handle(variant, copy.deepcopy(model))
+    before = _passes_reset()
+    calls, compiles, first = [], [], 0.0
+    with config.patch(force_disable_caches=True):
+        for i, tokens in enumerate(cases.PROMPTS):
+            seconds = _prompt(handle, tokens)
+            if i == 0:
+                first, inner_s, passes = seconds, handle.inner.compile_s, _passes()
+            compiles.append(handle.inner.compiles)
+            calls.append(_backend_calls() if variant.ratio is not None and before else handle.inner.compiles)
+    warm = statistics.median(_prompt(handle, cases.PROMPTS[0]) for _ in range(3))
+    return {
+        "variant": variant.name,
+        "seconds": first - warm,
+        "inner_s": inner_s,
+        "passes": passes if variant.ratio is not None else {},
+        "backend_calls": calls,
+        "inner_compiles": compiles,
+    }
+
+
+def _prompt(handle: Handle, tokens: int) -> float:
+    ids, token = models.random_ids(tokens), models.random_ids(1)
+    cache = handle.cache(tokens + cases.STEPS)
+    return handle.call(ids, cache)[0] + sum(handle.call(token, cache)[0] for _ in range(cases.STEPS))
+
+
+def _passes_reset() -> bool:
+    """Whether the backend keeps timings; they start from zero now."""
+    from lorc_fx import backend
+
+    if not hasattr(backend, "reset_timings"):
+        return False
+    backend.reset_timings()
+    return True
+
+
+def _passes() -> dict[str, float]:
+    """Seconds of each pass since ``_passes_reset``."""
+    from lorc_fx import backend
+
+    return backend.timings() if hasattr(backend, "timings") else {}
+
+
+def _backend_calls() -> int:
+    from lorc_fx import backend
+
+    return backend.counts()["backend_calls"]
+
+
+def machine() -> dict[str, Any]:
+    """Where and with what the numbers were made."""
+    import transformers
+
+    cpu = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line)
+        if Path("/proc/cpuinfo").exists()
+        else iter(()),
+        platform.processor(),
+    )
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load": os.getloadavg()[0],
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def measure(name: str, chosen: Sequence[Case], repeats: dict[str, int], dtype: torch.dtype) -> list[dict[str, Any]]:
+    """All rows of one model."""
+    model = models.build(name, dtype)
+    rows: list[dict[str, Any]] = []
+    _say(f"{name}: compile")
+    _prompt(Handle(cases.BASE, copy.deepcopy(model)), 16)  # starts inductor's workers, builds its headers
+    for repeat in range(repeats["compile"]):
+        for variant in cases.COMPILED[:: 1 if repeat % 2 == 0 else -1]:
+            rows.append({"model": name, "kind": "compile"} | measure_compile(variant, model))
+            _say(f"  {variant.name} {rows[-1]['seconds']:.1f} s, inner compiles {rows[-1]['inner_compiles']}")
+    handles = [Handle(variant, models.twin(model)) for variant in cases.VARIANTS]
+    for case in chosen:
+        _say(f"{name}: {case.kind} {case.tokens}")
+        function = measure_decode if case.kind == "decode" else measure_prefill
+        for row in function(handles, case.tokens, repeats[case.kind]):
+            rows.append({"model": name, "kind": case.kind, "tokens": case.tokens} | row)
+            _say(
+                f"  {row['variant']} {1e3 * row['median_s']:.2f} ms, outside the graph {1e6 * row['overhead_s']:.0f} us"
+            )
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Times of backend='lorc' as ratios to backend='inductor'.")
+    parser.add_argument("--quick", action="store_true", help="fewer cases and repeats")
+    parser.add_argument("--models", nargs="+", default=list(models.CONFIGS), choices=list(models.CONFIGS))
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--out", type=Path, default=RESULTS / "cpu.json")
+    args = parser.parse_args(argv)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    chosen = cases.QUICK if args.quick else cases.CASES
+    repeats = cases.QUICK_REPEATS if args.quick else cases.REPEATS
+    result: dict[str, Any] = {"machine": machine(), "dtype": args.dtype, "quick": args.quick, "rows": []}
+    for name in args.models:
+        torch.compiler.reset()
+        result["rows"] += measure(name, chosen, repeats, getattr(torch, args.dtype))
+        write_json(args.out, result)
+    _say(f"written to {args.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""The README's tables, in markdown, from the JSON that bench.run and bench.memory wrote.
+
+python -m bench.table [bench/results/cpu.json] [bench/results/memory.json]
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bench import cases
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table whose first column is left-aligned and all others right-aligned."""
+    lines = ["| " + " | ".join(header) + " |", "|" + "|".join([" --- "] + [" ---: "] * (len(header) - 1)) + "|"]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def times(result: dict[str, Any]) -> str:
+    """Decode and prefill: milliseconds of inductor, every other variant as a ratio to it."""
+    others = [variant.name for variant in cases.VARIANTS if variant != cases.BASE]
+    keyed: dict[tuple[str, str, int], dict[str, dict[str, Any]]] = {}
+    for row in result["rows"]:
+        if row["kind"] != "compile":
+            keyed.setdefault((row["model"], row["kind"], row["tokens"]), {})[row["variant"]] = row
+    lines = []
+    for (model, kind, tokens), found in keyed.items():
+        base = found[cases.BASE.name]["median_s"]
+        ratios = [f"{found[name]['median_s'] / base:.2f}" if name in found else "–" for name in others]
+        lorc = [found[v.name] for v in cases.VARIANTS if v.ratio is not None and v.name in found]
+        extra = max((row["overhead_s"] - found[cases.BASE.name]["overhead_s"] for row in lorc), default=0.0)
+        lines.append([f"{model}, {kind} {tokens}", f"{1e3 * base:.1f} ms", *ratios, f"{100 * extra / base:+.1f} %"])
+    return markdown(["case", cases.BASE.name, *others, "guards and wrapping, added"], lines)
+
+
+def compiles(result: dict[str, Any]) -> str:
+    """Cold compile times, where they go, and how many compiles three prompts take."""
+    keyed: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in result["rows"]:
+        if row["kind"] == "compile":
+            keyed.setdefault((row["model"], row["variant"]), []).append(row)
+    lines = []
+    for (model, variant), rows in keyed.items():
+        base = keyed[model, cases.BASE.name]
+        seconds, inner = _median(rows, "seconds"), _median(rows, "inner_s")
+        passes = [sum(s for k, s in row["passes"].items() if k not in ("inner_s", "factorise_s")) for row in rows]
+        factors = [row["passes"].get("factorise_s", 0.0) for row in rows]
+        share = statistics.median(passes) / _median(base, "inner_s")
+        counted = [" / ".join(map(str, rows[-1][key])) for key in ("backend_calls", "inner_compiles")]
+        own = [f"{100 * share:.1f} %", f"{statistics.median(factors):.2f} s"] if rows[0]["passes"] else ["–", "–"]
+        name = f"{model}, {variant}"
+        lines.append(
+            [name, f"{seconds:.1f} s", f"{seconds / _median(base, 'seconds'):.2f}", f"{inner:.1f} s", *own, *counted]
+        )
+    header = ["prefill and decode, cold", "compile", "ratio", "in inductor", "passes / dense inductor", "factorising"]
+    return markdown([*header, "backend calls", "inner compiles"], lines)
+
+
+def _median(rows: Sequence[dict[str, Any]], key: str) -> float:
+    return statistics.median(row[key] for row in rows)
+
+
+def memory(result: dict[str, Any]) -> str:
+    """Peak of a long prefill."""
+    base = result["rows"][0]
+    lines = [
+        [
+            f"{row['variant']}, {result['tokens']} tokens",
+            f"{row['peak_bytes'] / 2**20:,.0f} MiB",
+            f"{row['peak_bytes'] / base['peak_bytes']:.3f}",
+            f"{row['prefill_peak_bytes'] / 2**20:,.0f} MiB",
+            f"{row['held_bytes'] / 2**20:,.0f} MiB",
+        ]
+        for row in result["rows"]
+    ]
+    return markdown(["peak of a prefill", "resident", "ratio", "above the loaded model", "cache held"], lines)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    paths = [Path(arg) for arg in (sys.argv[1:] if argv is None else argv)]
+    for path in paths or [RESULTS / "cpu.json", RESULTS / "memory.json"]:
+        if not path.exists() and not paths:
+            continue
+        result = json.loads(path.read_text())
+        where = result["machine"]
+        print(f"<!-- {path.name}: {where['cpu']}, {where['threads']} threads, torch {where['torch']}, ")
+        print(f"     transformers {where['transformers']}, {result['dtype']}, {where['date']} -->\n")
+        tables = [memory] if "tokens" in result else [times, compiles]
+        print("\n\n".join(table(result) for table in tables), end="\n\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,19 @@
+"""Every test starts from a clean Dynamo and a fixed seed."""
+
+import os
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def clean():
+    """Forget compiled graphs before and after, and reseed."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    yield
+    torch._dynamo.reset()
