@@ -1,17 +1,308 @@
-"""Faster readers than decoding to memory: absorb the decode matrix into the query or out of the values."""
+"""Faster readers than decoding to memory, where the algebra allows them.
+
+With K_hat = c S_k + mu_k and V_hat = c S_v + mu_v (no rotation or norm after the projection):
+
+    q K_hat^T = (q S_k^T) c^T + q mu_k          absorb K: the query moves into latent space
+    A V_hat   = (A c) S_v + (sum_t A) mu_v      absorb V: up-project once per query, not per token
+
+Both replace a product with a cached value, whatever stands between (masks, soft caps, sinks), so eager attention
+needs no pattern; SDPA is first taken apart into its two products. Which is used where is decided by ``cost``.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from torch.fx import Node
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from lorc_fx.codec import Codec
+from lorc_fx.decoder import Decoder
+
+from .caches import Group
+from .cost import absorbs
+from .epilogue import _emit
+from .facts import Facts, NoSite, static_size
+from .rules import Axes, Mixes, _arg, rule_of, shape
+
+if TYPE_CHECKING:
+    from .rewrite import Rewriter
+    from .sites import Matched
+
+aten = torch.ops.aten
 
 
-class Absorption:
-    def emit(self, rewriter: Any, node: Node) -> Node:
-        raise AssertionError
+@dataclass(frozen=True)
+class Latent:
+    """A cached operand that can be read as latents: ``heads`` groups of ``head_dim`` columns of S, each shared by
+    ``repeat`` consecutive heads of the operand; ``columns`` is None where they are simply in order."""
+
+    cell: Node
+    group: Group
+    heads: int
+    head_dim: int
+    repeat: int
+    columns: tuple[int, ...] | None
 
 
-def absorb(matched: Any, codecs: Mapping[Any, Any]) -> dict[Node, Absorption]:
-    return {}
+def selection(decoder: Decoder) -> torch.Tensor | None:
+    """Which column of y each element of the dense value is, in the decoder's layout with B = T = 1; None where the
+    epilogue does more than move columns. Found by running it on numbered columns, twice."""
+    if decoder.needs_positions:
+        return None
+    return _moved(decoder.module, decoder.width, lambda y: decoder.module(y, None))
+
+
+def _moved(module: GraphModule, width: int, run: Any) -> torch.Tensor | None:
+    if any(node.op == "get_attr" for node in module.graph.nodes):
+        return None
+    base = torch.arange(1, width + 1, dtype=torch.float64)
+    try:
+        first, second = run(base.view(1, 1, -1)), run(3 * base.flip(0).view(1, 1, -1) + 0.5)
+    except (RuntimeError, TypeError):  # the epilogue has constants: it is no mere selection
+        return None
+    index = first.round().long() - 1
+    inside = bool(((index >= 0) & (index < width)).all())
+    same = inside and torch.equal(first, base[index]) and torch.equal(second, (3 * base.flip(0) + 0.5)[index])
+    return index if same else None
+
+
+def _latent(matched: Matched, codecs: Mapping[Group, Codec], facts: Facts, operand: Node, axes: Axes) -> Latent | None:
+    """The operand of a product as a latent: follow layout ops back to a cell, then number the columns forward."""
+    node, at = operand, axes
+    while matched.caches.group(node) not in matched.coded:
+        rule = rule_of(node)
+        if rule is None or rule.role != "layout":
+            return None
+        try:
+            sources = [(s, a) for s, a in rule.back(node, at) if a.token is not None]
+        except Mixes:
+            return None
+        if len(sources) != 1:
+            return None
+        node, at = sources[0]
+    group = matched.caches.group(node)
+    assert group is not None
+    codec = codecs[group]
+    decoder = codec.decoder
+    if codec.decode is None or (at.batch, at.token) != (decoder.batch_dim, decoder.token_dim):
+        return None
+    index = selection(decoder)
+    if index is None:
+        return None
+    columns = _through(facts, operand, axes, node, at, index)
+    if columns is None:
+        return None
+    rows = columns.movedim((axes.batch, axes.token), (0, 1))[0, 0]  # type: ignore[arg-type]
+    if rows.dim() != 2:
+        return None
+    return _grouped(node, group, rows)
+
+
+def _through(facts: Facts, operand: Node, axes: Axes, cell: Node, at: Axes, index: torch.Tensor) -> Any:
+    """Run the layout ops between cell and operand on the column numbers, with B = T = 1."""
+    graph = Graph()
+    start = graph.placeholder("index")
+    try:
+        region = facts.region(operand, axes, {cell: at}, lambda n, a: False)
+        graph.output(_emit(graph, region, {cell: start}, 1, 1) if region.nodes else start)
+        return GraphModule(torch.nn.Module(), graph)(index)
+    except (NoSite, RuntimeError):
+        return None
+
+
+def _grouped(cell: Node, group: Group, rows: torch.Tensor) -> Latent | None:
+    """[heads of the operand, D] column numbers -> consecutive repeats of the cached heads."""
+    heads = [rows[0]]
+    for row in rows[1:]:
+        if not torch.equal(row, heads[-1]):
+            heads.append(row)
+    repeat = len(rows) // len(heads)
+    base = torch.stack(heads)
+    if not torch.equal(base.repeat_interleave(repeat, 0), rows):
+        return None
+    plain = torch.equal(base.flatten(), torch.arange(base.numel()))
+    return Latent(cell, group, len(heads), rows.shape[1], repeat, None if plain else tuple(base.flatten().tolist()))
+
+
+# -- emission ----------------------------------------------------------------------------------------------------------
+
+
+def _matrix(r: Rewriter, latent: Latent) -> Node:
+    """S as [heads, r, D]."""
+    decode = r.codec_input(latent.group, "decode")
+    assert decode is not None
+    rank = r.templates[latent.group].rank
+    columns = _columns(r, latent, decode, 1)
+    return r.call(aten.transpose.int, r.call(aten.reshape.default, columns, [rank, latent.heads, latent.head_dim]), 0, 1)
+
+
+def _columns(r: Rewriter, latent: Latent, source: Node, dim: int) -> Node:
+    if latent.columns is None:
+        return source
+    order = r.constant(torch.tensor(latent.columns))
+    return r.call(aten.index_select.default, source, dim, order)
+
+
+def _mean(r: Rewriter, latent: Latent, per_head: int) -> Node | None:
+    """mu as [heads * per_head, 1, D] for the operand's heads, or None."""
+    mean = r.codec_input(latent.group, "mean")
+    if mean is None:
+        return None
+    rows = r.call(aten.reshape.default, _columns(r, latent, mean, 0), [latent.heads, 1, latent.head_dim])
+    return r.call(aten.repeat_interleave.self_int, rows, per_head, 0) if per_head > 1 else rows
+
+
+def query_latent(r: Rewriter, query: Node, latent: Latent, sizes: tuple[Any, int, int], shift: bool) -> Node:
+    """q [B, H, S, D] -> q K_hat^T [B, H, S, T], with the q mu term where ``shift``."""
+    batch, heads, queries = sizes
+    each = heads // latent.heads
+    rank = r.templates[latent.group].rank
+    grouped = r.call(aten.reshape.default, query, [batch, latent.heads, each * queries, latent.head_dim])
+    matrix = r.call(aten.transpose.int, _matrix(r, latent), 1, 2)
+    moved = r.call(aten.matmul.default, grouped, matrix)
+    moved = r.call(aten.reshape.default, moved, [batch, heads * queries, rank])
+    codes = r.call(aten.permute.default, r.cells[latent.cell].codes, [1, 2, 0])
+    scores = r.call(aten.matmul.default, moved, codes)
+    scores = r.call(aten.reshape.default, scores, [batch, heads, queries, -1])
+    mean = _mean(r, latent, each) if shift else None
+    if mean is None:
+        return scores
+    constant = r.call(aten.matmul.default, query, r.call(aten.transpose.int, mean, 1, 2))
+    return r.call(aten.add.Tensor, scores, constant)
+
+
+def weights_latent(r: Rewriter, weights: Node, latent: Latent, sizes: tuple[Any, int, int], partial: bool) -> Node:
+    """A [B, H, S, T] -> A V_hat [B, H, S, D]; ``partial`` where the weights of a query may not sum to one."""
+    batch, heads, queries = sizes
+    each = heads // latent.heads
+    rank = r.templates[latent.group].rank
+    flat = r.call(aten.reshape.default, weights, [batch, heads * queries, -1])
+    codes = r.call(aten.transpose.int, r.cells[latent.cell].codes, 0, 1)
+    summed = r.call(aten.matmul.default, flat, codes)
+    grouped = r.call(aten.reshape.default, summed, [batch, latent.heads, each * queries, rank])
+    values = r.call(aten.matmul.default, grouped, _matrix(r, latent))
+    values = r.call(aten.reshape.default, values, [batch, heads, queries, latent.head_dim])
+    mean = _mean(r, latent, each)
+    if mean is None:
+        return values
+    if partial:
+        mean = r.call(aten.mul.Tensor, r.call(aten.sum.dim_IntList, weights, [-1], True), mean)
+    return r.call(aten.add.Tensor, values, mean)
+
+
+@dataclass(frozen=True)
+class Product:
+    """A product of eager attention with an absorbed operand: scores (``key``) or values."""
+
+    latent: Latent
+    kind: str
+    sizes: tuple[Any, int, int]
+
+    def emit(self, r: Rewriter, node: Node) -> Node:
+        left = r.env_value(node.args[0])  # type: ignore[arg-type]
+        sizes = (r.size(node, 0), *self.sizes[1:])
+        if self.kind == "key":
+            return query_latent(r, left, self.latent, sizes, shift=True)
+        return weights_latent(r, left, self.latent, sizes, partial=True)
+
+
+@dataclass(frozen=True)
+class Attention:
+    """SDPA taken apart, with one or both cached operands absorbed (None: decoded)."""
+
+    key: Latent | None
+    value: Latent | None
+    sizes: tuple[Any, int, int]
+
+    def emit(self, r: Rewriter, node: Node) -> Node:
+        query, key, value = (a for a in node.args[:3])
+        sizes = (r.size(node, 0), *self.sizes[1:])
+        batch, heads, queries = sizes
+        q = r.env_value(query)  # type: ignore[arg-type]
+        if self.key is not None:
+            scores = query_latent(r, q, self.key, sizes, shift=False)  # q mu is the same for all tokens: softmax drops it
+        else:
+            cached, dim = int(shape(key)[1]), int(shape(key)[3])  # type: ignore[arg-type]
+            q = r.call(aten.reshape.default, q, [batch, cached, heads // cached * queries, dim])
+            scores = r.call(aten.matmul.default, q, r.call(aten.transpose.int, r.env_value(key), 2, 3))  # type: ignore[arg-type]
+            scores = r.call(aten.reshape.default, scores, [batch, heads, queries, -1])
+        scale = node.kwargs.get("scale")
+        scale = 1 / math.sqrt(int(shape(query)[3])) if scale is None else scale  # type: ignore[arg-type]
+        scores = r.call(aten.mul.Tensor, r.call(aten.to.dtype, scores, torch.float32), scale)
+        mask = _arg(node, 3, "attn_mask")
+        if mask is not None:
+            kept = r.env_value(mask)
+            if mask.meta["val"].dtype == torch.bool:
+                kept = r.call(aten.masked_fill.Scalar, scores, r.call(aten.logical_not.default, kept), -math.inf)
+                scores = kept
+            else:
+                scores = r.call(aten.add.Tensor, scores, kept)
+        weights = r.call(aten._safe_softmax.default, scores, -1)
+        weights = r.call(aten.to.dtype, weights, node.meta["val"].dtype)
+        if self.value is not None:
+            return weights_latent(r, weights, self.value, sizes, partial=mask is not None)
+        cached, dim = int(shape(value)[1]), int(shape(value)[3])  # type: ignore[arg-type]
+        grouped = r.call(aten.reshape.default, weights, [batch, cached, heads // cached * queries, -1])
+        out = r.call(aten.matmul.default, grouped, r.env_value(value))  # type: ignore[arg-type]
+        return r.call(aten.reshape.default, out, [batch, heads, queries, dim])
+
+
+Absorption = Product | Attention
+
+
+def absorb(gm: GraphModule, matched: Matched, codecs: Mapping[Group, Codec]) -> dict[Node, Absorption]:
+    """The products to emit over latents, by node of the canonical graph."""
+    facts = Facts(gm.graph.nodes)
+    found: dict[Node, Absorption] = {}
+    for node in gm.graph.nodes:
+        if node.target is aten.scaled_dot_product_attention.default:
+            made = _attention(node, matched, codecs, facts)
+        elif node.target is aten.matmul.default and len(shape(node)) == 4:
+            made = _product(node, matched, codecs, facts)
+        else:
+            continue
+        if made is not None:
+            found[node] = made
+    return found
+
+
+def _sizes(node: Node) -> tuple[Any, int, int] | None:
+    """(batch, heads, queries) of [B, H, S, X] where heads and queries are static."""
+    batch, heads, queries = node.meta["val"].shape[:3]
+    static = static_size(heads), static_size(queries)
+    return None if None in static else (batch, *static)  # type: ignore[return-value]
+
+
+def _worth(latent: Latent | None, sizes: tuple[Any, int, int], codecs: Mapping[Group, Codec]) -> Latent | None:
+    if latent is None or sizes[1] % latent.heads:
+        return None
+    codec = codecs[latent.group]
+    return latent if absorbs(sizes[2], sizes[1], latent.head_dim, codec.width, codec.rank) else None
+
+
+def _attention(node: Node, matched: Matched, codecs: Mapping[Group, Codec], facts: Facts) -> Attention | None:
+    sizes = _sizes(node)
+    dropout, causal = _arg(node, 4, "dropout_p", 0.0), _arg(node, 5, "is_causal", False)
+    if sizes is None or len(shape(node)) != 4 or dropout or causal:
+        return None
+    key, value = (
+        _worth(_latent(matched, codecs, facts, operand, Axes(0, 2)), sizes, codecs)  # type: ignore[arg-type]
+        for operand in node.args[1:3]
+    )
+    return None if key is None and value is None else Attention(key, value, sizes)
+
+
+def _product(node: Node, matched: Matched, codecs: Mapping[Group, Codec], facts: Facts) -> Product | None:
+    sizes = _sizes(node)
+    right = node.args[1]
+    if sizes is None or len(shape(right)) != 4:  # type: ignore[arg-type]
+        return None
+    for kind, axes in (("value", Axes(0, 2)), ("key", Axes(0, 3))):
+        latent = _worth(_latent(matched, codecs, facts, right, axes), sizes, codecs)  # type: ignore[arg-type]
+        if latent is not None:
+            return Product(latent, kind, sizes)
+    return None

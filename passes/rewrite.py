@@ -27,7 +27,7 @@ from lorc_fx.compat import size_expr
 from lorc_fx.errors import GraphInvariant
 
 from .caches import Group
-from .lower import Absorption, absorb
+from .lower import Absorption, Product, absorb
 from .rules import _arg, shape, tensors
 from .sites import Matched, Site
 
@@ -112,8 +112,8 @@ class Rewriter:
         self.arguments = [n for n in gm.graph.nodes if n.op == "placeholder"]
         self.last: Node | None = None
         self.unread: list[tuple[Node, Group, _Cell]] = []
-        self.absorptions: dict[Node, Absorption] = absorb(matched, codecs)
         self._owners()
+        self.absorptions: dict[Node, Absorption] = absorb(gm, matched, self.templates)
 
     def _owners(self) -> None:
         """Who names the codec of each coded group: the LatentKV that comes in (decoding must fit its codes), else
@@ -155,6 +155,12 @@ class Rewriter:
     def _coded(self, node: Node) -> Group | None:
         group = self.matched.caches.group(node)
         return group if group in self.matched.coded else None
+
+    def constant(self, value: torch.Tensor) -> Node:
+        """A small constant tensor of the new graph."""
+        name = f"_lorc_constant{len(list(self.old.named_buffers()))}_{id(value)}"
+        self.old.register_buffer(name, value, persistent=False)
+        return self.graph.get_attr(name)
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
         return self.graph.call_function(target, args, kwargs)
@@ -377,7 +383,12 @@ class Rewriter:
         return Output("born", at, None if positions is None else at + 1, self.owners[group])
 
     def _lowerings(self) -> dict[str, str]:
-        return {}
+        """How each site is read in this graph."""
+        taken = {}
+        for absorption in self.absorptions.values():
+            parts = [absorption.latent] if isinstance(absorption, Product) else [absorption.key, absorption.value]
+            taken.update({part.group: "absorbed" for part in parts if part is not None})
+        return {s.name: taken.get(s.group.find(), "decoded") for s in self.matched.sites}
 
     def _pruned(self, made: Rewritten) -> Rewritten:
         """Drop inputs that nothing reads (replaced weights), so that the compiled graph does not ask for them."""

@@ -74,7 +74,7 @@ class Family:
     def build(self, dtype: torch.dtype = torch.float32, attn: str = "sdpa", seed: int = 0) -> Any:
         """A model in eval mode; its weights depend on the family and ``seed`` only (rounded to ``dtype``)."""
         base = _BASE.get(self.cls, _LLAMA_LIKE)
-        shared = dict(vocab_size=VOCAB, eos_token_id=None, bos_token_id=1, pad_token_id=0)
+        shared = {"vocab_size": VOCAB, "eos_token_id": None, "bos_token_id": 1, "pad_token_id": 0}
         config = getattr(transformers, self.cls + "Config")(**{**shared, **base, **self.config})
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, attn_implementation=attn).eval()
@@ -87,7 +87,8 @@ class Family:
     def projections(self, model: Any) -> list[Projection]:
         found = []
         for i, layer in enumerate(model.get_submodule(self.layers)):
-            for kind, (module, features) in zip(("key", "value"), self.layout(getattr(layer, self.attention)), strict=True):
+            both = self.layout(getattr(layer, self.attention))
+            for kind, (module, features) in zip(("key", "value"), both, strict=True):
                 found.append(Projection(i, kind, module, features))
         return found
 
@@ -111,15 +112,14 @@ def randomise(model: torch.nn.Module, seed: int) -> None:
 def make_low_rank(family: Family, model: Any, fraction: float) -> int:
     """Give every key and value projection the exact rank ``fraction * width`` (in any dtype), and return the largest.
 
-    Each row is a row of the first ``rank`` times +-1 or +-0.5, so rounding the model to 16 bits keeps the rank. Query
-    rows and biases stay.
+    Each row is a row of the first ``rank`` times +-1, so this holds in 16 bits too. Query rows and biases stay.
     """
     most = 0
     for p in family.projections(model):
         weight, n = p.weight, len(p.features)
         rank = max(int(fraction * n), 1)
         generator = torch.Generator().manual_seed(n + p.layer)
-        scale = torch.tensor([1.0, -1.0, 0.5, -0.5])[torch.randint(0, 4, (n,), generator=generator)].to(weight.dtype)
+        scale = (torch.randint(0, 2, (n,), generator=generator) * 2 - 1).to(weight.dtype)
         scale[:rank] = 1
         source = torch.randperm(n, generator=generator) % rank
         source[:rank] = torch.arange(rank)
@@ -162,44 +162,44 @@ def per_group(attention: Any) -> Any:
     return tuple((fused, rows[:, i].reshape(-1)) for i in (-2, -1))
 
 
-_LLAMA_LIKE: dict[str, Any] = dict(
-    hidden_size=HIDDEN, intermediate_size=96, num_hidden_layers=2, num_attention_heads=HEADS, num_key_value_heads=2,
-    head_dim=HEAD, max_position_embeddings=256, tie_word_embeddings=False,
-)  # fmt: skip
-_SMALL: dict[str, Any] = dict(hidden_size=HIDDEN, num_hidden_layers=2, num_attention_heads=HEADS)
+_LLAMA_LIKE: dict[str, Any] = {
+    "hidden_size": HIDDEN, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": HEADS, "num_key_value_heads": 2,
+    "head_dim": HEAD, "max_position_embeddings": 256, "tie_word_embeddings": False,
+}  # fmt: skip
+_SMALL: dict[str, Any] = {"hidden_size": HIDDEN, "num_hidden_layers": 2, "num_attention_heads": HEADS}
 _BASE: dict[str, dict[str, Any]] = {
-    "GPT2": dict(n_embd=HIDDEN, n_head=HEADS, n_layer=2, n_inner=96, n_positions=256),
-    "GPTNeoX": _SMALL | dict(intermediate_size=96, max_position_embeddings=256, rotary_pct=0.25),
-    "OPT": _SMALL | dict(ffn_dim=96, max_position_embeddings=256, word_embed_proj_dim=HIDDEN),
-    "Bloom": dict(hidden_size=HIDDEN, n_layer=2, n_head=HEADS),
-    "Falcon": _SMALL | dict(bias=True, max_position_embeddings=256),
+    "GPT2": {"n_embd": HIDDEN, "n_head": HEADS, "n_layer": 2, "n_inner": 96, "n_positions": 256},
+    "GPTNeoX": _SMALL | {"intermediate_size": 96, "max_position_embeddings": 256, "rotary_pct": 0.25},
+    "OPT": _SMALL | {"ffn_dim": 96, "max_position_embeddings": 256, "word_embed_proj_dim": HIDDEN},
+    "Bloom": {"hidden_size": HIDDEN, "n_layer": 2, "n_head": HEADS},
+    "Falcon": _SMALL | {"bias": True, "max_position_embeddings": 256},
 }
-_GEMMA = dict(num_hidden_layers=3, sliding_window=WINDOW, query_pre_attn_scalar=24)
+_GEMMA = {"num_hidden_layers": 3, "sliding_window": WINDOW, "query_pre_attn_scalar": 24}
 _ALTERNATING = ["sliding_attention", "full_attention", "sliding_attention"]
-_NEOX = dict(layers="gpt_neox.layers", attention="attention")
-_FALCON = dict(layers="transformer.h", attention="self_attention")
+_NEOX = {"layers": "gpt_neox.layers", "attention": "attention"}
+_FALCON = {"layers": "transformer.h", "attention": "self_attention"}
 
 FAMILIES: dict[str, Family] = {
     f.name: f
     for f in (
-        Family("llama-mha", "Llama", separate, dict(num_key_value_heads=4)),
+        Family("llama-mha", "Llama", separate, {"num_key_value_heads": 4}),
         Family("llama-gqa", "Llama", separate),
-        Family("llama-mqa", "Llama", separate, dict(num_key_value_heads=1)),
-        Family("llama-bias", "Llama", separate, dict(attention_bias=True)),
-        Family("llama-tied", "Llama", separate, dict(tie_word_embeddings=True)),
-        Family("mistral-window", "Mistral", separate, dict(sliding_window=WINDOW), sliding=True),
-        Family("mistral-full", "Mistral", separate, dict(sliding_window=None)),
+        Family("llama-mqa", "Llama", separate, {"num_key_value_heads": 1}),
+        Family("llama-bias", "Llama", separate, {"attention_bias": True}),
+        Family("llama-tied", "Llama", separate, {"tie_word_embeddings": True}),
+        Family("mistral-window", "Mistral", separate, {"sliding_window": WINDOW}, sliding=True),
+        Family("mistral-full", "Mistral", separate, {"sliding_window": None}),
         Family("qwen2", "Qwen2", separate),
         Family("qwen3", "Qwen3", separate),
-        Family("gemma2", "Gemma2", separate, _GEMMA | dict(layer_types=_ALTERNATING), sliding=True, sdpa=False),
-        Family("gemma3", "Gemma3Text", separate, _GEMMA | dict(layer_types=_ALTERNATING), sliding=True),
+        Family("gemma2", "Gemma2", separate, _GEMMA | {"layer_types": _ALTERNATING}, sliding=True, sdpa=False),
+        Family("gemma3", "Gemma3Text", separate, _GEMMA | {"layer_types": _ALTERNATING}, sliding=True),
         Family("phi3", "Phi3", stacked),
         Family("gpt-neox", "GPTNeoX", per_head, **_NEOX),
         Family("gpt2", "GPT2", conv1d_thirds, layers="transformer.h", attention="attn"),
         Family("opt", "OPT", separate, layers="model.decoder.layers"),
         Family("bloom", "Bloom", per_head, **_FALCON, sdpa=False),
-        Family("falcon-gqa", "Falcon", per_group, dict(new_decoder_architecture=True, num_kv_heads=2), **_FALCON),
-        Family("falcon-mqa", "Falcon", per_group, dict(multi_query=True), **_FALCON),
-        Family("falcon-alibi", "Falcon", per_head, dict(multi_query=False, alibi=True), **_FALCON, static=False),
+        Family("falcon-gqa", "Falcon", per_group, {"new_decoder_architecture": True, "num_kv_heads": 2}, **_FALCON),
+        Family("falcon-mqa", "Falcon", per_group, {"multi_query": True}, **_FALCON),
+        Family("falcon-alibi", "Falcon", per_head, {"multi_query": False, "alibi": True}, **_FALCON, static=False),
     )
 }

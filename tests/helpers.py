@@ -121,12 +121,12 @@ def loop(
     cuts = [slice(0, CHUNK), slice(CHUNK, ids.shape[1])] if chunks > 1 else [slice(0, ids.shape[1])]
     torch.manual_seed(7)
     logits: list[torch.Tensor] = []
-    for step in range(new):
+    for _ in range(new):
         for cut in cuts:
             inputs = {"attention_mask": mask[:, : cut.stop], cache_name(model): cache, "use_cache": True}
             if "position_ids" in named:
                 inputs["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0)[:, cut]
-            out = (call or model)(ids[:, cut], **inputs)
+            out = (model if call is None else call)(ids[:, cut], **inputs)
         logits.append(out.logits[:, -1])
         if forced is not None:
             token = forced[:, ids.shape[1]]

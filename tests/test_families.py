@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-
 from families import FAMILIES, make_low_rank
+
 from helpers import Run, assert_close, assert_tokens, compiled, generate, latents, loop, new_cache, options, prompt
 
 NEW, LENGTH = 8, 32

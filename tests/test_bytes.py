@@ -1,0 +1,129 @@
+"""Bytes: what a cache uses never exceeds its budget, and what it holds exceeds that by spare capacity only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES
+from helpers import cache_name, compiled, latents, new_cache, prompt
+
+from lorc_fx.latent import LatentKV, cache_nbytes, capacity
+
+RATIOS = (0.3, 0.45, 0.5, 0.77, 1.0)
+NAMES = ("llama-mha", "llama-gqa", "mistral-window", "gemma3", "gpt2", "phi3")
+#: prompt, then one token at a time: sliding windows (6) fill, overflow and roll
+LENGTHS = (4, *[1] * 7)
+
+
+def parts(latent: LatentKV) -> list[torch.Tensor]:
+    return [t for t in (latent.codes, latent.positions) if t is not None]
+
+
+def storages(cache: Any) -> int:
+    """Bytes of the distinct storages that the keys and values reach."""
+    held: dict[int, int] = {}
+    for pair in latents(cache):
+        for latent in pair:
+            for t in (*parts(latent), *[r for r in (latent.rows.codes, latent.rows.positions) if r is not None]):
+                held[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+    return sum(held.values())
+
+
+def used(cache: Any) -> int:
+    """Bytes of the tokens shown, counted here and not by lorc_fx."""
+    return sum(t.numel() * t.element_size() for pair in latents(cache) for x in pair for t in parts(x))
+
+
+def dense(cache: Any) -> int:
+    return sum(x.numel() * x.element_size() for pair in latents(cache) for x in pair)
+
+
+def position_bytes(cache: Any) -> int:
+    """4 bytes per token of each site whose epilogue needs positions; only keys may."""
+    for _, values in latents(cache):
+        assert values.positions is None
+    return sum(4 * k.shape[0] * k.shape[-2] for k, _ in latents(cache) if k.positions is not None)
+
+
+def steps(model: Any, kind: str = "dynamic", batch: int = 2) -> Any:
+    """The cache after each of LENGTHS."""
+    cache = new_cache(model, kind, sum(LENGTHS))
+    ids = prompt(batch, sum(LENGTHS))[0]
+    with torch.no_grad():
+        for new, end in zip(LENGTHS, torch.tensor(LENGTHS).cumsum(0).tolist(), strict=True):
+            model(ids[:, end - new : end], **{cache_name(model): cache, "use_cache": True})
+            yield cache
+
+
+def check(cache: Any, ratio: float) -> None:
+    allowed = ratio * dense(cache) + (position_bytes(cache) if ratio == 1.0 else 0)
+    assert used(cache) <= allowed
+    for pair in latents(cache):
+        for latent in pair:
+            assert latent.used_nbytes() == sum(t.numel() * t.element_size() for t in parts(latent))
+            shown, rows = latent.length, latent.rows
+            assert rows.codes.shape[0] <= max(capacity(rows.used), rows.used)
+            assert rows.codes.shape[0] - shown <= 64 + shown // 8, "more spare rows than stated"
+    assert used(cache) <= storages(cache)
+    just_latents = [list(pair) for pair in latents(cache)]
+    assert cache_nbytes(just_latents, used=True) == used(cache)
+    assert cache_nbytes(just_latents) <= storages(cache)
+
+
+@pytest.mark.parametrize("ratio", RATIOS)
+@pytest.mark.parametrize("name", NAMES)
+def test_never_more_than_the_ratio_at_any_length(name, ratio, clean):
+    model = compiled(FAMILIES[name].build(), ratio=ratio)
+    for cache in steps(model):
+        check(cache, ratio)
+    one_rank = sum(x.shape[0] * x.shape[-2] * x.element_size() for pair in latents(cache) for x in pair)
+    assert used(cache) > ratio * dense(cache) - one_rank, "the budget is not used"
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "mistral-window", "gemma3", "gpt2"])
+def test_static_caches_are_as_small(name, clean):
+    model = compiled(FAMILIES[name].build(), ratio=0.45)
+    for cache in steps(model, "static"):
+        check(cache, 0.45)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_in_16_bits(dtype, clean):
+    model = compiled(FAMILIES["llama-gqa"].build(dtype), ratio=0.45)
+    for cache in steps(model):
+        check(cache, 0.45)
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "gemma3", "gpt2"])
+def test_bytes_per_token(name, clean):
+    model = FAMILIES[name].build()
+    whole = next(steps(compiled(model, ratio=1.0)))
+    per_token = dense(whole) // (2 * LENGTHS[0])
+    wanted = per_token * 2 // 3
+    model = compiled(FAMILIES[name].build(), bytes_per_token=wanted)
+    for cache in steps(model):
+        tokens = [k.shape[0] * k.shape[-2] for k, _ in latents(cache)]
+        assert used(cache) <= sum(wanted * t / len(tokens) for t in tokens) or len(set(tokens)) > 1
+        assert used(cache) <= wanted * max(tokens)
+
+
+def test_spare_rows_are_stated():
+    for rows in (1, 63, 511):
+        assert 0 < capacity(rows) - rows <= 64
+    for rows in (512, 5000, 70000):
+        assert 0 < capacity(rows) - rows <= rows / 8
+
+
+def test_a_long_cache_holds_an_eighth_more_at_most(clean):
+    model = compiled(FAMILIES["gpt-neox"].build(), ratio=0.5)
+    cache = new_cache(model)
+    with torch.no_grad():
+        ids = prompt(1, 203)[0]
+        for end in (200, 201, 202, 203):
+            start = 0 if end == 200 else end - 1
+            model(ids[:, start:end], **{cache_name(model): cache, "use_cache": True})
+            check(cache, 0.5)
+    spare = max(x.rows.codes.shape[0] - x.length for pair in latents(cache) for x in pair)
+    assert 0 < spare <= 64

@@ -1,0 +1,88 @@
+"""At half the bytes the compiled model is one known function: the eager model with projected keys and values.
+
+The oracle shares nothing with lorc_fx but the ranks: after each key and value projection, ``y -> b + (y - b) U U^T``
+with U the leading left singular vectors of the fp64 weight.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+from families import FAMILIES, Family
+from helpers import assert_close, assert_tokens, compiled, error, generate, latents, new_cache, piecewise, prompt
+
+TOKENS = 12
+CUTS = {"in one piece": [12], "in two chunks": [7, 12], "token by token": list(range(1, 13))}
+
+
+def oracle(family: Family, model: Any, ranks: list[tuple[int, int]]) -> Any:
+    """``model`` with a hook after each projection, at the ranks (keys, values) of each layer."""
+    for p in family.projections(model):
+        rank = ranks[p.layer][p.kind == "value"]
+        u = torch.linalg.svd(p.weight.double())[0][:, :rank]
+        p.module.register_forward_hook(_projected(p.features, p.bias.double(), u @ u.T))
+    return model
+
+
+def _projected(features: torch.Tensor, bias: torch.Tensor, project: torch.Tensor) -> Any:
+    def hook(module: Any, args: Any, y: torch.Tensor) -> torch.Tensor:
+        changed = y.clone()
+        changed[..., features] = (bias + (y[..., features].double() - bias) @ project).to(y.dtype)
+        return changed
+
+    return hook
+
+
+def ranks_of(cache: Any) -> list[tuple[int, int]]:
+    return [(k.codec.rank, v.codec.rank) for k, v in latents(cache)]
+
+
+def check(name: str, cuts: dict[str, list[int]], kind: str = "dynamic", **options: Any) -> None:
+    family = FAMILIES[name]
+    model = family.build(attn="sdpa" if family.sdpa else "eager")
+    plain, truth = copy.deepcopy(model), copy.deepcopy(model)
+    compiled(model, ratio=0.5, **options)
+    ids = prompt(2, TOKENS)[0]
+    got, want = {}, None
+    for how, ends in cuts.items():
+        cache = new_cache(model, kind, TOKENS)
+        got[how] = piecewise(model, ids, cache, ends)
+        if want is None:
+            ranks = ranks_of(cache)
+            want = piecewise(oracle(family, truth, ranks), ids, new_cache(model, kind, TOKENS), [TOKENS])
+        assert ranks_of(cache) == ranks, how
+        assert_close(f"{name}, logits {how}, ranks {ranks}", got[how], want, 1e-4)
+    dense = piecewise(plain, ids, new_cache(model, kind, TOKENS), [TOKENS])
+    assert error(want, dense) > 1e-2, "the ranks take nothing away: this test shows nothing"
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_uniform_ranks_in_any_pieces(name, clean):
+    check(name, CUTS, scheduler="uniform")
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "gemma3", "gpt2"])
+def test_progressive_and_energy_ranks(name, clean):
+    for scheduler in ("progressive", "energy"):
+        check(name, {"in two chunks": CUTS["in two chunks"]}, scheduler=scheduler)
+
+
+@pytest.mark.parametrize("name", ["llama-bias", "mistral-window", "gemma3", "gpt-neox", "bloom"])
+def test_static_caches(name, clean):
+    check(name, {how: CUTS[how] for how in ("in one piece", "in two chunks")}, "static", scheduler="uniform")
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "falcon-gqa"])
+def test_generate_gives_the_oracle_s_tokens(name, clean):
+    family = FAMILIES[name]
+    model = family.build()
+    truth = copy.deepcopy(model)
+    ids, mask = prompt(2, 9, 3)
+    got = generate(compiled(model, ratio=0.5, scheduler="uniform"), ids, mask)
+    want = generate(oracle(family, truth, ranks_of(got.cache)), ids, mask)
+    assert_close("logits", got.logits, want.logits, 1e-4)
+    assert_tokens("sequences", got.sequences, want.sequences)

@@ -1,0 +1,426 @@
+"""Each rule of the matcher on real tensors: change one token of an input, and exactly that token of the output changes.
+
+``CASES`` holds for each op a function, its inputs, where the output has (batch, token) and where the rule must find
+them in each tensor input; ``None`` instead: the rule must say that the op mixes tokens.
+"""
+
+import operator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Graph
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+from lorc_fx.compat import canonical_trace
+from lorc_fx.errors import AlreadyRegistered
+from lorc_fx.passes.rules import RULES, Axes, Mixes, groups, register_rule, rule_of, shape, tensors
+
+aten = torch.ops.aten
+B, T, H, D = 2, 3, 4, 6
+R = torch.randn
+
+
+def I(*size, high=5):  # noqa: E743
+    return torch.randint(0, high, size)
+
+
+def traced(fn, values, dynamic=()):
+    """The canonical graph of ``fn`` on fakes; ``dynamic``: (input, dim) pairs of symbolic sizes."""
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    fakes = []
+    for i, value in enumerate(values):
+        kinds = [DimDynamic.DYNAMIC if (i, d) in dynamic else DimDynamic.STATIC for d in range(value.dim())]
+        context = StatelessSymbolicContext(dynamic_sizes=kinds)
+        fakes.append(mode.from_tensor(value, symbolic_context=context, static_shapes=False))
+    return canonical_trace(fn, fakes).graph
+
+
+def node_of(op, arguments, values, dynamic=()):
+    """The node of ``op`` in the trace; made by hand where tracing takes the op apart."""
+    found = [n for n in traced(lambda *v: call(op, arguments, v), values, dynamic).nodes if n.target is op]
+    if found:
+        return found[-1]
+    graph = Graph()
+    holders = [graph.placeholder(f"x{i}") for i in range(len(values))]
+    for holder, value in zip(holders, values, strict=True):
+        holder.meta["val"] = value
+    args, kwargs = arguments
+    node = graph.call_function(op, tuple(holders[int(a)] if isinstance(a, str) else a for a in args), kwargs)
+    node.meta["val"] = call(op, arguments, values)
+    return node
+
+
+def c(*args, **kwargs):
+    """Arguments of the op: "0" and "1" stand for the inputs."""
+    return args, kwargs
+
+
+def call(op, arguments, values):
+    def pick(a):
+        return values[int(a)] if isinstance(a, str) else [pick(x) for x in a] if isinstance(a, list) else a
+
+    args, kwargs = arguments
+    if op is operator.getitem:
+        return aten.split.Tensor(*map(pick, args))[1]
+    return op(*map(pick, args), **kwargs)
+
+
+ROWS: list[tuple] = []
+
+
+def row(op, fn, inputs, at, *want):
+    """One positive case (``want``: axes per tensor input) or, with ``want`` None, one negative case."""
+    ROWS.append((op, fn, inputs, Axes(*at), None if want == (None,) else [Axes(*w) for w in want]))
+
+
+BTHD, BHTD, BTn = R(B, T, H, D), R(B, H, T, D), R(B, T, H * D)
+NO = (None, None)
+row(aten.t.default, c("0"), [R(D, T)], (None, 0), (None, 1))
+row(aten.transpose.int, c("0", 1, 2), [BTHD], (0, 2), (0, 1))
+row(aten.permute.default, c("0", [0, 2, 1, 3]), [BTHD], (0, 2), (0, 1))
+row(aten.transpose.int, c("0", -1, -2), [BHTD], (0, 3), (0, 2))
+row(aten.permute.default, c("0", [2, 0, -1, 1]), [BTHD], (1, 3), (0, 1))
+row(aten.unsqueeze.default, c("0", -2), [BTn], (0, 1), (0, 1))
+row(aten.unsqueeze.default, c("0", 0), [R(T, D)], (0, 1), (None, 0))
+for op, args in ((aten.squeeze.dim, (1,)), (aten.squeeze.dims, ([1, 2],)), (aten.squeeze.default, ())):
+    row(op, c("0", *args), [R(B, 1, T, D)], (0, 1), (0, 2))
+row(aten.slice.Tensor, c("0", 3, 0, 3), [BHTD], (0, 2), (0, 2))
+row(aten.slice.Tensor, c("0", 2, 0, 9), [BHTD], (0, 2), (0, 2))
+row(aten.slice.Tensor, c("0", 2, 1), [BHTD], (0, 2), None)
+row(aten.select.int, c("0", 1, 2), [BHTD], (0, 1), (0, 2))
+SPLITS = {aten.split.Tensor: 2, aten.split_with_sizes.default: [1, 2], aten.chunk.default: 2, aten.split.sizes: [1, 2]}
+for op, size in SPLITS.items():
+    row(op, c("0", size, 2), [R(B, T, 3, D)], (0, 1), (0, 1))
+    row(op, c("0", size, 1), [BTHD], (0, 1), None)
+row(aten.unbind.int, c("0", 2), [BTHD], (0, 1), (0, 1))
+row(aten.unbind.int, c("0", 0), [R(H, B, T, D)], (0, 1), (1, 2))
+row(operator.getitem, c("0", 2, 3), [BHTD], (0, 2), (0, 2))
+row(aten.repeat.default, c("0", [1, 2, 1, 1]), [BHTD], (0, 2), (0, 2))
+row(aten.repeat.default, c("0", [1, 1, 2, 1]), [BHTD], (0, 2), None)
+row(aten.repeat.default, c("0", [2, 1, 1, 1]), [BHTD], (0, 2), None)
+row(aten.repeat_interleave.self_int, c("0", 2, 1), [BHTD], (0, 2), (0, 2))
+row(aten.repeat_interleave.self_int, c("0", 2, 2), [BHTD], (0, 2), None)
+row(aten.flip.default, c("0", [-1, 1]), [BHTD], (0, 2), (0, 2))
+row(aten.flip.default, c("0", [2]), [BHTD], (0, 2), None)
+row(aten.roll.default, c("0", [1], [3]), [BHTD], (0, 2), (0, 2))
+row(aten.roll.default, c("0", [1], [2]), [BHTD], (0, 2), None)
+row(aten.roll.default, c("0", [1], []), [BHTD], (0, 2), None)
+for op in (aten.clone.default, aten.contiguous.default, aten.neg.default):
+    row(op, c("0"), [BHTD], (0, 2), (0, 2))
+for op in (aten.sum.dim_IntList, aten.mean.dim, aten.amax.default, aten.amin.default):
+    row(op, c("0", [-1], True), [BHTD], (0, 2), (0, 2))
+    row(op, c("0", [1]), [BHTD], (0, 1), (0, 2))
+    row(op, c("0", [2], True), [BHTD], (0, 2), None)
+    row(op, c("0", [], True), [BHTD], (0, 2), None)
+row(aten.linalg_vector_norm.default, c("0", 2, [-1], True), [BHTD], (0, 2), (0, 2))
+row(aten.linalg_vector_norm.default, c("0", 2, [2], True), [BHTD], (0, 2), None)
+row(aten.norm.ScalarOpt_dim, c("0", 2, [-1], True), [BHTD], (0, 2), (0, 2))
+row(aten.norm.ScalarOpt_dim, c("0", 2, [2], True), [BHTD], (0, 2), None)
+row(aten.var.dim, c("0", [-1], False, True), [BHTD], (0, 2), (0, 2))
+row(aten.var.dim, c("0", [1], False), [BHTD], (0, 1), (0, 2))
+row(aten.var.dim, c("0", [2], False, True), [BHTD], (0, 2), None)
+row(aten.var.correction, c("0", [-1], correction=0, keepdim=True), [BHTD], (0, 2), (0, 2))
+row(aten.var.correction, c("0", [1], correction=0), [BHTD], (0, 1), (0, 2))
+row(aten.var.correction, c("0", [2], correction=0, keepdim=True), [BHTD], (0, 2), None)
+row(aten.cat.default, c(["0", "1"], -1), [BHTD, BHTD + 1], (0, 2), (0, 2), (0, 2))
+row(aten.cat.default, c(["0", "1"], 2), [BHTD, BHTD + 1], (0, 2), None)
+row(aten.stack.default, c(["0", "1"], -1), [BHTD, BHTD + 1], (0, 2), (0, 2), (0, 2))
+row(aten.stack.default, c(["0", "1"]), [BHTD, BHTD + 1], (1, 3), (0, 2), (0, 2))
+row(aten.linear.default, c("0", "1", "2"), [BTn, R(5, H * D), R(5)], (0, 1), (0, 1), NO, NO)
+row(aten.linear.default, c("0", "1"), [BTn, R(5, H * D)], (0, 2), None)
+row(aten.addmm.default, c("0", "1", "2"), [R(5), R(B * T, D), R(D, 5)], (0, 0), NO, (0, 0), NO)
+row(aten.addmm.default, c("0", "1", "2"), [R(T), R(5, D), R(D, T)], (None, 1), None)
+row(aten.mm.default, c("0", "1"), [R(T, D), R(D, 5)], (None, 0), (None, 0), NO)
+row(aten.mm.default, c("0", "1"), [R(5, D), R(D, T)], (None, 1), NO, (None, 1))
+row(aten.bmm.default, c("0", "1"), [R(B, T, D), R(B, D, 5)], (0, 1), (0, 1), (0, None))
+row(aten.matmul.default, c("0", "1"), [BHTD, R(D, 5)], (0, 2), (0, 2), NO)
+row(aten.matmul.default, c("0", "1"), [BHTD, R(D)], (0, 2), None)
+for op, more in ((aten.softmax.int, ()), (aten._softmax.default, (False,))):
+    row(op, c("0", -1, *more), [BHTD], (0, 2), (0, 2))
+    row(op, c("0", 2, *more), [BHTD], (0, 2), None)
+row(aten.layer_norm.default, c("0", [D], "1", "2"), [BHTD, R(D), R(D)], (0, 2), (0, 2), NO, NO)
+row(aten.layer_norm.default, c("0", [T, D]), [BHTD], (0, 2), None)
+row(aten.rms_norm.default, c("0", [D], "1"), [BHTD, R(D)], (0, 2), (0, 2), NO)
+row(aten.rms_norm.default, c("0", [H, D]), [R(B, T, H, D)], (0, 2), None)
+row(aten.embedding.default, c("0", "1"), [R(5, D), I(B, T)], (0, 1), NO, (0, 1))
+row(aten.embedding.default, c("0", "1"), [R(5, D), I(B, T)], (0, 2), None)
+row(aten.index.Tensor, c("0", ["1"]), [R(5, D), I(B, T)], (0, 1), NO, (0, 1))
+row(aten.index.Tensor, c("0", ["1"]), [R(5, D), I(B, T)], (0, 2), (None, 1), (0, None))
+row(aten.index.Tensor, c("0", [None, "1"]), [BTn, I(T, high=3)], (0, 1), (0, None), (None, 0))
+row(aten.index.Tensor, c("0", [None, None, "1"]), [BTn, I(7)], (0, 1), (0, 1), NO)
+row(aten.index.Tensor, c("0", ["1", "2"]), [R(5, 5, D), I(T), I(T)], (None, 0), None)
+row(aten.index_select.default, c("0", 0, "1"), [R(5, D), I(T)], (None, 0), NO, (None, 0))
+row(aten.index_select.default, c("0", 3, "1"), [BHTD, I(4)], (0, 2), (0, 2), NO)
+row(aten.index_select.default, c("0", 2, "1"), [BHTD, I(T, high=3)], (0, 2), None)
+row(aten.to.dtype, c("0", torch.float64), [BHTD], (0, 2), (0, 2))
+row(aten.to.device, c("0", torch.device("cpu"), torch.float64), [BHTD], (0, 2), (0, 2))
+for op in (aten.to.dtype_layout, aten._to_copy.default):
+    row(op, c("0", dtype=torch.float64), [BHTD], (0, 2), (0, 2))
+for op in (aten.view.default, aten.reshape.default, aten._unsafe_view.default):
+    row(op, c("0", [B, T, H, D]), [BTn], (0, 1), (0, 1))
+    row(op, c("0", [B, H, T, D]), [BTn], (0, 2), None)
+row(aten.flatten.using_ints, c("0", 2, 3), [BTHD], (0, 1), (0, 1))
+row(aten.flatten.using_ints, c("0", 1, 2), [BTHD], (0, 1), None)
+row(aten.unflatten.int, c("0", 2, [H, D]), [BTn], (0, 1), (0, 1))
+row(aten.unflatten.int, c("0", 1, [1, T]), [BTn], (0, 2), (0, 1))
+row(aten.unflatten.int, c("0", 1, [T, H]), [R(B, T * H, D)], (0, 1), None)
+for op in (aten.expand.default, aten.broadcast_to.default):
+    row(op, c("0", [B, H, T, D]), [R(B, 1, T, D)], (0, 2), (0, 2))
+    row(op, c("0", [H, B, T, D]), [R(B, T, D)], (1, 2), (0, 1))
+for op in (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor):
+    row(op, c("0", "1"), [BHTD, R(T, D)], (0, 2), (0, 2), (None, 0))
+    row(op, c("0", "1"), [BHTD, R(1, 1, D)], (0, 2), (0, 2), NO)
+    row(op, c("0", "1"), [BHTD, R(1, 1, T, D)], (0, 2), (0, 2), (0, 2))
+for op in (aten.mul.Scalar, aten.div.Scalar, aten.silu.default, aten.cos.default):
+    row(op, c("0", *([2.5] if "Scalar" in str(op) else [])), [BHTD], (0, 2), (0, 2))
+
+#: ops that mix nothing whatever their arguments are: for them, every axis of the output is tried instead
+NEVER_MIX = {
+    aten.transpose.int, aten.t.default, aten.permute.default, aten.unsqueeze.default, aten.squeeze.dim,
+    aten.squeeze.dims, aten.squeeze.default, aten.select.int, aten.unbind.int, operator.getitem, aten.clone.default,
+    aten.contiguous.default, aten.neg.default, aten.stack.default, aten.to.dtype, aten.to.device,
+    aten.to.dtype_layout, aten._to_copy.default, aten.expand.default, aten.broadcast_to.default, aten.add.Tensor,
+    aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar, aten.mm.default,
+    aten.bmm.default,
+}  # fmt: skip
+
+
+def name_of(case):
+    op, (args, _), values, at, want = case
+    what = "mixes" if want is None else "axes"
+    sizes = " ".join(str(list(v.shape)) for v in values)
+    return f"{getattr(op, '_qualname', op.__name__)} {args[1:]} of {sizes} {what} {tuple(at)}"
+
+
+def nudged(value, axes, b, t, rows):
+    """``value`` with its one token (b, t) changed."""
+    changed = value.clone()
+    at = [slice(None)] * value.dim()
+    if axes.batch is not None and axes.batch == axes.token:
+        at[axes.token] = b * rows + t
+    else:
+        if axes.token is not None:
+            at[axes.token] = t
+        if axes.batch is not None and value.shape[axes.batch] > 1:
+            at[axes.batch] = b
+    part = value[tuple(at)]
+    changed[tuple(at)] = (part + 1) % 3 if value.dtype == torch.int64 else torch.randn(part.shape) * 3
+    return changed
+
+
+def check_tokens(fn, values, at, demand, batch, tokens):
+    """Changing token (b, t) of one input where the rule says it is changes token (b, t) of the output and no other."""
+    before = fn(values)
+    for i, axes in enumerate(demand):
+        if axes.token is None:
+            continue
+        for b, t in {(0, 0), (batch - 1, tokens - 1), (0, tokens - 1)}:
+            after = fn([nudged(v, axes, b, t, tokens) if j == i else v for j, v in enumerate(values)])
+            moved = before != after
+            allowed = torch.zeros_like(moved)
+            place = [slice(None)] * moved.dim()
+            if at.batch is not None and at.batch == at.token:
+                place[at.token] = b * tokens + t
+            else:
+                place[at.token] = t
+                if at.batch is not None and axes.batch is not None and values[i].shape[axes.batch] > 1:
+                    place[at.batch] = b
+            allowed[tuple(place)] = True
+            assert moved.any(), "the token had no effect"
+            assert not (moved & ~allowed).any(), f"other tokens changed: input {i}, token {(b, t)}"
+
+
+def extents(out, at):
+    if at.batch is not None and at.batch == at.token:
+        return B, T
+    return 1 if at.batch is None else out.shape[at.batch], out.shape[at.token]
+
+
+@pytest.mark.parametrize("case", ROWS, ids=name_of)
+def test_rule(case):
+    op, arguments, values, at, want = case
+    node = node_of(op, arguments, values)
+    if want is None:
+        with pytest.raises(Mixes):
+            rule_of(node).back(node, at)
+        return
+    demand = rule_of(node).back(node, at)
+    assert [n for n, _ in demand] == tensors(node)
+    assert [a for _, a in demand] == want
+    if op in (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.split.sizes, aten.unbind.int):
+        run = lambda v: call(op, arguments, v)[0]  # noqa: E731
+    else:
+        run = lambda v: call(op, arguments, v)  # noqa: E731
+    check_tokens(run, values, at, want, *extents(run(values), at))
+
+
+@pytest.mark.parametrize("case", [r for r in ROWS if r[0] in NEVER_MIX], ids=name_of)
+def test_rule_on_every_axis(case):
+    """Ops that cannot mix: whichever axis holds the tokens, the rule finds it, or says that no input has it."""
+    op, arguments, values, _, _ = case
+    node = node_of(op, arguments, values)
+    first = lambda v: v[0] if isinstance(v, (list, tuple)) else v  # noqa: E731
+    run = lambda v: first(call(op, arguments, v))  # noqa: E731
+    out = run(values)
+    for axis in range(out.dim()):
+        at = Axes(None, axis)
+        if op is operator.getitem and axis == 3:  # the axis that the list was cut along: the cut itself refuses it
+            continue
+        demand = [a for _, a in rule_of(node).back(node, at)]
+        check_tokens(run, values, at, demand, 1, out.shape[axis])
+        if all(a.token is None for a in demand):
+            assert out.shape[axis] == 1 or op in (aten.stack.default, aten.expand.default, aten.broadcast_to.default)
+
+
+def test_no_row_lacks_a_case():
+    positive = {op for op, *_, want in ROWS if want is not None}
+    negative = {op for op, *_, want in ROWS if want is None} | NEVER_MIX
+    assert set(RULES) - positive == set(), "no positive case"
+    assert set(RULES) - negative == set(), "no negative case"
+    assert not NEVER_MIX & {op for op, *_, want in ROWS if want is None}
+
+
+def test_what_has_no_row():
+    graph = traced(lambda x: torch.sort(x.cumsum(1), 1)[0], [BTn])
+    found = {n.target: rule_of(n) for n in graph.nodes if n.op == "call_function"}
+    assert found[aten.cumsum.default] is None and found[aten.sort.default] is None
+    assert rule_of(next(iter(graph.nodes))) is None
+
+
+# -- views ------------------------------------------------------------------------------------------------------------
+
+#: before, after, (batch, token) after, where they were before (None: cannot be followed)
+VIEWS = [
+    ([2, 3, 24], [2, 3, 4, 6], (0, 1), (0, 1)),
+    ([6, 24], [2, 3, 24], (0, 1), (0, 0)),
+    ([2, 3, 24], [6, 24], (0, 0), (0, 1)),
+    ([6, 24], [6, 4, 6], (0, 0), (0, 0)),
+    ([6, 24], [2, 3, 4, 6], (0, 1), (0, 0)),
+    ([2, 4, 3, 6], [8, 3, 6], (None, 1), (None, 2)),
+    ([2, 1, 24], [2, 1, 4, 6], (0, 1), (0, 1)),
+    ([1, 3, 24], [1, 3, 4, 6], (0, 1), (0, 1)),
+    ([1, 1, 24], [1, 1, 4, 6], (0, 1), (0, 1)),
+    ([2, 24], [2, 1, 4, 6], (0, 1), (0, 0)),
+    ([1, 1, 24], [1, 24], (0, 0), (0, 1)),
+    ([2, 3, 4, 6], [2, 3, 24], (0, 1), (0, 1)),
+    ([2, 3, 24], [2, 12, 6], (0, 1), None),
+    ([2, 3, 24], [6, 24], (None, 0), None),
+    ([3, 4, 6], [12, 6], (None, 0), None),
+]
+
+
+@pytest.mark.parametrize(("before", "after", "at", "want"), VIEWS)
+def test_views(before, after, at, want):
+    node = node_of(aten.view.default, c("0", after), [R(*before)])
+    if want is None:
+        with pytest.raises(Mixes):
+            rule_of(node).back(node, Axes(*at))
+        return
+    assert [a for _, a in rule_of(node).back(node, Axes(*at))] == [Axes(*want)]
+
+
+@st.composite
+def regroupings(draw):
+    """A value [B, S, ...] with sizes of one in odd places, and a view of it that keeps or moves group borders."""
+    b, s = draw(st.sampled_from([1, 2])), draw(st.sampled_from([1, 3]))
+    features = draw(st.lists(st.sampled_from([1, 4, 6]), max_size=2))
+    before = draw(st.sampled_from([[b, s, *features], [s, b, *features], [b * s, *features], [b, 4, s, *features]]))
+    atoms = [a for size in before for a in ([2, 2] if size == 4 else [2, 3] if size == 6 else [size])]
+    after = []
+    for atom in atoms:
+        if after and draw(st.booleans()):
+            after[-1] *= atom
+        else:
+            after.append(atom)
+    for _ in range(draw(st.integers(0, 2))):
+        after.insert(draw(st.integers(0, len(after))), 1)
+    return before, after
+
+
+@settings(deadline=None, max_examples=150)
+@given(shapes=regroupings(), data=st.data())
+def test_views_are_sound(shapes, data):
+    """Whatever axes the rule gives, they hold on real tensors."""
+    before, after = shapes
+    value = torch.randn(before)
+    node = node_of(aten.view.default, c("0", after), [value])
+    axis = st.integers(0, len(after) - 1)
+    at = Axes(data.draw(st.one_of(st.none(), axis)), data.draw(axis))
+    try:
+        (_, found), = rule_of(node).back(node, at)
+    except Mixes:
+        return
+    if at.batch == at.token or found.batch == found.token:  # merged: sizes of each are not in the shape
+        return
+    if found.token is not None:
+        batch = 1 if at.batch is None or found.batch is None else after[at.batch]
+        check_tokens(lambda v: v[0].reshape(after), [value], at, [found], batch, after[at.token])
+
+
+@settings(deadline=None, max_examples=150)
+@given(shapes=regroupings())
+def test_groups_are_the_finest_split(shapes):
+    before, after = shapes
+    import sympy
+
+    runs = groups([sympy.Integer(x) for x in before], [sympy.Integer(x) for x in after])
+    assert [i for left, _ in runs for i in left] == list(range(len(before)))
+    assert [j for _, right in runs for j in right] == list(range(len(after)))
+    for left, right in runs:
+        assert torch.tensor([before[i] for i in left]).prod() == torch.tensor([after[j] for j in right]).prod()
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_symbolic_sizes(merged):
+    """A dynamic number of tokens (and of batch rows merged with them) is followed by its symbol."""
+    fn = (lambda x: x.reshape(-1, 24).reshape(-1, 4, 6)) if merged else (lambda x: x.view(x.shape[0], x.shape[1], 4, 6))
+    graph = traced(fn, [R(5, 7, 24)], dynamic={(0, 0), (0, 1)})
+    nodes = [n for n in graph.nodes if n.target in (aten.view.default, aten.reshape.default)]
+    assert str(shape(nodes[0])[0]) != "5"
+    at = Axes(0, 0) if merged else Axes(0, 1)
+    for node in reversed(nodes):
+        ((_, at),) = rule_of(node).back(node, at)
+    assert at == Axes(0, 1)
+
+
+# -- rules of one's own ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own_op():
+    @torch.library.custom_op("lorc_test::scaled", mutates_args=())
+    def scaled(x: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
+        return x * by
+
+    scaled.register_fake(lambda x, by: torch.empty_like(x))
+    op = torch.ops.lorc_test.scaled.default
+    yield op
+    RULES.pop(op, None)
+
+
+def test_register_rule(own_op):
+    values = [BTHD, R(D)]
+    node = node_of(own_op, c("0", "1"), values)
+    assert node.target is own_op and rule_of(node) is None
+
+    @register_rule(own_op, role="scale", words="scales by a vector")
+    def rule(node, axis):
+        if axis == 3:
+            raise Mixes("has its tokens among the features")
+        return [(node.args[0], axis), (node.args[1], None)]
+
+    assert rule_of(node).role == "scale" and rule_of(node).words == "scales by a vector"
+    assert [a for _, a in rule_of(node).back(node, Axes(0, 1))] == [Axes(0, 1), Axes(*NO)]
+    check_tokens(lambda v: own_op(*v), values, Axes(0, 1), [Axes(0, 1), Axes(*NO)], B, T)
+    with pytest.raises(Mixes):
+        rule_of(node).back(node, Axes(0, 3))
+    with pytest.raises(AlreadyRegistered, match="scaled"):
+        register_rule(own_op)(rule)
+
+
+def test_built_in_rules_are_not_replaced():
+    with pytest.raises(AlreadyRegistered):
+        register_rule(aten.linear.default)(lambda node, axis: [])
