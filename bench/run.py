@@ -149,6 +149,7 @@ def measure_compile(variant: Variant, model: Any) -> dict[str, Any]:
     """
     from torch._inductor import config
 
+    torch.compiler.reset()  # else Dynamo remembers which sizes varied before, and compiles less
     handle = Handle(variant, copy.deepcopy(model))
     before = _passes_reset()
     calls, compiles, first = [], [], 0.0

@@ -1,3 +1,30 @@
 """lorc_fx: torch.compile(model, backend="lorc") gives any decoder a compressed KV cache (LoRC, arXiv 2410.03111)."""
 
+from . import schedulers
+from .errors import LorcError, LorcWarning
+from .latent import LatentKV, cache_nbytes
+from .options import PAPER, Options
+from .passes.rules import Mixes, register_rule
+from .records import Miss, Plan
+from .report import Report, explain, make_plan
+from .schedulers import register_scheduler
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "PAPER",
+    "LatentKV",
+    "LorcError",
+    "LorcWarning",
+    "Miss",
+    "Mixes",
+    "Options",
+    "Plan",
+    "Report",
+    "cache_nbytes",
+    "explain",
+    "make_plan",
+    "register_rule",
+    "register_scheduler",
+    "schedulers",
+]

@@ -17,11 +17,12 @@ from .errors import DenseCacheWarning, GradRequired, LorcError, LorcWarning, NoS
 from .options import Options
 from .passes.check import check_canonical, check_rewritten
 from .passes.epilogue import effective_weight
+from .passes.lower import absorb, readings
 from .passes.normalise import normalise, placeholders
 from .passes.plan import make_plan
 from .passes.rewrite import rewrite
 from .passes.sites import Matched, Site, match
-from .records import Plan
+from .records import Miss, Plan
 from .runtime import Binding, Compiled, bind_inputs
 from .store import STORE
 
@@ -89,6 +90,42 @@ def compile_graph(gm: GraphModule, example_inputs: Sequence[Any], options: Optio
     if not matched.sites and not any(n.meta.get("latent") is not None for n in placeholders(canonical)):
         return _inner(gm, _examples(gm), options)
     return Compiled(canonical, gm, matched, options, _Builder(canonical, matched, options)).first(example_inputs)
+
+
+def examine(
+    gm: GraphModule, example_inputs: Sequence[Any], options: Options
+) -> tuple[list[dict[str, Any]], tuple[Miss, ...], Plan]:
+    """The same steps up to the codecs, for reports: one dict per site (fields of ``report.SiteReport``)."""
+    canonical = normalise(gm, example_inputs)
+    matched = match(canonical)
+    builder = _Builder(canonical, matched, options)
+    effective, factors, plan = builder.planned(matched.sites, example_inputs)
+    ranks = zip(matched.sites, plan.sites, strict=True)
+    codecs = {s: builder.codec(s, p.rank, *effective[s], factors[s], example_inputs) for s, p in ranks}
+    absorbed = readings(absorb(canonical, matched, {s.group.find(): c for s, c in codecs.items()}, step=True))
+    found = []
+    for site, line in zip(matched.sites, plan.sites, strict=True):
+        sigma = factors[site].singular
+        energy = float((sigma[: line.rank] ** 2).sum() / (sigma**2).sum()) if float(sigma[0]) else 1.0
+        found.append(
+            dict(
+                layer=line.layer,
+                kind=line.kind,
+                width=site.decoder.width,
+                rank=line.rank,
+                epilogue=site.decoder.words,
+                cond=line.cond,
+                sigma_max=float(sigma[0]),
+                sigma_min=float(sigma[-1]),
+                energy=energy,
+                bytes=line.bytes,
+                dense_bytes=line.dense_bytes,
+                window=line.window,
+                lowering="latent" if site.group.find() in absorbed else "decoding",
+                codec_bytes=codecs[site].nbytes(),
+            )
+        )
+    return found, matched.misses, plan
 
 
 def _untouched(gm: GraphModule, example_inputs: Sequence[Any], options: Options, why: LorcError) -> Callee:
@@ -175,26 +212,24 @@ class _Builder:
     def _find(self, site: Site, arguments: Sequence[Any]) -> Codec | None:
         return STORE.find(self._key(site), self.weights(site, arguments))
 
-    def _make(self, sites: Sequence[Site], arguments: Sequence[Any]) -> list[Codec]:
+    def planned(self, sites: Sequence[Site], arguments: Sequence[Any]) -> tuple[dict[Site, Any], dict[Site, Factors], Plan]:
+        """Effective weights, their factors, and the plan."""
         with _timed("factorise_s"), torch.no_grad():
-            effective = {s: self._effective(s, arguments) for s in sites}
+            effective = {s: effective_weight(s.rows, {n: self.real(n, arguments) for n in s.weights}) for s in sites}
             factors = {s: factorise(effective[s][0], s.name) for s in sites}
         with _timed("plan_s"):
-            plan = make_plan(sites, factors, self.options)
+            return effective, factors, make_plan(sites, factors, self.options)
+
+    def _make(self, sites: Sequence[Site], arguments: Sequence[Any]) -> list[Codec]:
+        effective, factors, plan = self.planned(sites, arguments)
+        ranks = zip(sites, plan.sites, strict=True)
         with _timed("factorise_s"), torch.no_grad():
-            made = [self._codec(s, p.rank, *effective[s], factors[s], arguments) for s, p in self._zip(sites, plan)]
+            made = [self.codec(s, p.rank, *effective[s], factors[s], arguments) for s, p in ranks]
         for site, codec in zip(sites, made, strict=True):
             STORE.add(self._key(site), self.weights(site, arguments), codec)
         return made
 
-    @staticmethod
-    def _zip(sites: Sequence[Site], plan: Plan) -> list[tuple[Site, Any]]:
-        return list(zip(sites, plan.sites, strict=True))
-
-    def _effective(self, site: Site, arguments: Sequence[Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        return effective_weight(site.rows, {n: self.real(n, arguments) for n in site.weights})
-
-    def _codec(self, site: Site, rank: int, weight: Any, bias: Any, factors: Factors, arguments: Any) -> Codec:
+    def codec(self, site: Site, rank: int, weight: Any, bias: Any, factors: Factors, arguments: Any) -> Codec:
         consts = tuple(self.real(n, arguments) for n in site.consts)
         return make_codec(weight, bias, factors, rank, site.decoder, consts, site.rows.y.meta["val"].dtype)
 

@@ -172,10 +172,11 @@ def explain(
         import torch
 
         from lorc_fx.models import load_model
-        from lorc_fx.report import explain as explain_model
 
         loaded, _ = load_model(model, dtype.torch(), show.stage)
         show.stage("Reading the graph")
+        from lorc_fx.report import explain as explain_model
+
         report = explain_model(loaded, torch.arange(1, tokens + 1).unsqueeze(0))
     out.print(report)
 

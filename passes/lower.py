@@ -254,15 +254,18 @@ class Attention:
 Absorption = Product | Attention
 
 
-def absorb(gm: GraphModule, matched: Matched, codecs: Mapping[Group, Codec]) -> dict[Node, Absorption]:
-    """The products to emit over latents, by node of the canonical graph."""
+def absorb(
+    gm: GraphModule, matched: Matched, codecs: Mapping[Group, Codec], step: bool = False
+) -> dict[Node, Absorption]:
+    """The products to emit over latents, by node of the canonical graph. With ``step``: as if this graph had one
+    query token (for reports: how a decode step will read)."""
     facts = Facts(gm.graph.nodes)
     found: dict[Node, Absorption] = {}
     for node in gm.graph.nodes:
         if node.target is aten.scaled_dot_product_attention.default:
-            made = _attention(node, matched, codecs, facts)
+            made = _attention(node, matched, codecs, facts, step)
         elif node.target is aten.matmul.default and len(shape(node)) == 4:
-            made = _product(node, matched, codecs, facts)
+            made = _product(node, matched, codecs, facts, step)
         else:
             continue
         if made is not None:
@@ -270,9 +273,18 @@ def absorb(gm: GraphModule, matched: Matched, codecs: Mapping[Group, Codec]) -> 
     return found
 
 
-def _sizes(node: Node) -> tuple[Any, int, int] | None:
+def readings(absorptions: Mapping[Node, Absorption]) -> set[Group]:
+    """The groups that are read as latents."""
+    parts: list[Latent | None] = []
+    for made in absorptions.values():
+        parts += [made.latent] if isinstance(made, Product) else [made.key, made.value]
+    return {part.group for part in parts if part is not None}
+
+
+def _sizes(node: Node, step: bool) -> tuple[Any, int, int] | None:
     """(batch, heads, queries) of [B, H, S, X] where heads and queries are static."""
     batch, heads, queries = node.meta["val"].shape[:3]
+    queries = 1 if step else queries
     static = static_size(heads), static_size(queries)
     return None if None in static else (batch, *static)  # type: ignore[return-value]
 
@@ -284,10 +296,12 @@ def _worth(latent: Latent | None, sizes: tuple[Any, int, int], codecs: Mapping[G
     return latent if absorbs(sizes[2], sizes[1], latent.head_dim, codec.width, codec.rank) else None
 
 
-def _attention(node: Node, matched: Matched, codecs: Mapping[Group, Codec], facts: Facts) -> Attention | None:
-    sizes = _sizes(node)
+def _attention(
+    node: Node, matched: Matched, codecs: Mapping[Group, Codec], facts: Facts, step: bool
+) -> Attention | None:
+    sizes = _sizes(node, step)
     dropout, causal = _arg(node, 4, "dropout_p", 0.0), _arg(node, 5, "is_causal", False)
-    if sizes is None or len(shape(node)) != 4 or dropout or causal:
+    if sizes is None or len(shape(node)) != 4 or dropout or (causal and not step):
         return None
     key, value = (
         _worth(_latent(matched, codecs, facts, operand, Axes(0, 2)), sizes, codecs)  # type: ignore[arg-type]
@@ -296,8 +310,10 @@ def _attention(node: Node, matched: Matched, codecs: Mapping[Group, Codec], fact
     return None if key is None and value is None else Attention(key, value, sizes)
 
 
-def _product(node: Node, matched: Matched, codecs: Mapping[Group, Codec], facts: Facts) -> Product | None:
-    sizes = _sizes(node)
+def _product(
+    node: Node, matched: Matched, codecs: Mapping[Group, Codec], facts: Facts, step: bool
+) -> Product | None:
+    sizes = _sizes(node, step)
     right = node.args[1]
     if sizes is None or len(shape(right)) != 4:  # type: ignore[arg-type]
         return None

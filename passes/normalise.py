@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 
-from lorc_fx.compat import canonical_trace, example_value, is_module_state
+from lorc_fx.compat import canonical_trace, example_value, is_module_state, size_expr
 from lorc_fx.latent import LatentKV
 
 aten = torch.ops.aten
@@ -31,6 +30,8 @@ def normalise(gm: GraphModule, example_inputs: Sequence[Any]) -> GraphModule:
 
     1. ``to(x, dtype of x)``, ``type_as`` of the same dtype, ``dropout`` in eval, ``detach``  ->  x
     2. ``type_as(x, y)``  ->  ``to.dtype(x, dtype of y)``
+    3. ``baddbmm(a, x, y)``  ->  ``beta * a + alpha * bmm(x, y)``
+    4. ``bmm`` of [B*H, ..] views of [B, H, ..]  ->  ``matmul`` in four dims, viewed as [B*H, ..]
 
     Each placeholder keeps, in ``meta``: ``val`` (the dense fake of the logical shape), ``latent`` (the fake LatentKV,
     where the input is one) and ``state`` (True for parameters and buffers). In-place writes stay in place.
@@ -43,6 +44,12 @@ def normalise(gm: GraphModule, example_inputs: Sequence[Any]) -> GraphModule:
         node.meta["latent"] = value if isinstance(value, LatentKV) else None
     for node in list(canonical.graph.nodes):
         _simplify(node)
+    for node in list(canonical.graph.nodes):
+        if node.target is aten.baddbmm.default:
+            node = _split_baddbmm(node)
+        if node.target is aten.bmm.default:
+            _unmerge(node)
+    canonical.graph.eliminate_dead_code(is_impure)
     canonical.graph.lint()
     canonical.recompile()
     return canonical
@@ -81,5 +88,65 @@ def _copies(node: Node) -> bool:
     return bool(node.kwargs.get("copy") or (flags is not None and len(node.args) > flags and node.args[flags]))
 
 
-def is_getitem(node: Node) -> bool:
-    return node.op == "call_function" and node.target is operator.getitem
+def is_impure(node: Node) -> bool:
+    """What dead-code elimination must keep: inputs, the output and every op that writes in place."""
+    schema = getattr(node.target, "_schema", None)
+    return node.op in ("placeholder", "output") or node.is_impure() or bool(schema is not None and schema.is_mutable)
+
+
+def _replace(node: Node, target: Any, args: tuple[Any, ...], value: Any) -> Node:
+    """Insert an op before ``node`` with the fake value that it has."""
+    with node.graph.inserting_before(node):
+        made = node.graph.call_function(target, args)
+    made.meta["val"] = value
+    return made
+
+
+def _split_baddbmm(node: Node) -> Node:
+    """Case 3; returns the ``bmm``."""
+    added, left, right = node.args[:3]
+    value = node.meta["val"]
+    bmm = _replace(node, aten.bmm.default, (left, right), value)
+    scaled = _replace(node, aten.mul.Tensor, (bmm, node.kwargs.get("alpha", 1)), value)
+    shift = _replace(node, aten.mul.Tensor, (added, node.kwargs.get("beta", 1)), added.meta["val"])  # type: ignore[union-attr]
+    node.replace_all_uses_with(_replace(node, aten.add.Tensor, (shift, scaled), value))
+    node.graph.erase_node(node)
+    return bmm
+
+
+def _unmerge(node: Node) -> None:
+    """Case 4: batch and heads apart, so that a cached operand keeps its batch axis."""
+    left, right = (_four_dims(a) for a in node.args[:2])
+    if left is None or right is None:
+        return
+    a, b = left.meta["val"], right.meta["val"]
+    if [size_expr(s) for s in a.shape[:2]] != [size_expr(s) for s in b.shape[:2]]:
+        return
+    sizes = [*a.shape[:2], *node.meta["val"].shape[1:]]
+    product = _replace(node, aten.matmul.default, (left, right), node.meta["val"].new_empty(sizes))
+    static = [int(e) if (e := size_expr(s)).is_number else None for s in node.meta["val"].shape]
+    if static.count(None) > 1:
+        return
+    merged = _replace(node, aten.reshape.default, (product, [-1 if s is None else s for s in static]), node.meta["val"])
+    node.replace_all_uses_with(merged)
+    node.graph.erase_node(node)
+
+
+def _four_dims(node: Any) -> Node | None:
+    """The [B, H, X, Y] value of which ``node`` is a [B*H, X, Y] view, perhaps with X and Y swapped."""
+    if node.target is aten.transpose.int and {d % 3 for d in node.args[1:3]} == {1, 2}:
+        inner = _four_dims(node.args[0])
+        if inner is None:
+            return None
+        with node.graph.inserting_before(node):
+            made = node.graph.call_function(aten.transpose.int, (inner, 2, 3))
+        made.meta["val"] = inner.meta["val"].transpose(2, 3)
+        return made
+    if node.target not in (aten.view.default, aten.reshape.default):
+        return None
+    source = node.args[0]
+    before, after = source.meta["val"].shape, node.meta["val"].shape
+    if len(before) != 4 or len(after) != 3:
+        return None
+    same = [size_expr(s) for s in before[2:]] == [size_expr(s) for s in after[1:]]
+    return source if same else None

@@ -27,7 +27,8 @@ from lorc_fx.compat import size_expr
 from lorc_fx.errors import GraphInvariant
 
 from .caches import Group
-from .lower import Absorption, Product, absorb
+from .lower import Absorption, absorb, readings
+from .normalise import is_impure
 from .rules import _arg, shape, tensors
 from .sites import Matched, Site
 
@@ -148,7 +149,7 @@ class Rewriter:
                 self.env[node] = self.absorptions[node].emit(self, node)
             else:
                 self.env[node] = self._copied(node)
-        self.graph.eliminate_dead_code(_is_impure)
+        self.graph.eliminate_dead_code(is_impure)
         module = GraphModule(self.old, self.graph)
         return self._pruned(Rewritten(module, self.inputs, outputs, self._lowerings()))
 
@@ -384,11 +385,8 @@ class Rewriter:
 
     def _lowerings(self) -> dict[str, str]:
         """How each site is read in this graph."""
-        taken = {}
-        for absorption in self.absorptions.values():
-            parts = [absorption.latent] if isinstance(absorption, Product) else [absorption.key, absorption.value]
-            taken.update({part.group: "absorbed" for part in parts if part is not None})
-        return {s.name: taken.get(s.group.find(), "decoded") for s in self.matched.sites}
+        absorbed = readings(self.absorptions)
+        return {s.name: "absorbed" if s.group.find() in absorbed else "decoded" for s in self.matched.sites}
 
     def _pruned(self, made: Rewritten) -> Rewritten:
         """Drop inputs that nothing reads (replaced weights), so that the compiled graph does not ask for them."""
@@ -407,11 +405,6 @@ class Rewriter:
 
 def _appends(user: Node, node: Node) -> bool:
     return user.target is aten.cat.default and user.args[0][0] is node and len(user.args[0]) > 1  # type: ignore[index,arg-type]
-
-
-def _is_impure(node: Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return node.op in ("placeholder", "output") or node.is_impure() or bool(schema is not None and schema.is_mutable)
 
 
 # -- mirrors: what each cache op does to rows ----------------------------------------------------------------------------

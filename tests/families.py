@@ -163,9 +163,15 @@ def per_group(attention: Any) -> Any:
 
 
 _LLAMA_LIKE: dict[str, Any] = {
-    "hidden_size": HIDDEN, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": HEADS, "num_key_value_heads": 2,
-    "head_dim": HEAD, "max_position_embeddings": 256, "tie_word_embeddings": False,
-}  # fmt: skip
+    "hidden_size": HIDDEN,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": 2,
+    "head_dim": HEAD,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": False,
+}
 _SMALL: dict[str, Any] = {"hidden_size": HIDDEN, "num_hidden_layers": 2, "num_attention_heads": HEADS}
 _BASE: dict[str, dict[str, Any]] = {
     "GPT2": {"n_embd": HIDDEN, "n_head": HEADS, "n_layer": 2, "n_inner": 96, "n_positions": 256},

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES
-from helpers import cache_name, compiled, latents, new_cache, prompt
 
+from helpers import cache_name, compiled, latents, new_cache, prompt
 from lorc_fx.latent import LatentKV, cache_nbytes, capacity
 
 RATIOS = (0.3, 0.45, 0.5, 0.77, 1.0)

@@ -15,8 +15,11 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from families import FAMILIES, make_low_rank
+from transformers import CompileConfig
 
 from helpers import Run, assert_close, assert_tokens, compiled, generate, latents, loop, new_cache, options, prompt
+from lorc_fx.errors import DenseCacheWarning
+from lorc_fx.latent import LatentKV
 
 NEW, LENGTH = 8, 32
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -203,3 +206,51 @@ def test_the_full_product(setup, clean, monkeypatch):
         except Exception:
             failed.append(f"{way}: {traceback.format_exc(limit=-2)}")
     assert not failed, "\n".join(failed)
+
+
+# -- generate's own ways to compile ----------------------------------------------------------------------------------
+
+
+def everywhere(**given: Any) -> CompileConfig:
+    config = CompileConfig(mode=None, **given)
+    config._compile_all_devices = True  # transformers' switch for tests: compile on a CPU too
+    return config
+
+
+@pytest.mark.parametrize("ratio", [1.0, 0.5])
+@pytest.mark.parametrize("name", ["llama-gqa", "gpt2", "gemma3"])
+def test_compile_config_leaves_the_cache_dense_and_right(name, ratio, clean):
+    """generate fills a dense static cache before it compiles, so nothing can be saved; one warning says so."""
+    model = FAMILIES[name].build()
+    ids, mask = prompt(2, 9, 3)
+    want = generate(model, ids, mask, cache_implementation="static")
+    config = everywhere(backend="lorc", options=options(ratio=ratio))
+    with pytest.warns(DenseCacheWarning, match="model.compile") as caught:
+        got = generate(model, ids, mask, cache_implementation="static", compile_config=config)
+    assert_close("logits", got.logits, want.logits, 1e-4)
+    assert_tokens("sequences", got.sequences, want.sequences)
+    assert not any(isinstance(x, LatentKV) for layer in got.cache.layers for x in (layer.keys, layer.values))
+    assert len([w for w in caught if issubclass(w.category, DenseCacheWarning)]) == 1
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_model_compile_stays_right_under_generates_own_compile(backend, clean):
+    model = FAMILIES["llama-gqa"].build()
+    ids, mask = prompt(2, 9, 3)
+    want = generate(model, ids, mask, cache_implementation="static")
+    config = everywhere(backend=backend)
+    got = generate(compiled(model, ratio=1.0), ids, mask, cache_implementation="static", compile_config=config)
+    assert_close("logits", got.logits, want.logits, 1e-4)
+    assert_tokens("sequences", got.sequences, want.sequences)
+    latents(got.cache)
+
+
+def test_disable_compile_keeps_model_compile_in_force(clean):
+    model = FAMILIES["llama-gqa"].build()
+    ids, mask = prompt(2, 9, 3)
+    want = generate(model, ids, mask, cache_implementation="static")
+    more = {"compile_config": everywhere(backend="eager"), "disable_compile": True}
+    got = generate(compiled(model, ratio=1.0), ids, mask, cache_implementation="static", **more)
+    assert_close("logits", got.logits, want.logits, 1e-4)
+    assert_tokens("sequences", got.sequences, want.sequences)
+    latents(got.cache)

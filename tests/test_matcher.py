@@ -1,5 +1,6 @@
 """Decoders as people write them, and the graphs before and after: what is coded, what is left alone and why."""
 
+import re
 import warnings
 
 import pytest
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from helpers import Recorder, assert_close, options
-from lorc_fx.errors import DenseCacheWarning, LorcWarning
+from lorc_fx.errors import LorcWarning
 from lorc_fx.latent import LatentKV
 
 VOCAB, WIDTH, HEADS, KV, DIM, ROOM = 50, 32, 4, 2, 8, 32
@@ -55,12 +56,18 @@ class Attention(nn.Module):
             return self.qkv(x).split([HEADS * DIM, N, N], -1)
         if self.fused == "heads":
             grouped = self.qkv(x).unflatten(-1, (KV, HEADS // KV + 2, DIM))
-            return [part.flatten(-2) for part in (grouped[..., :-2, :].flatten(-3, -2), grouped[..., -2, :], grouped[..., -1, :])]
-        past = F.pad(x, (0, 0, 1, 0))[:, :-1]
-        source = {"shift": x + past, "conv": self.conv(F.pad(x.mT, (1, 0))).mT}.get(self.twist, x)
+            parts = (grouped[..., :-2, :].flatten(-3, -2), grouped[..., -2, :], grouped[..., -1, :])
+            return [part.flatten(-2) for part in parts]
+        source = x
+        if self.twist == "shift":
+            source = x + F.pad(x, (0, 0, 1, 0))[:, :-1]
+        if self.twist == "conv":
+            source = self.conv(F.pad(x.mT, (1, 0))).mT
         k, v = self.k(source), self.v(source)
         if self.twist == "gate":
             k, v = k * torch.sigmoid(self.g(x)), v * torch.sigmoid(self.g(x))
+        if self.twist == "late shift":
+            k, v = k + F.pad(k, (0, 0, 1, 0))[:, :-1], v + F.pad(v, (0, 0, 1, 0))[:, :-1]
         if self.twist == "unknown":
             k, v = k + k.cumsum(1), v + v.cumsum(1)
         return self.q(x), k, v
@@ -71,9 +78,10 @@ class Attention(nn.Module):
                 "TBn": lambda: x.permute(2, 0, 1, 3).flatten(2)}[self.layout]()  # fmt: skip
 
     def from_cache(self, x):
-        return {"BHTD": lambda: x, "BTHD": lambda: x.transpose(1, 2),
-                "BTn": lambda: x.unflatten(2, (KV, DIM)).transpose(1, 2),
-                "TBn": lambda: x.unflatten(2, (KV, DIM)).permute(1, 2, 0, 3)}[self.layout]()  # fmt: skip
+        if self.layout in ("BHTD", "BTHD"):
+            return x if self.layout == "BHTD" else x.transpose(1, 2)
+        heads = x.unflatten(2, (KV, DIM)) if self.twist == "unflatten" else x.view(*x.shape[:2], KV, DIM)
+        return heads.transpose(1, 2) if self.layout == "BTn" else heads.permute(1, 2, 0, 3)
 
     @property
     def axis(self):
@@ -88,10 +96,13 @@ class Attention(nn.Module):
             size = list(new.shape)
             size[self.axis] = ROOM
             cached = new.new_zeros(size)
+        end = past + new.shape[self.axis]
         if self.form == "slice":
-            cached.narrow(self.axis, past, new.shape[self.axis]).copy_(new)
+            cached[(slice(None),) * self.axis + (slice(past, end),)] = new
+        elif self.form == "narrow":
+            cached.narrow(self.axis, past, end - past).copy_(new)
         else:
-            cached.index_copy_(self.axis, torch.arange(past, past + new.shape[self.axis]), new)
+            cached.index_copy_(self.axis, torch.arange(past, end), new)
         return cached
 
     def forward(self, x, cached, past, turn=None):
@@ -103,7 +114,8 @@ class Attention(nn.Module):
             q = rotate(q, *turn)
         if self.rope == "before":
             k = rotate(k, *turn)
-        keys, values = (self.store(c, self.to_cache(n), past) for c, n in zip(cached or (None, None), (k, v), strict=True))
+        old = cached or (None, None)
+        keys, values = (self.store(c, self.to_cache(n), past) for c, n in zip(old, (k, v), strict=True))
         k, v = self.from_cache(keys), self.from_cache(values)
         at = torch.arange(k.shape[2])
         if self.rope == "after":
@@ -115,7 +127,7 @@ class Attention(nn.Module):
 class Decoder(nn.Module):
     """``nest``: how the cache is kept: a list, a tuple or a dict of (key, value)."""
 
-    def __init__(self, nest="list", layers=2, **kind):
+    def __init__(self, nest="list", layers=1, **kind):
         super().__init__()
         self.nest, self.embed = nest, nn.Embedding(VOCAB, WIDTH)
         self.layers = nn.ModuleList(Attention(**kind) for _ in range(layers))
@@ -125,7 +137,8 @@ class Decoder(nn.Module):
         for i, layer in enumerate(self.layers):
             y, pair = layer(x, None if cache is None else cache[i], past, turn)
             x, kept = x + y, [*kept, pair]
-        return x @ self.embed.weight.T, {"list": list, "tuple": tuple, "dict": lambda c: dict(enumerate(c))}[self.nest](kept)
+        kept = dict(enumerate(kept)) if self.nest == "dict" else tuple(kept) if self.nest == "tuple" else kept
+        return x @ self.embed.weight.T, kept
 
 
 def decoder(**kind):
@@ -133,7 +146,7 @@ def decoder(**kind):
     return Decoder(**kind).eval().requires_grad_(False)
 
 
-def run(call, cache=None, tokens=9, steps=4, turn=False):
+def run(call, cache=None, tokens=9, steps=3, turn=False):
     """Logits of a prompt and of ``steps`` more tokens, and the cache at the end."""
     ids = torch.randint(0, VOCAB, (3, tokens + steps), generator=torch.Generator().manual_seed(1))
     logits = []
@@ -165,7 +178,8 @@ FORMS = [
 ] + [
     {"fused": "rows"}, {"fused": "heads"}, {"lora": True}, {"fused": "rows", "layout": "BTn", "rope": None},
     {"nest": "tuple"}, {"nest": "dict"}, {"form": "slice"}, {"form": "index"}, {"form": "slice", "rope": "after"},
-    {"form": "slice", "layout": "BTHD"}, {"form": "index", "layout": "TBn", "rope": None}, {"layers": 1},
+    {"form": "slice", "layout": "BTHD"}, {"form": "index", "layout": "TBn", "rope": None}, {"form": "narrow"},
+    {"layout": "BTn", "twist": "unflatten"}, {"layers": 2},
 ]  # fmt: skip
 
 
@@ -185,26 +199,23 @@ def test_prompts_of_one_token(layout, tokens):
 
 # -- what must be left alone ------------------------------------------------------------------------------------------
 
-#: what is done to keys and values -> what the reason must name
-TWISTS = {"shift": "pad|slice|cat", "conv": "conv", "gate": "single vector|separately|gate", "unknown": "cumsum"}
 
-
-@pytest.mark.parametrize("twist", TWISTS)
-def test_what_is_not_understood_stays_dense_and_right(twist):
-    """A token shift before the projection is a fair input; what mixes tokens after it, or gates it, is not."""
+@pytest.mark.parametrize("twist", ["shift", "conv"])
+def test_what_mixes_tokens_before_the_projection_is_fair(twist):
+    """A token shift or a convolution makes the activation; keys and values are still affine in it, token by token."""
     values, _, said = check(decoder(rope=None, twist=twist))
-    if twist in ("shift", "conv"):
-        return
+    assert all(isinstance(v, LatentKV) for v in values) and not said
+
+
+@pytest.mark.parametrize(("twist", "reason"), [
+    ("late shift", "`aten.cat.default` concatenates along the tokens|has no rule|takes some tokens"),
+    ("gate", "no single vector to code"),
+    ("unknown", "aten.cumsum.default"),
+])  # fmt: skip
+def test_what_is_not_understood_stays_dense_and_right(twist, reason):
+    values, recorder, said = check(decoder(rope=None, twist=twist))
     assert not any(isinstance(v, LatentKV) for v in values)
-    assert said and any(word in said[0] for word in TWISTS[twist].split("|")), said
-
-
-@pytest.mark.parametrize("twist", ["gate", "unknown"])
-def test_a_miss_names_its_node(twist):
-    _, recorder, said = check(decoder(rope=None, twist=twist))
-    assert "not understood" in said[0]
-    named = [word.strip("`[]:,()") for text in said for word in text.split()]
-    assert any(word.split(".")[0].rsplit("_", 1)[0] in ("cumsum", "mul", "sigmoid", "add") for word in named), said
+    assert said and "not understood" in said[0] and re.search(reason, said[0]), said
 
 
 def test_angles_as_inputs_of_the_call():
@@ -216,9 +227,9 @@ def test_angles_as_inputs_of_the_call():
     assert any("neither projected nor a position" in text or "no position" in text for text in said), said
 
 
-@pytest.mark.parametrize("form", ["slice", "index"])
+@pytest.mark.parametrize("form", ["slice", "index", "narrow"])
 def test_a_buffer_from_outside_stays_dense(form):
-    cache = [tuple(torch.zeros(3, KV, ROOM, DIM) for _ in range(2)) for _ in range(2)]
+    cache = [tuple(torch.zeros(3, KV, ROOM, DIM) for _ in range(2))]
     values, _, said = check(decoder(form=form), cache=cache)
     assert not any(isinstance(v, LatentKV) for v in values)
     assert said and "preallocated" in said[0] and "model.compile" in said[0]
@@ -229,7 +240,7 @@ def test_a_filled_cache_from_outside_stays_dense():
     _, cache = run(model, steps=0)
     want, _ = run(model)
     call = torch.compile(model, backend="lorc", options=options(ratio=1.0))
-    with pytest.warns(DenseCacheWarning, match="preallocated"):
+    with pytest.warns(LorcWarning, match="(?s)preallocated.*model.compile"):
         out, cache = call(torch.tensor([[1]] * 3), cache, 9)
     assert_close("logits", out, model(torch.tensor([[1]] * 3), run(model, steps=0)[1], 9)[0], 1e-5)
     assert not any(isinstance(v, LatentKV) for pair in cache for v in pair)
@@ -272,10 +283,10 @@ def test_decode_writes_rows_in_place():
 def test_what_comes_out_is_what_was_planned():
     values, _, _ = check(decoder(), ratio=0.5)
     dense = len(values) * N * 4
-    used = sum(v.used_nbytes() for v in values) / (3 * 13)
+    used = sum(v.used_nbytes() for v in values) / (3 * 12)
     assert used <= 0.5 * dense
     for value in values:
-        assert value.shape == (3, KV, 13, DIM) and value.codes.shape == (13, 3, value.codec.rank)
+        assert value.shape == (3, KV, 12, DIM) and value.codes.shape == (12, 3, value.codec.rank)
     keys = values[::2]
-    assert all(torch.equal(k.positions, torch.arange(13, dtype=torch.int32)[:, None].expand(13, 3)) for k in keys)
+    assert all(torch.equal(k.positions, torch.arange(12, dtype=torch.int32)[:, None].expand(12, 3)) for k in keys)
     assert all(v.positions is None for v in values[1::2])

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-
 from families import FAMILIES, Family
+
 from helpers import assert_close, assert_tokens, compiled, error, generate, latents, new_cache, piecewise, prompt
 
 TOKENS = 12

@@ -1,0 +1,149 @@
+"""``explain``: what would be compressed in a model, how, at what cost, and what would not and why."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+from torch.fx import GraphModule
+
+from .backend import examine
+from .errors import StrictMiss
+from .options import Options
+from .records import Miss, Plan
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """One site: widths and ranks in columns, bytes per token, ``energy`` the share of the weight's squared singular
+    values that the rank keeps, ``lowering`` how a decode step reads it."""
+
+    layer: int
+    kind: str
+    width: int
+    rank: int
+    epilogue: str
+    cond: float
+    sigma_max: float
+    sigma_min: float
+    energy: float
+    bytes: int
+    dense_bytes: int
+    window: int | None
+    lowering: str
+    codec_bytes: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """What ``explain`` found. Bytes are per cached token over all sites, positions included."""
+
+    sites: tuple[SiteReport, ...]
+    misses: tuple[Miss, ...]
+    plan: Plan | None
+
+    @property
+    def bytes_per_token(self) -> int:
+        return sum(s.bytes for s in self.sites)
+
+    @property
+    def bytes_per_token_dense(self) -> int:
+        return sum(s.dense_bytes for s in self.sites)
+
+    @property
+    def codec_bytes(self) -> int:
+        """Bytes of all encode and decode matrices, held once per model."""
+        return sum(s.codec_bytes for s in self.sites)
+
+    def __rich__(self) -> Group:
+        table = Table(title=f"{len(self.sites)} sites, {len(self.misses)} misses")
+        for name in ("layer", "site", "width", "rank", "between projection and cache", "cond", "energy kept"):
+            table.add_column(name, justify="left" if name.startswith(("site", "between")) else "right")
+        for name in ("bytes", "of", "tokens kept", "read by"):
+            table.add_column(name, justify="right")
+        for s in self.sites:
+            row = [str(s.layer), s.kind, str(s.width), str(s.rank), s.epilogue, f"{s.cond:.3g}", f"{s.energy:.1%}"]
+            table.add_row(*row, str(s.bytes), str(s.dense_bytes), str(s.window or "all"), s.lowering)
+        return Group(table, Text(self._summary()))
+
+    def _summary(self) -> str:
+        lines = []
+        if self.sites:
+            share = self.bytes_per_token / self.bytes_per_token_dense
+            lines.append(
+                f"{self.bytes_per_token} bytes per token instead of {self.bytes_per_token_dense} ({share:.1%}); "
+                f"codecs hold {self.codec_bytes} bytes, paid for after {self._break_even()} tokens."
+            )
+        lines += [f"miss: {miss}" for miss in self.misses]
+        return "\n".join(lines or ["No cached key or value comes from a projection of this model."])
+
+    def _break_even(self) -> int:
+        saved = self.bytes_per_token_dense - self.bytes_per_token
+        return -(-self.codec_bytes // saved) if saved > 0 else 0
+
+    def __str__(self) -> str:
+        out = io.StringIO()
+        Console(file=out, width=140).print(self)
+        return out.getvalue()
+
+
+def explain(model: torch.nn.Module, *args: Any, options: Mapping[str, Any] | None = None, **kwargs: Any) -> Report:
+    """Run ``model(*args, **kwargs)`` once (dense, under no_grad), and report what backend="lorc" with ``options``
+    would make of its cache; prints the report as a table.
+
+    A model must be called so that it fills a cache (``use_cache=True``). With ``strict`` a miss raises StrictMiss.
+    """
+    report = examined(model, args, kwargs, Options.parse(options))
+    Console(width=140).print(report)
+    return report
+
+
+def make_plan(model: torch.nn.Module, *args: Any, options: Mapping[str, Any] | None = None, **kwargs: Any) -> Plan:
+    """The plan that backend="lorc" with ``options`` would follow for this model: ``Plan.save(path)``, and
+    ``options={"plan": plan or path}`` uses it without planning again."""
+    return examined(model, args, kwargs, Options.parse(options)).plan or Plan(())
+
+
+def examined(model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], options: Options) -> Report:
+    """``explain`` without printing. A model with graph breaks gives the sites of all its graphs."""
+    sites: list[SiteReport] = []
+    misses: list[Miss] = []
+    plans: list[Plan] = []
+    failed: list[BaseException] = []
+
+    def record(gm: GraphModule, examples: Sequence[Any]) -> Any:
+        try:
+            found, missed, plan = examine(gm, examples, options)
+        except Exception as error:  # raised again below, as its own class instead of torch's wrapper
+            failed.append(error)
+            return gm.forward
+        offset = 1 + max((s.layer for s in sites), default=-1)
+        sites.extend(SiteReport(**{**s, "layer": s["layer"] + offset}) for s in found)
+        misses.extend(missed)
+        plans.append(plan)
+        return gm.forward
+
+    compiled = torch.compile(_uncompiled(model), backend=record)
+    with torch.no_grad():
+        compiled(*args, **kwargs)
+    if failed:
+        raise failed[0]
+    if options.strict and misses:
+        raise StrictMiss(misses)
+    return Report(tuple(sites), tuple(misses), Plan(tuple(s for p in plans for s in p.sites)) if sites else None)
+
+
+def _uncompiled(model: torch.nn.Module) -> Any:
+    """The model's own forward, whether or not it was compiled in place."""
+    module = getattr(model, "_orig_mod", model)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return module._call_impl(*args, **kwargs)
+
+    return run

@@ -1,0 +1,167 @@
+"""Loss through the cache, generation, and the walk over a cache's storages."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, StaticCache
+
+from lorc_fx import evaluate
+
+SHAPE = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+@pytest.fixture(scope="module")
+def llama() -> Any:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**SHAPE, num_key_value_heads=2)).eval()
+
+
+@pytest.fixture(scope="module")
+def mistral() -> Any:
+    torch.manual_seed(0)
+    return MistralForCausalLM(MistralConfig(**SHAPE, num_key_value_heads=2, sliding_window=16)).eval()
+
+
+def ids(tokens: int) -> torch.Tensor:
+    return torch.randint(0, 61, (tokens,), generator=torch.Generator().manual_seed(tokens))
+
+
+# --------------------------------------------------------------------------------------------------------------- loss
+
+
+@pytest.mark.parametrize("tokens", [2, 33, 64, 65, 100])
+@pytest.mark.parametrize("chunk", [1, 7, 32, 1000])
+def test_chunked_loss_is_the_loss_in_one_piece(llama: Any, tokens: int, chunk: int) -> None:
+    text = ids(tokens)
+    with torch.no_grad():
+        expected = llama(input_ids=text[None], labels=text[None]).loss.item()
+    found = evaluate.chunked_loss(llama, text.tolist(), chunk)
+    assert found.tokens == tokens - 1
+    assert found.nats == pytest.approx(expected, rel=1e-5)
+
+
+def test_chunked_loss_under_a_sliding_window(mistral: Any) -> None:
+    whole = evaluate.chunked_loss(mistral, ids(65), 64)
+    assert evaluate.chunked_loss(mistral, ids(65), 8).nats == pytest.approx(whole.nats, rel=1e-5)
+
+
+def test_chunked_loss_reads_from_the_cache_it_is_given(llama: Any) -> None:
+    done: list[tuple[int, int]] = []
+    cache = DynamicCache(config=llama.config)
+    fresh = evaluate.chunked_loss(llama, ids(41), 16, cache, lambda *at: done.append(at))
+    assert cache.get_seq_length() == 40
+    assert done == [(16, 40), (32, 40), (40, 40)]
+    assert evaluate.chunked_loss(llama, ids(41), 16, cache).nats != pytest.approx(fresh.nats, rel=1e-5)
+
+
+@pytest.mark.parametrize(("tokens", "chunk"), [(0, 32), (1, 32), (8, 0)])
+def test_chunked_loss_refuses(llama: Any, tokens: int, chunk: int) -> None:
+    with pytest.raises(ValueError, match="two tokens"):
+        evaluate.chunked_loss(llama, ids(tokens), chunk)
+
+
+def test_sample_text_is_english_prose() -> None:
+    text = evaluate.sample_text()
+    assert 6000 < len(text) < 8000
+    assert text.isascii()
+    assert " the " in text
+
+
+# --------------------------------------------------------------------------------------------------------- generation
+
+
+class Words:
+    """A tokenizer of digits."""
+
+    def __call__(self, text: str, return_tensors: str) -> Any:
+        from transformers import BatchEncoding
+
+        found = torch.tensor([[int(part) for part in text.split()]])
+        return BatchEncoding({"input_ids": found, "attention_mask": torch.ones_like(found)})
+
+    def decode(self, tokens: torch.Tensor, skip_special_tokens: bool) -> str:
+        return " ".join(map(str, tokens.tolist()))
+
+
+def test_generate_text(llama: Any) -> None:
+    plain = llama.generate(ids(5)[None], max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0)
+    prompt = " ".join(map(str, ids(5).tolist()))
+    found = evaluate.generate_text(llama, Words(), prompt, 6, min_new_tokens=6)
+    assert found.text == " ".join(map(str, plain[0, 5:].tolist()))
+    assert found.cache.get_seq_length() == 10
+    assert len(found.step_seconds) == 5  # the first token comes from prefill
+    assert found.tokens_per_second > 0
+
+
+def test_median_step_ignores_the_step_that_compiles() -> None:
+    steps = evaluate.Generation("", None, (9.0, 0.1, 0.1, 0.1))
+    assert steps.tokens_per_second == pytest.approx(10)
+
+
+def test_decode_speed(llama: Any) -> None:
+    assert evaluate.decode_speed(llama, ids(5).tolist(), n=4) > 0
+
+
+# -------------------------------------------------------------------------------------------------------------- bytes
+
+
+def test_shared_storages_count_once() -> None:
+    base = torch.zeros(10, 8)
+    assert evaluate.cache_bytes([base, base[2:4], {"view": base.view(80)}, (base,)]) == 320
+    assert evaluate.cache_bytes([base[2:4]]) == 320  # a view holds all of its storage
+    assert evaluate.cache_used_bytes([base[2:4]]) == 64
+    assert evaluate.cache_used_bytes([base[2:4], base[2:4], base[4:6]]) == 128
+
+
+class Pair(torch.Tensor):
+    """A tensor subclass that stores two others."""
+
+    @staticmethod
+    def __new__(cls: type[Pair], a: torch.Tensor, b: torch.Tensor) -> Pair:
+        self = torch.Tensor._make_wrapper_subclass(cls, (1, 2, 1000, 16), dtype=torch.float32)
+        self.a, self.b = a, b
+        return self
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["a", "b"], None
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise NotImplementedError
+
+
+def test_subclasses_count_as_what_they_hold() -> None:
+    rows = torch.zeros(100, 4)
+    pair = Pair(rows[:10], torch.zeros(10, dtype=torch.int32))
+    assert evaluate.cache_bytes({"k": pair, "rows": rows}) == 1600 + 40
+    assert evaluate.cache_used_bytes([pair]) == 160 + 40
+
+
+@pytest.mark.parametrize("tokens", [7, 63])
+def test_dynamic_cache(llama: Any, tokens: int) -> None:
+    cache = DynamicCache(config=llama.config)
+    with torch.no_grad():
+        llama(input_ids=ids(tokens)[None], **{evaluate.cache_keyword(llama): cache})
+    per_token = 2 * 2 * 16 * 4  # layers, keys and values, 2 heads of 8, fp32
+    assert evaluate.cache_bytes(cache) == evaluate.cache_used_bytes(cache) == tokens * per_token
+    assert evaluate.bytes_per_token(cache) == per_token
+
+
+def test_sliding_window_keeps_bytes_per_token(mistral: Any) -> None:
+    cache = DynamicCache(config=mistral.config)
+    evaluate.chunked_loss(mistral, ids(65), 8, cache)
+    assert cache.layers[0].keys.shape[-2] == 15
+    assert evaluate.bytes_per_token(cache) == 2 * 2 * 16 * 4
+
+
+def test_static_cache_holds_its_capacity(llama: Any) -> None:
+    cache = StaticCache(config=llama.config, max_cache_len=32)
+    with torch.no_grad():
+        llama(input_ids=ids(5)[None], **{evaluate.cache_keyword(llama): cache})
+    tensors = {id(t) for layer in cache.layers for t in (layer.keys, layer.values)}
+    held = sum(t.untyped_storage().nbytes() for t in evaluate.cache_tensors(cache) if id(t) in tensors)
+    assert held == 32 * 2 * 2 * 16 * 4
+    assert held <= evaluate.cache_bytes(cache) <= held + 64  # and its counters
