@@ -101,14 +101,14 @@ def examine(
     builder = _Builder(canonical, matched, options)
     effective, factors, plan = builder.planned(matched.sites, example_inputs)
     ranks = zip(matched.sites, plan.sites, strict=True)
-    codecs = {s: builder.codec(s, p.rank, *effective[s], factors[s], example_inputs) for s, p in ranks}
+    codecs = {s: builder.codec(s, p.rank, effective[s], factors[s], example_inputs) for s, p in ranks}
     absorbed = readings(absorb(canonical, matched, {s.group.find(): c for s, c in codecs.items()}, step=True))
     found = []
     for site, line in zip(matched.sites, plan.sites, strict=True):
         sigma = factors[site].singular
         energy = float((sigma[: line.rank] ** 2).sum() / (sigma**2).sum()) if float(sigma[0]) else 1.0
         found.append(
-            dict(
+            dict(  # noqa: C408
                 layer=line.layer,
                 kind=line.kind,
                 width=site.decoder.width,
@@ -176,9 +176,7 @@ class _Builder:
 
     def __init__(self, canonical: GraphModule, matched: Matched, options: Options) -> None:
         self.canonical, self.matched, self.options = canonical, matched, options
-        self.attributes = {
-            n: getattr(canonical, str(n.target)) for n in canonical.graph.nodes if n.op == "get_attr"
-        }
+        self.attributes = {n: getattr(canonical, str(n.target)) for n in canonical.graph.nodes if n.op == "get_attr"}
         self.index = {n: i for i, n in enumerate(placeholders(canonical))}
         self.places = {
             s: tuple(self.index[n] for n in (*s.weights, *s.consts) if n in self.index) for s in matched.sites
@@ -212,7 +210,9 @@ class _Builder:
     def _find(self, site: Site, arguments: Sequence[Any]) -> Codec | None:
         return STORE.find(self._key(site), self.weights(site, arguments))
 
-    def planned(self, sites: Sequence[Site], arguments: Sequence[Any]) -> tuple[dict[Site, Any], dict[Site, Factors], Plan]:
+    def planned(
+        self, sites: Sequence[Site], arguments: Sequence[Any]
+    ) -> tuple[dict[Site, Any], dict[Site, Factors], Plan]:
         """Effective weights, their factors, and the plan."""
         with _timed("factorise_s"), torch.no_grad():
             effective = {s: effective_weight(s.rows, {n: self.real(n, arguments) for n in s.weights}) for s in sites}
@@ -224,14 +224,14 @@ class _Builder:
         effective, factors, plan = self.planned(sites, arguments)
         ranks = zip(sites, plan.sites, strict=True)
         with _timed("factorise_s"), torch.no_grad():
-            made = [self.codec(s, p.rank, *effective[s], factors[s], arguments) for s, p in ranks]
+            made = [self.codec(s, p.rank, effective[s], factors[s], arguments) for s, p in ranks]
         for site, codec in zip(sites, made, strict=True):
             STORE.add(self._key(site), self.weights(site, arguments), codec)
         return made
 
-    def codec(self, site: Site, rank: int, weight: Any, bias: Any, factors: Factors, arguments: Any) -> Codec:
+    def codec(self, site: Site, rank: int, effective: tuple[torch.Tensor, torch.Tensor | None], factors: Factors, arguments: Sequence[Any]) -> Codec:
         consts = tuple(self.real(n, arguments) for n in site.consts)
-        return make_codec(weight, bias, factors, rank, site.decoder, consts, site.rows.y.meta["val"].dtype)
+        return make_codec(effective[0], effective[1], factors, rank, site.decoder, consts, site.rows.y.meta["val"].dtype)
 
     def build(self, codecs: Sequence[Codec]) -> Binding:
         """rewrite -> check -> inner compiler, for codecs of one signature."""

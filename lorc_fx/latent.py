@@ -22,7 +22,7 @@ aten = torch.ops.aten
 
 
 def capacity(rows: int) -> int:
-    """Rows to allocate for ``rows`` used ones: 64 spare below 512, one eighth above (so appending is amortised O(1))."""
+    """Rows to allocate for ``rows`` used: 64 spare below 512, one eighth above (so appending is amortised O(1))."""
     return rows + (64 if rows < 512 else rows // 8)
 
 
@@ -94,7 +94,7 @@ class LatentKV(torch.Tensor):
     rows: Rows | None
     start: int
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(
@@ -114,15 +114,15 @@ class LatentKV(torch.Tensor):
         self.codec, self.codes, self.positions, self.rows, self.start = codec, codes, positions, rows, start
         return self
 
-    # -- construction ---------------------------------------------------------------------------------------------
+    # -- construction -----------------------------------------------------------------------------------------
 
     @classmethod
     def born(cls, codec: Codec, codes: torch.Tensor, positions: torch.Tensor | None) -> LatentKV:
         """A LatentKV that owns ``codes`` [T, B, r] and ``positions`` [T, B], with no spare room yet."""
-        return cls.view(codec, Rows(codes, positions, codes.shape[0]), 0, codes.shape[0])
+        return cls.over(codec, Rows(codes, positions, codes.shape[0]), 0, codes.shape[0])
 
     @classmethod
-    def view(cls, codec: Codec, rows: Rows, start: int, length: int) -> LatentKV:
+    def over(cls, codec: Codec, rows: Rows, start: int, length: int) -> LatentKV:
         """A LatentKV over rows [start, start + length)."""
         codes = _alias(rows.codes, start, length)
         positions = None if rows.positions is None else _alias(rows.positions, start, length)
@@ -133,7 +133,7 @@ class LatentKV(torch.Tensor):
             mark_weak_dynamic(positions, 0)
         return self
 
-    # -- growth -----------------------------------------------------------------------------------------------------
+    # -- growth -----------------------------------------------------------------------------------------------
 
     @property
     def length(self) -> int:
@@ -153,7 +153,7 @@ class LatentKV(torch.Tensor):
         rows.used = end + extra
         return rows
 
-    # -- reading ------------------------------------------------------------------------------------------------------
+    # -- reading ----------------------------------------------------------------------------------------------
 
     def dense(self) -> torch.Tensor:
         """The decoded cache value, in the logical shape and the model's dtype."""
@@ -165,7 +165,7 @@ class LatentKV(torch.Tensor):
         parts = (self.codes, self.positions)
         return sum(t.numel() * t.element_size() for t in parts if t is not None)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"LatentKV(shape={tuple(self.shape)}, rank={self.codec.rank} of {self.codec.width}, dtype={self.dtype})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LatentKV:
@@ -177,7 +177,7 @@ class LatentKV(torch.Tensor):
             "a LatentKV cannot be pickled: its codec belongs to the model in memory; save `latent.dense()` instead"
         )
 
-    # -- the protocol of traceable wrapper subclasses --------------------------------------------------------------
+    # -- the protocol of traceable wrapper subclasses ---------------------------------------------------------
 
     def __tensor_flatten__(self) -> tuple[list[str], LatentMeta]:
         inner = ["codes"] if self.positions is None else ["codes", "positions"]
@@ -192,7 +192,7 @@ class LatentKV(torch.Tensor):
         return kept == other
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         kwargs = kwargs or {}
         latents = [a for a in _flat(args, kwargs) if isinstance(a, LatentKV)]
         if is_fake(latents[0].codes):
@@ -258,7 +258,7 @@ def _decoded(func: Any, args: Any, kwargs: Any) -> Any:
     return func(*dense[0], **dense[1])
 
 
-# -- operations that act on rows -----------------------------------------------------------------------------------
+# -- operations that act on rows ------------------------------------------------------------------------------
 
 
 def _mapped(latent: LatentKV, fn: Callable[[torch.Tensor], torch.Tensor]) -> LatentKV:
@@ -287,7 +287,7 @@ def _cat(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _slice(func: Any, args: Any, kwargs: Any) -> Any:
-    latent, dim, lo, hi, step = (*args, *(0, None, None, 1)[len(args) - 1 :])
+    latent, dim, lo, hi, step = (list(args) + [0, None, None, 1][len(args) - 1 :])[:5]
     row = _row_dim(latent, dim)
     if row is None or step != 1:
         full = (lo is None or lo == 0) and (hi is None or hi >= latent.shape[dim]) and step == 1
@@ -295,7 +295,7 @@ def _slice(func: Any, args: Any, kwargs: Any) -> Any:
     lo, hi, _ = slice(lo, hi).indices(latent.shape[dim])
     length = max(hi - lo, 0)
     if row == 0 and latent.rows is not None:
-        return LatentKV.view(latent.codec, latent.rows, latent.start + lo, length)
+        return LatentKV.over(latent.codec, latent.rows, latent.start + lo, length)
     return _mapped(latent, lambda t: t.narrow(row, lo, length).contiguous())
 
 
@@ -318,7 +318,7 @@ def _index(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _same(func: Any, args: Any, kwargs: Any) -> Any:
-    return LatentKV.view(args[0].codec, args[0].rows, args[0].start, args[0].length)
+    return LatentKV.over(args[0].codec, args[0].rows, args[0].start, args[0].length)
 
 
 def _clone(func: Any, args: Any, kwargs: Any) -> Any:
@@ -334,7 +334,8 @@ def _to_copy(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _roll(func: Any, args: Any, kwargs: Any) -> Any:
-    latent, shifts, dims = (*args, *((), ())[len(args) - 1 :])
+    latent, shifts = args[:2]
+    dims: Sequence[int] = args[2] if len(args) > 2 else ()
     row = _row_dim(latent, dims[0]) if len(dims) == 1 else None
     return NotImplemented if row is None else _mapped(latent, lambda t: t.roll(shifts, (row,)))
 

@@ -15,6 +15,17 @@ PLAN_VERSION = 1
 
 
 @dataclass(frozen=True)
+class Depth:
+    """A layer's place in the whole model: log of its cumulative condition number, the least and the largest such
+    number over all layers, and the index of the last layer."""
+
+    log_cumulative: float
+    log_min: float
+    log_max: float
+    last: int
+
+
+@dataclass(frozen=True)
 class SiteSpec:
     """What a scheduler may know of one site (one cached key or value projection).
 
@@ -23,7 +34,8 @@ class SiteSpec:
     latent column costs per token, in bytes; ``fixed_bytes`` is what the site costs per token before any column
     (positions); ``dense_bytes`` is the dense cache's cost per token; ``window`` is the number of tokens the site
     keeps (None: all of them); ``cond`` is sigma_max / sigma_min of the effective weight (floored, see
-    ``codec.condition_number``); ``spectrum`` its singular values, descending, length ``width``.
+    ``codec.condition_number``); ``spectrum`` its singular values, descending, length ``width``. ``depth`` places the
+    layer in the whole model, which the sites of one window are only a part of (None: they are all).
     """
 
     layer: int
@@ -35,6 +47,7 @@ class SiteSpec:
     cond: float
     spectrum: tuple[float, ...]
     window: int | None = None
+    depth: Depth | None = None
 
 
 @dataclass(frozen=True)

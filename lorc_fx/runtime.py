@@ -84,7 +84,7 @@ class Binding:
             return LatentKV.born(codec, results[out.index], None if out.positions is None else results[out.positions])
         if out.kind == "window":
             rows, start = windows[out.index]
-            return LatentKV.view(arguments[out.index].codec, rows, start + sizes[out.start], sizes[out.length])
+            return LatentKV.over(arguments[out.index].codec, rows, start + sizes[out.start], sizes[out.length])
         return arguments[out.index] if out.kind == "same" else None
 
 

@@ -29,9 +29,7 @@ class WeightState:
         return cls(weakref.ref(weight), version_of(weight), weight.data_ptr())
 
     def still(self, weight: torch.Tensor) -> bool:
-        return (
-            self.ref() is weight and version_of(weight) == self.version and weight.data_ptr() == self.pointer
-        )
+        return self.ref() is weight and version_of(weight) == self.version and weight.data_ptr() == self.pointer
 
 
 def version_of(weight: torch.Tensor) -> int:
@@ -45,9 +43,7 @@ class Entry:
     codec: Codec
 
     def still(self, weights: Sequence[torch.Tensor]) -> bool:
-        return len(weights) == len(self.weights) and all(
-            s.still(w) for s, w in zip(self.weights, weights, strict=True)
-        )
+        return len(weights) == len(self.weights) and all(s.still(w) for s, w in zip(self.weights, weights, strict=True))
 
 
 class CodecStore:

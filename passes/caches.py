@@ -81,7 +81,7 @@ class Caches:
             found.setdefault(id(group.find()), group.find())
         return list(found.values())
 
-    # -- the scan ---------------------------------------------------------------------------------------------------
+    # -- the scan ---------------------------------------------------------------------------------------------
 
     def _visit(self, node: Node) -> None:
         if node.op == "placeholder":
@@ -147,7 +147,7 @@ def _is_empty(node: Node) -> bool:
     if not isinstance(value, torch.Tensor) or not any(s == 0 for s in shape(node)):
         return False
     while node.target in (aten.lift_fresh_copy.default, aten.clone.default, aten.to.dtype, aten.detach_.default):
-        node = node.args[0]  # type: ignore[assignment]
+        node = node.args[0]
     return node.op in ("get_attr", "placeholder") or node.target in _ALLOCATIONS
 
 
@@ -165,11 +165,11 @@ def _cache_like(caches: Caches, node: Node) -> bool:
     return node in caches.cells or _is_blank(node)
 
 
-# -- programs: one function per op, the table below ---------------------------------------------------------------------
+# -- programs: one function per op, the table below -----------------------------------------------------------
 
 
 def _cat(caches: Caches, node: Node) -> None:
-    parts: list[Node] = list(node.args[0])  # type: ignore[arg-type]
+    parts: list[Node] = list(node.args[0])
     dim = _dim(_arg(node, 1, "dim", 0), len(shape(node)))
     cells = [p for p in parts if p in caches.cells]
     if cells and any(caches.cells[c].find().token != dim for c in cells):
@@ -221,8 +221,8 @@ def _index_copy(caches: Caches, node: Node) -> None:
 def _index_put(caches: Caches, node: Node) -> None:
     target, indices, rows = node.args[:3]
     assert isinstance(target, Node) and isinstance(rows, Node)
-    used = [i for i, x in enumerate(indices) if x is not None]  # type: ignore[arg-type,var-annotated]
-    index = indices[used[0]] if len(used) == 1 else None  # type: ignore[index]
+    used = [i for i, x in enumerate(indices) if x is not None]
+    index = indices[used[0]] if len(used) == 1 else None
     plain = isinstance(index, Node) and index.meta["val"].dim() == 1 and not _arg(node, 3, "accumulate", False)
     if plain:
         _write(caches, node, target, rows, used[0])
@@ -291,7 +291,7 @@ PROGRAMS: dict[Any, Callable[[Caches, Node], None]] = {
 }
 
 
-# -- readers ------------------------------------------------------------------------------------------------------------
+# -- readers --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

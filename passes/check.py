@@ -33,7 +33,7 @@ def check_rewritten(made: Rewritten) -> None:
     results = next(n for n in made.module.graph.nodes if n.op == "output").args[0]
     for out in made.outputs:
         used = [i for i in (out.index, out.positions) if i is not None] if out.kind in ("plain", "born") else []
-        if any(not 0 <= i < len(results) for i in used):  # type: ignore[arg-type]
+        if any(not 0 <= i < len(results) for i in used):
             raise GraphInvariant("rewrite", "every output has its results", str(out))
     for holder in holders:
         if not isinstance(holder.meta.get("val"), (torch.Tensor, torch.SymInt, int, float, bool)):

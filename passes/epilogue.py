@@ -92,13 +92,15 @@ def _emit(graph: Graph, region: Region, env: dict[Node, Node], batch: Any, token
     for node, axes in region.nodes:
         rule = rule_of(node)
         if rule is not None and rule.sized:
-            source = env[node.args[0]]  # type: ignore[index]
+            source = env[node.args[0]]
             op = aten.expand.default if node.target in _EXPANDS else aten.reshape.default
             env[node] = graph.call_function(op, (source, resized(node, axes, batch, tokens)))
             continue
         args, kwargs = _static_args(node)
         env[node] = graph.call_function(
-            node.target, map_arg(args, env.__getitem__), map_arg(kwargs, env.__getitem__)  # type: ignore[arg-type]
+            node.target,
+            map_arg(args, env.__getitem__),
+            map_arg(kwargs, env.__getitem__),
         )
     return env[region.output]
 
@@ -125,8 +127,10 @@ def make_decoder(rows: Rows, words: str) -> tuple[Decoder, tuple[Node, ...]]:
     graph.eliminate_dead_code()
     axes = region.output_axes
     value = region.output.meta["val"]
-    layout: list[str | int] = ["B" if i == axes.batch else "T" if i == axes.token else int(s)  # type: ignore[misc]
-                               for i, s in enumerate(_static_or_zero(value.shape, axes))]
+    layout: list[str | int] = [
+        "B" if i == axes.batch else "T" if i == axes.token else int(s)
+        for i, s in enumerate(_static_or_zero(value.shape, axes))
+    ]
     width = 1
     for size in sizes:
         width *= size
@@ -188,10 +192,10 @@ def _step(node: Node, axes: Axes, env: dict[Node, Any], rows: Rows, tokens: int,
     rule = rule_of(node)
     if rule is None:
         args, kwargs = _static_args(node)
-        return node.target(*map_arg(args, env.__getitem__), **map_arg(kwargs, env.__getitem__))  # type: ignore[operator]
+        return node.target(*map_arg(args, env.__getitem__), **map_arg(kwargs, env.__getitem__))
     depends = [n for n, a in rule.back(node, axes) if a.token is not None] if axes.token is not None else []
     if rule.sized:
-        value = env[node.args[0]]  # type: ignore[index]
+        value = env[node.args[0]]
         sizes = resized(node, axes, 1, tokens)
         return value.expand(sizes) if node.target in _EXPANDS else value.reshape(sizes)
     if linear and depends and rows.x in depends:
@@ -208,7 +212,7 @@ def _step(node: Node, axes: Axes, env: dict[Node, Any], rows: Rows, tokens: int,
         env = {**env, other: torch.zeros_like(env[other])}
     elif linear and depends and rule.role == "sum" and not all(isinstance(a, Node) for a in args[:2]):
         args = tuple(a if isinstance(a, Node) or i != 1 or _is_dim(node) else 0 for i, a in enumerate(args))
-    return node.target(*map_arg(args, env.__getitem__), **map_arg(kwargs, env.__getitem__))  # type: ignore[operator]
+    return node.target(*map_arg(args, env.__getitem__), **map_arg(kwargs, env.__getitem__))
 
 
 def _is_dim(node: Node) -> bool:
@@ -223,10 +227,12 @@ def _identity(rows: Rows) -> torch.Tensor:
 def _weight_rows(node: Node, env: dict[Node, Any]) -> torch.Tensor:
     """What the identity becomes in the first product: the weight itself, [d, n]."""
     if node.target is aten.linear.default:
-        return env[node.args[1]].T  # type: ignore[index]
+        return env[node.args[1]].T
     if node.target is aten.addmm.default:
-        return env[node.args[2]] * node.kwargs.get("alpha", 1) if node.kwargs.get("alpha", 1) != 1 else env[node.args[2]]  # type: ignore[index]
-    weight = env[node.args[1]]  # type: ignore[index]
+        return (
+            env[node.args[2]] * node.kwargs.get("alpha", 1) if node.kwargs.get("alpha", 1) != 1 else env[node.args[2]]
+        )
+    weight = env[node.args[1]]
     while weight.dim() > 2 and weight.shape[0] == 1:
         weight = weight[0]
     if weight.dim() != 2:

@@ -67,7 +67,7 @@ class Facts:
         self.order = {n: i for i, n in enumerate(nodes)}
         self._roots: dict[tuple[Node, Axes], _Root] = {}
 
-    # -- affine roots -------------------------------------------------------------------------------------------------
+    # -- affine roots -----------------------------------------------------------------------------------------
 
     def root(self, node: Node, axes: Axes) -> _Root:
         """The earliest activation in which ``node`` is affine (``node`` itself where no rule leads further)."""
@@ -95,7 +95,7 @@ class Facts:
         depth = max(r.contractions for r in roots) + (rule.role == "contract")
         return _Root(roots[0].node, roots[0].axes, depth)
 
-    # -- regions ------------------------------------------------------------------------------------------------------
+    # -- regions ----------------------------------------------------------------------------------------------
 
     def region(self, output: Node, axes: Axes, stops: dict[Node, Axes], leaf: Callable[[Node, Axes], bool]) -> Region:
         """All nodes between ``stops`` (or nodes for which ``leaf`` says True) and ``output``."""
@@ -128,7 +128,7 @@ class Facts:
         ordered = sorted(seen, key=self.order.__getitem__)
         return Region(tuple((n, seen[n]) for n in ordered), inputs, output, axes)
 
-    # -- description of rows ------------------------------------------------------------------------------------------
+    # -- description of rows ----------------------------------------------------------------------------------
 
     def describe(self, rows: Node, token: int) -> Rows:
         """Describe ``rows``, whose tokens lie along ``token``; raises NoSite with the reason."""
@@ -160,7 +160,7 @@ class Facts:
         position, position_axes = self._meet(positions, None) if positions else (None, None)
         stops = {y: y_axes} if position is None else {y: y_axes, position: position_axes}
         chain = self.region(y, y_axes, {x: x_axes}, _is_constant_leaf)
-        epilogue = self.region(rows, axes, stops, _is_constant_leaf)  # type: ignore[arg-type]
+        epilogue = self.region(rows, axes, stops, _is_constant_leaf)
         for region in (chain, epilogue):
             _check_constants(region, {x, y, position})
         return Rows(x, x_axes, y, y_axes, position, position_axes, chain, epilogue, self.root(y, y_axes).contractions)
@@ -248,7 +248,7 @@ def _is_constant_leaf(node: Node, axes: Axes) -> bool:
 
 
 def _check_tokens(x: Node, axes: Axes) -> None:
-    """x must be [tokens and batch..., d]: every leading axis known, so that a latent row is one token of one batch row."""
+    """x must be [tokens and batch..., d], every leading axis known: a latent row is one token of one batch row."""
     leading = set(range(len(shape(x)) - 1))
     lone = {i for i in leading if shape(x)[i] == 1}
     known = {a for a in axes if a is not None}
@@ -261,9 +261,13 @@ def _check_constants(region: Region, known: set[Node | None]) -> None:
         if node not in known and not _is_constant_leaf(node, Axes(None, None)):
             raise NoSite(node, f"it depends on `{node.name}`, an input of the call that is no position")
     for node, axes in region.nodes:
-        if node.op == "placeholder" and not _is_constant_leaf(node, axes) and isinstance(node.meta["val"], torch.Tensor):
+        if (
+            node.op == "placeholder"
+            and not _is_constant_leaf(node, axes)
+            and isinstance(node.meta["val"], torch.Tensor)
+        ):
             raise NoSite(node, f"it depends on `{node.name}`, an input of the call that is no position")
-        if node.op == "call_function" and getattr(node.target, "_schema", None) and node.target._schema.is_mutable:  # type: ignore[union-attr]
+        if node.op == "call_function" and getattr(node.target, "_schema", None) and node.target._schema.is_mutable:
             raise NoSite(node, f"op `{node.target}` writes in place between projection and cache")
 
 

@@ -96,7 +96,7 @@ def _latent(matched: Matched, codecs: Mapping[Group, Codec], facts: Facts, opera
     columns = _through(facts, operand, axes, node, at, index)
     if columns is None:
         return None
-    rows = columns.movedim((axes.batch, axes.token), (0, 1))[0, 0]  # type: ignore[arg-type]
+    rows = columns.movedim((axes.batch, axes.token), (0, 1))[0, 0]
     if rows.dim() != 2:
         return None
     return _grouped(node, group, rows)
@@ -128,7 +128,7 @@ def _grouped(cell: Node, group: Group, rows: torch.Tensor) -> Latent | None:
     return Latent(cell, group, len(heads), rows.shape[1], repeat, None if plain else tuple(base.flatten().tolist()))
 
 
-# -- emission ----------------------------------------------------------------------------------------------------------
+# -- emission -------------------------------------------------------------------------------------------------
 
 
 def _matrix(r: Rewriter, latent: Latent) -> Node:
@@ -137,7 +137,9 @@ def _matrix(r: Rewriter, latent: Latent) -> Node:
     assert decode is not None
     rank = r.templates[latent.group].rank
     columns = _columns(r, latent, decode, 1)
-    return r.call(aten.transpose.int, r.call(aten.reshape.default, columns, [rank, latent.heads, latent.head_dim]), 0, 1)
+    return r.call(
+        aten.transpose.int, r.call(aten.reshape.default, columns, [rank, latent.heads, latent.head_dim]), 0, 1
+    )
 
 
 def _columns(r: Rewriter, latent: Latent, source: Node, dim: int) -> Node:
@@ -203,7 +205,7 @@ class Product:
     sizes: tuple[Any, int, int]
 
     def emit(self, r: Rewriter, node: Node) -> Node:
-        left = r.env_value(node.args[0])  # type: ignore[arg-type]
+        left = r.env_value(node.args[0])
         sizes = (r.size(node, 0), *self.sizes[1:])
         if self.kind == "key":
             return query_latent(r, left, self.latent, sizes, shift=True)
@@ -222,16 +224,18 @@ class Attention:
         query, key, value = (a for a in node.args[:3])
         sizes = (r.size(node, 0), *self.sizes[1:])
         batch, heads, queries = sizes
-        q = r.env_value(query)  # type: ignore[arg-type]
+        q = r.env_value(query)
         if self.key is not None:
-            scores = query_latent(r, q, self.key, sizes, shift=False)  # q mu is the same for all tokens: softmax drops it
+            scores = query_latent(
+                r, q, self.key, sizes, shift=False
+            )  # q mu is the same for all tokens: softmax drops it
         else:
-            cached, dim = int(shape(key)[1]), int(shape(key)[3])  # type: ignore[arg-type]
+            cached, dim = int(shape(key)[1]), int(shape(key)[3])
             q = r.call(aten.reshape.default, q, [batch, cached, heads // cached * queries, dim])
-            scores = r.call(aten.matmul.default, q, r.call(aten.transpose.int, r.env_value(key), 2, 3))  # type: ignore[arg-type]
+            scores = r.call(aten.matmul.default, q, r.call(aten.transpose.int, r.env_value(key), 2, 3))
             scores = r.call(aten.reshape.default, scores, [batch, heads, queries, -1])
         scale = node.kwargs.get("scale")
-        scale = 1 / math.sqrt(int(shape(query)[3])) if scale is None else scale  # type: ignore[arg-type]
+        scale = 1 / math.sqrt(int(shape(query)[3])) if scale is None else scale
         scores = r.call(aten.mul.Tensor, r.call(aten.to.dtype, scores, torch.float32), scale)
         mask = _arg(node, 3, "attn_mask")
         if mask is not None:
@@ -245,9 +249,9 @@ class Attention:
         weights = r.call(aten.to.dtype, weights, node.meta["val"].dtype)
         if self.value is not None:
             return weights_latent(r, weights, self.value, sizes, partial=mask is not None)
-        cached, dim = int(shape(value)[1]), int(shape(value)[3])  # type: ignore[arg-type]
+        cached, dim = int(shape(value)[1]), int(shape(value)[3])
         grouped = r.call(aten.reshape.default, weights, [batch, cached, heads // cached * queries, -1])
-        out = r.call(aten.matmul.default, grouped, r.env_value(value))  # type: ignore[arg-type]
+        out = r.call(aten.matmul.default, grouped, r.env_value(value))
         return r.call(aten.reshape.default, out, [batch, heads, queries, dim])
 
 
@@ -286,7 +290,7 @@ def _sizes(node: Node, step: bool) -> tuple[Any, int, int] | None:
     batch, heads, queries = node.meta["val"].shape[:3]
     queries = 1 if step else queries
     static = static_size(heads), static_size(queries)
-    return None if None in static else (batch, *static)  # type: ignore[return-value]
+    return None if static[0] is None or static[1] is None else (batch, static[0], static[1])
 
 
 def _worth(latent: Latent | None, sizes: tuple[Any, int, int], codecs: Mapping[Group, Codec]) -> Latent | None:
@@ -304,21 +308,18 @@ def _attention(
     if sizes is None or len(shape(node)) != 4 or dropout or (causal and not step):
         return None
     key, value = (
-        _worth(_latent(matched, codecs, facts, operand, Axes(0, 2)), sizes, codecs)  # type: ignore[arg-type]
-        for operand in node.args[1:3]
+        _worth(_latent(matched, codecs, facts, operand, Axes(0, 2)), sizes, codecs) for operand in node.args[1:3]
     )
     return None if key is None and value is None else Attention(key, value, sizes)
 
 
-def _product(
-    node: Node, matched: Matched, codecs: Mapping[Group, Codec], facts: Facts, step: bool
-) -> Product | None:
+def _product(node: Node, matched: Matched, codecs: Mapping[Group, Codec], facts: Facts, step: bool) -> Product | None:
     sizes = _sizes(node, step)
     right = node.args[1]
-    if sizes is None or len(shape(right)) != 4:  # type: ignore[arg-type]
+    if sizes is None or len(shape(right)) != 4:
         return None
     for kind, axes in (("value", Axes(0, 2)), ("key", Axes(0, 3))):
-        latent = _worth(_latent(matched, codecs, facts, right, axes), sizes, codecs)  # type: ignore[arg-type]
+        latent = _worth(_latent(matched, codecs, facts, right, axes), sizes, codecs)
         if latent is not None:
             return Product(latent, kind, sizes)
     return None

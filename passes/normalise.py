@@ -108,7 +108,7 @@ def _split_baddbmm(node: Node) -> Node:
     value = node.meta["val"]
     bmm = _replace(node, aten.bmm.default, (left, right), value)
     scaled = _replace(node, aten.mul.Tensor, (bmm, node.kwargs.get("alpha", 1)), value)
-    shift = _replace(node, aten.mul.Tensor, (added, node.kwargs.get("beta", 1)), added.meta["val"])  # type: ignore[union-attr]
+    shift = _replace(node, aten.mul.Tensor, (added, node.kwargs.get("beta", 1)), added.meta["val"])
     node.replace_all_uses_with(_replace(node, aten.add.Tensor, (shift, scaled), value))
     node.graph.erase_node(node)
     return bmm

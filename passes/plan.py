@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -11,7 +12,7 @@ from lorc_fx.errors import BadPlan
 from lorc_fx.formulas import rank_of_bytes, row_bytes
 from lorc_fx.options import Options
 from lorc_fx.records import Plan, PlannedSite, SiteSpec
-from lorc_fx.schedulers import schedule
+from lorc_fx.schedulers import depths, schedule
 
 from .sites import Site
 
@@ -46,6 +47,8 @@ def make_plan(sites: Sequence[Site], factors: Mapping[Site, Factors], options: O
     plan does not fit the model.
     """
     specs = {site: spec_of(site, factors[site]) for site in sites}
+    places = depths(list(specs.values()))
+    specs = {site: replace(spec, depth=places[spec.layer]) for site, spec in specs.items()}
     if options.plan is not None:
         given = Plan.load(options.plan) if isinstance(options.plan, str) else options.plan
         return _checked(given, list(specs.values()))

@@ -130,7 +130,7 @@ class Rewriter:
                 self.owners[group] = ("site", i)
                 self.templates[group] = self.codecs[site]
 
-    # -- the walk -----------------------------------------------------------------------------------------------------
+    # -- the walk ---------------------------------------------------------------------------------------------
 
     def run(self) -> Rewritten:
         outputs: list[Output] = []
@@ -169,7 +169,7 @@ class Rewriter:
     def placeholder(self, name: str, spec: Input, value: Any) -> Node:
         """A new input; all inputs come before the first op, in the order of ``inputs``."""
         self.inputs.append(spec)
-        with self.graph.inserting_after(self.last):  # type: ignore[arg-type]
+        with self.graph.inserting_after(self.last):
             self.last = self.graph.placeholder(name)
         self.last.meta["val"] = value
         return self.last
@@ -219,7 +219,7 @@ class Rewriter:
         copy = self.graph.create_node(node.op, node.target, args, map_arg(node.kwargs, use), node.name)
         return copy
 
-    # -- cells ----------------------------------------------------------------------------------------------------------
+    # -- cells ------------------------------------------------------------------------------------------------
 
     def _cell(self, node: Node) -> None:
         if node in self.site_of:
@@ -262,9 +262,8 @@ class Rewriter:
 
     def _extent(self, site: Site) -> tuple[Any, Any]:
         """Batch and new tokens of a site's rows, as ints or as nodes that compute them."""
-        return tuple(  # type: ignore[return-value]
-            1 if axis is None else self.size(site.node, axis) for axis in (site.rows.epilogue.output_axes)
-        )
+        axes = site.rows.epilogue.output_axes
+        return 1 if axes.batch is None else self.size(site.node, axes.batch), self.size(site.node, axes.token)
 
     def size(self, node: Node, axis: int) -> Any:
         """A size of an old node's value: an int, or a node of the new graph."""
@@ -312,7 +311,7 @@ class Rewriter:
             return self.call(aten.expand.default, flat, [batch, tokens])
         return self.call(aten.reshape.default, value, [batch, tokens, *rest])
 
-    # -- reading ----------------------------------------------------------------------------------------------------------
+    # -- reading ----------------------------------------------------------------------------------------------
 
     def read(self, node: Node) -> Node:
         """Decoded tokens of a cell as they are now: rows -> y_hat -> epilogue (the universal lowering)."""
@@ -346,7 +345,7 @@ class Rewriter:
                 env[inner] = self.graph.node_copy(inner, env.__getitem__)
         raise AssertionError("a decoder has an output")
 
-    # -- outputs ----------------------------------------------------------------------------------------------------------
+    # -- outputs ----------------------------------------------------------------------------------------------
 
     def _outputs(self, node: Node) -> list[Output]:
         results: list[Any] = []
@@ -404,10 +403,10 @@ class Rewriter:
 
 
 def _appends(user: Node, node: Node) -> bool:
-    return user.target is aten.cat.default and user.args[0][0] is node and len(user.args[0]) > 1  # type: ignore[index,arg-type]
+    return user.target is aten.cat.default and user.args[0][0] is node and len(user.args[0]) > 1
 
 
-# -- mirrors: what each cache op does to rows ----------------------------------------------------------------------------
+# -- mirrors: what each cache op does to rows -----------------------------------------------------------------
 
 
 def _each(r: Rewriter, cell: _Cell, fn: Callable[[Node], Node], **kept: Any) -> _Cell:
@@ -415,7 +414,7 @@ def _each(r: Rewriter, cell: _Cell, fn: Callable[[Node], Node], **kept: Any) -> 
 
 
 def _cat(r: Rewriter, node: Node) -> _Cell:
-    parts = [r.cells[p] for p in node.args[0] if p in r.cells]  # type: ignore[union-attr]
+    parts = [r.cells[p] for p in node.args[0] if p in r.cells]
     if len(parts) == 1:
         return parts[0]
     group = r._coded(node)
@@ -428,7 +427,7 @@ def _cat(r: Rewriter, node: Node) -> _Cell:
                 continue
             rows = [getattr(p, name) for p in parts[1:]]
             new = rows[0] if len(rows) == 1 else r.call(aten.cat.default, rows, 0)
-            begin = r.size(node.args[0][0], group.token)  # type: ignore[index]
+            begin = r.size(node.args[0][0], group.token)
             end = r.size(node, group.token)
             room = r.call(aten.slice.Tensor, window, 0, begin, end)
             r.call(aten.copy_.default, room, new)
@@ -469,7 +468,7 @@ def _roll(r: Rewriter, node: Node) -> _Cell:
 
 def _written(r: Rewriter, node: Node, write: Callable[[Node, Node], Any], rows: Node) -> _Cell:
     """An in-place write of ``rows`` into the first argument: the same write on codes and positions."""
-    target, source = r.cells[node.args[0]], r.cells[rows]  # type: ignore[index]
+    target, source = r.cells[node.args[0]], r.cells[rows]
     write(target.codes, source.codes)
     if target.positions is not None and source.positions is not None:
         write(target.positions, source.positions)
@@ -480,21 +479,27 @@ def _written(r: Rewriter, node: Node, write: Callable[[Node, Node], Any], rows: 
 
 
 def _index_copy(r: Rewriter, node: Node) -> _Cell:
-    index = r.env[node.args[2]]  # type: ignore[index]
+    index = r.env[node.args[2]]
     return _written(
-        r, node, lambda into, rows: r.call(aten.index_copy_.default, into, 0, index, rows), node.args[3]  # type: ignore[arg-type]
+        r,
+        node,
+        lambda into, rows: r.call(aten.index_copy_.default, into, 0, index, rows),
+        node.args[3],
     )
 
 
 def _index_put(r: Rewriter, node: Node) -> _Cell:
-    index = next(r.env[x] for x in node.args[1] if x is not None)  # type: ignore[union-attr,index]
+    index = next(r.env[x] for x in node.args[1] if x is not None)
     return _written(
-        r, node, lambda into, rows: r.call(aten.index_put_.default, into, [index], rows), node.args[2]  # type: ignore[arg-type]
+        r,
+        node,
+        lambda into, rows: r.call(aten.index_put_.default, into, [index], rows),
+        node.args[2],
     )
 
 
 def _copy(r: Rewriter, node: Node) -> _Cell:
-    return _written(r, node, lambda into, rows: r.call(aten.copy_.default, into, rows), node.args[1])  # type: ignore[arg-type]
+    return _written(r, node, lambda into, rows: r.call(aten.copy_.default, into, rows), node.args[1])
 
 
 def _blank(r: Rewriter, node: Node) -> _Cell:
@@ -535,4 +540,3 @@ MIRRORS: dict[Any, Callable[[Rewriter, Node], _Cell]] = {
 def rewrite(gm: GraphModule, matched: Matched, codecs: Mapping[Site, Codec]) -> Rewritten:
     """Replace projections by factorised ones and cells by rows; everything else reads decoded tokens."""
     return Rewriter(gm, matched, codecs).run()
-

@@ -67,14 +67,14 @@ def register_rule(op: Any, *, role: str = "pointwise", words: str = "") -> Calla
 
     def add(fn: AxisRule) -> AxisRule:
         if op in RULES:
-            raise AlreadyRegistered("rule", str(op))
+            raise AlreadyRegistered("rule", str(op), RULES[op].words)
         RULES[op] = Rule(per_axis(fn), role, words or str(op))
         return fn
 
     return add
 
 
-# -- shapes ---------------------------------------------------------------------------------------------------------
+# -- shapes ---------------------------------------------------------------------------------------------------
 
 
 def shape(node: Node) -> list[sympy.Expr]:
@@ -110,7 +110,7 @@ def _arg(node: Node, index: int, name: str, default: Any = None) -> Any:
     return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
 
 
-# -- rules for one axis -----------------------------------------------------------------------------------------------
+# -- rules for one axis ---------------------------------------------------------------------------------------
 
 
 def _broadcast(node: Node, axis: int) -> list[tuple[Node, int | None]]:
@@ -149,7 +149,7 @@ def _transpose(node: Node, axis: int) -> list[tuple[Node, int | None]]:
 
 def _permute(node: Node, axis: int) -> list[tuple[Node, int | None]]:
     source = tensors(node)[0]
-    return [(source, _dim(node.args[1][axis], len(shape(source))))]  # type: ignore[index]
+    return [(source, _dim(node.args[1][axis], len(shape(source))))]
 
 
 def _unsqueeze(node: Node, axis: int) -> list[tuple[Node, int | None]]:
@@ -211,8 +211,7 @@ def _expand(node: Node, axis: int) -> list[tuple[Node, int | None]]:
 
 
 def _repeat(node: Node, axis: int) -> list[tuple[Node, int | None]]:
-    source = tensors(node)[0]
-    if node.args[1][axis] != 1:  # type: ignore[index]
+    if node.args[1][axis] != 1:
         raise Mixes("repeats along the tokens or the batch")
     return _expand(node, axis)
 
@@ -262,7 +261,7 @@ def _roll(node: Node, axis: int) -> list[tuple[Node, int | None]]:
 
 def _layer_norm(node: Node, axis: int) -> list[tuple[Node, int | None]]:
     rank = len(shape(node))
-    return _feature_dims(node, axis, list(range(rank - len(node.args[1]), rank)))  # type: ignore[arg-type]
+    return _feature_dims(node, axis, list(range(rank - len(node.args[1]), rank)))
 
 
 def _linear(node: Node, axis: int) -> list[tuple[Node, int | None]]:
@@ -289,7 +288,7 @@ def _matmul(node: Node, axis: int) -> list[tuple[Node, int | None]]:
     for source, size in ((left, a), (right, b)):
         at = axis - (rank - size)
         found.append((source, None if at < 0 else at))
-    return found  # type: ignore[return-value]
+    return found
 
 
 def _table(node: Node, axis: int) -> list[tuple[Node, int | None]]:
@@ -303,7 +302,7 @@ def _table(node: Node, axis: int) -> list[tuple[Node, int | None]]:
 def _index(node: Node, axis: int) -> list[tuple[Node, int | None]]:
     """One index tensor at one dim: its axes take the place of that dim."""
     indices = node.args[1]
-    at = [i for i, index in enumerate(indices) if index is not None]  # type: ignore[arg-type,var-annotated]
+    at = [i for i, index in enumerate(indices) if index is not None]
     if len(at) != 1:
         raise Mixes("indexes along several dims")
     source, index = tensors(node)[:2]
@@ -330,7 +329,7 @@ def _passes(node: Node, axis: int) -> list[tuple[Node, int | None]]:
     return [(tensors(node)[0], axis)]
 
 
-# -- views regroup axes, so they need batch and token together ------------------------------------------------------------
+# -- views regroup axes, so they need batch and token together ------------------------------------------------
 
 
 def groups(before: Sequence[sympy.Expr], after: Sequence[sympy.Expr]) -> list[tuple[list[int], list[int]]]:
@@ -407,7 +406,7 @@ def _view(node: Node, axes: Axes) -> Demand:
     raise Mixes("regroups tokens with features")
 
 
-# -- the table -----------------------------------------------------------------------------------------------------------
+# -- the table ------------------------------------------------------------------------------------------------
 
 
 def _rows(role: str, words: str, fn: AxisRule, *ops: Any) -> None:
@@ -466,7 +465,7 @@ def rule_of(node: Node) -> Rule | None:
     if found is not None or node.op != "call_function":
         return found
     tags = getattr(node.target, "tags", ())
-    if torch.Tag.pointwise in tags and not node.target._schema.is_mutable:  # type: ignore[union-attr]
+    if torch.Tag.pointwise in tags and not node.target._schema.is_mutable:
         return _POINTWISE
     return None
 

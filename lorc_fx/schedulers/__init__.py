@@ -6,7 +6,7 @@ column_bytes`` for 1 <= k <= width, together at most the budget. ``@register_sch
 """
 
 from lorc_fx.schedulers.energy import energy
-from lorc_fx.schedulers.progressive import progressive, progressive_ranks
+from lorc_fx.schedulers.progressive import depths, progressive, progressive_ranks
 from lorc_fx.schedulers.registry import (
     Scheduler,
     get_scheduler,
@@ -18,6 +18,7 @@ from lorc_fx.schedulers.uniform import uniform
 
 __all__ = [
     "Scheduler",
+    "depths",
     "energy",
     "get_scheduler",
     "progressive",

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from lorc_fx import formulas
 from lorc_fx.errors import BadOption, KnobsDoNotFit
+from lorc_fx.records import Depth
 from lorc_fx.schedulers.common import cost, site_bytes, spend
 from lorc_fx.schedulers.registry import register_scheduler
 
@@ -75,6 +76,7 @@ class _Layers:
     sites: Sequence[SiteSpec]
     members: list[list[int]]
     logs: list[float]
+    span: tuple[float, float]
     full: list[bool]
 
     def site_ranks(self, layer_ranks: Sequence[int]) -> list[int]:
@@ -88,12 +90,12 @@ class _Layers:
 
     def layer_ranks(self, d_min: int, d_max: int) -> list[int]:
         """The formula's rank of each layer, in columns, before clipping."""
-        low, high = min(self.logs), max(self.logs)
+        low, high = self.span
         return [formulas.rank(d_min, d_max, log, low, high) for log in self.logs]
 
     def wishes(self, d_min: int, d_max: int) -> list[float]:
         """The same before the floor."""
-        low, high = min(self.logs), max(self.logs)
+        low, high = self.span
         return [formulas.real_rank(d_min, d_max, log, low, high) for log in self.logs]
 
     def depths(self) -> list[int]:
@@ -106,18 +108,39 @@ class _Layers:
         return cost(self.sites, self.site_ranks(self.layer_ranks(d_min, d_max)))
 
 
+def cumulative_logs(sites: Sequence[SiteSpec]) -> list[float]:
+    """log kappa~_l for each layer of ``sites``, by layer number. A layer without a key or value counts with the other.
+
+    Raises BadOption for a condition number that is NaN or below 1.
+    """
+    numbers = sorted({site.layer for site in sites})
+    return log_cumulative([math.prod(_checked("cond", [s.cond for s in sites if s.layer == n])) for n in numbers])
+
+
+def depths(sites: Sequence[SiteSpec]) -> dict[int, Depth]:
+    """The place of each layer in a whole model, whose ``sites`` these are."""
+    numbers, logs = sorted({site.layer for site in sites}), cumulative_logs(sites)
+    low, high = min(logs, default=0.0), max(logs, default=0.0)
+    return {n: Depth(log, low, high, numbers[-1]) for n, log in zip(numbers, logs, strict=True)}
+
+
 def _group(sites: Sequence[SiteSpec], options: Options) -> _Layers:
     """Raises BadOption for a condition number that is NaN or below 1.
 
-    ``protect_first`` counts the model's layers from 0; ``protect_last`` counts back from the last layer among these
-    sites. A layer without a key or without a value site counts with the one it has.
+    ``protect_first`` counts the model's layers from 0, ``protect_last`` back from its last (the last of these sites
+    where their ``depth`` is not given).
     """
     numbers = sorted({site.layer for site in sites})
     members = [[i for i, site in enumerate(sites) if site.layer == number] for number in numbers]
-    kappas = [math.prod(_checked("cond", [sites[i].cond for i in indices])) for indices in members]
-    last = numbers[-1]
+    places = [sites[indices[0]].depth for indices in members]
+    if all(place is not None for place in places):
+        logs = [place.log_cumulative for place in places if place is not None]
+        span, last = (places[0].log_min, places[0].log_max), places[0].last  # type: ignore[union-attr]
+    else:
+        logs = cumulative_logs(sites)
+        span, last = (min(logs), max(logs)), numbers[-1]
     full = [number < options.protect_first or number > last - options.protect_last for number in numbers]
-    return _Layers(sites, members, log_cumulative(kappas), full)
+    return _Layers(sites, members, logs, span, full)
 
 
 def _largest(low: int, high: int, fits: Callable[[int], bool]) -> int | None:
