@@ -14,11 +14,12 @@ from torch.fx import GraphModule
 from . import compat
 from .codec import Codec, Factors, factorise, make_codec
 from .errors import DenseCacheWarning, GradRequired, LorcError, LorcWarning, NoSites, NoSitesWarning, StrictMiss
+from .latent import LatentKV
 from .options import Options
 from .passes.check import check_canonical, check_rewritten
 from .passes.epilogue import effective_weight
 from .passes.lower import absorb, readings
-from .passes.normalise import normalise, placeholders
+from .passes.normalise import logical, normalise, placeholders
 from .passes.plan import make_plan
 from .passes.rewrite import rewrite
 from .passes.sites import Matched, Site, match
@@ -88,7 +89,7 @@ def compile_graph(gm: GraphModule, example_inputs: Sequence[Any], options: Optio
         matched = match(canonical)
     _report(matched, options)
     if not matched.sites and not any(n.meta.get("latent") is not None for n in placeholders(canonical)):
-        return _inner(gm, _examples(gm), options)
+        return _plain(gm, options)
     return Compiled(canonical, gm, matched, options, _Builder(canonical, matched, options)).first(example_inputs)
 
 
@@ -132,7 +133,24 @@ def _untouched(gm: GraphModule, example_inputs: Sequence[Any], options: Options,
     if options.strict:
         raise why
     warnings.warn(f"{why} This graph runs uncompressed.", LorcWarning, stacklevel=2)
-    return _inner(gm, _examples(gm), options)
+    return _plain(gm, options)
+
+
+def _plain(gm: GraphModule, options: Options) -> Callee:
+    """The inner compiler on the untouched graph; LatentKVs that come in are decoded before."""
+    values = [compat.example_value(p) for p in placeholders(gm)]
+    inner = _inner(gm, [logical(v) for v in values], options)
+    coded = [i for i, v in enumerate(values) if isinstance(v, LatentKV)]
+    if not coded:
+        return inner
+
+    def decode_first(*arguments: Any) -> Any:
+        plain = list(arguments)
+        for i in coded:
+            plain[i] = plain[i].dense()
+        return inner(*plain)
+
+    return decode_first
 
 
 def _report(matched: Matched, options: Options) -> None:
@@ -148,10 +166,6 @@ def _report(matched: Matched, options: Options) -> None:
         hint = " (use model.compile(backend='lorc') so that the prefill is compiled too)"
         hint = hint if miss.kind == "preallocated" else ""
         warnings.warn(f"{miss.kind}: {miss.reason}{hint} [{miss.node}]", DenseCacheWarning, stacklevel=2)
-
-
-def _examples(gm: GraphModule) -> list[Any]:
-    return [compat.example_value(p) for p in placeholders(gm)]
 
 
 def _inner(gm: GraphModule, examples: Sequence[Any], options: Options) -> Callee:
@@ -229,9 +243,18 @@ class _Builder:
             STORE.add(self._key(site), self.weights(site, arguments), codec)
         return made
 
-    def codec(self, site: Site, rank: int, effective: tuple[torch.Tensor, torch.Tensor | None], factors: Factors, arguments: Sequence[Any]) -> Codec:
+    def codec(
+        self,
+        site: Site,
+        rank: int,
+        effective: tuple[torch.Tensor, torch.Tensor | None],
+        factors: Factors,
+        arguments: Sequence[Any],
+    ) -> Codec:
         consts = tuple(self.real(n, arguments) for n in site.consts)
-        return make_codec(effective[0], effective[1], factors, rank, site.decoder, consts, site.rows.y.meta["val"].dtype)
+        return make_codec(
+            effective[0], effective[1], factors, rank, site.decoder, consts, site.rows.y.meta["val"].dtype
+        )
 
     def build(self, codecs: Sequence[Codec]) -> Binding:
         """rewrite -> check -> inner compiler, for codecs of one signature."""

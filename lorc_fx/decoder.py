@@ -16,7 +16,8 @@ class Decoder:
 
     ``module(y, positions, *consts)`` takes y [B, T, n] and, where ``needs_positions``, positions [B, T] int32, and
     returns the dense cache value, whose dims ``layout`` names: ``"B"``, ``"T"`` or the int size of a feature dim.
-    ``words`` says in English what lies between projection and cache.
+    ``words`` says in English what lies between projection and cache. ``shared_positions``: the epilogue reads one
+    position for all batch rows (that of row 0).
     """
 
     module: GraphModule
@@ -25,6 +26,7 @@ class Decoder:
     dtype: torch.dtype
     needs_positions: bool
     words: str
+    shared_positions: bool = False
     digest: str = field(default="")
 
     def __post_init__(self) -> None:

@@ -51,6 +51,8 @@ class Binding:
             kind, index = spec.kind, spec.index
             if kind == "argument":
                 values.append(arguments[index])
+            elif kind == "dense":
+                values.append(arguments[index].dense())
             elif kind == "codes":
                 values.append(getattr(arguments[index], spec.name))
             elif kind == "window":

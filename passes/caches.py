@@ -129,7 +129,10 @@ class Caches:
     def _bare_outputs(self) -> None:
         """Rows that leave the graph without a write (a hand-written cache's first step), if attention reads them."""
         output = next(n for n in self.nodes if n.op == "output")
+        dense = {write.node for write in self.dense}
         for node in output.all_input_nodes:
+            if self.base(node)[0] in dense:
+                continue
             value = node.meta.get("val")
             if node in self.cells or not isinstance(value, torch.Tensor) or not value.is_floating_point():
                 continue

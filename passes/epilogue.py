@@ -135,7 +135,8 @@ def make_decoder(rows: Rows, words: str) -> tuple[Decoder, tuple[Node, ...]]:
     for size in sizes:
         width *= size
     module = GraphModule(torch.nn.Module(), graph)
-    decoder = Decoder(module, width, tuple(layout), value.dtype, rows.position is not None, words)
+    shared = rows.position_axes is not None and rows.position_axes.batch is None and axes.batch is not None
+    decoder = Decoder(module, width, tuple(layout), value.dtype, rows.position is not None, words, shared)
     return decoder, constants
 
 

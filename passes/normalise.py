@@ -34,14 +34,16 @@ def normalise(gm: GraphModule, example_inputs: Sequence[Any]) -> GraphModule:
     4. ``bmm`` of [B*H, ..] views of [B, H, ..]  ->  ``matmul`` in four dims, viewed as [B*H, ..]
 
     Each placeholder keeps, in ``meta``: ``val`` (the dense fake of the logical shape), ``latent`` (the fake LatentKV,
-    where the input is one) and ``state`` (True for parameters and buffers). In-place writes stay in place.
+    where the input is one), ``decode`` (True for a LatentKV with dense tokens at its end: it goes in decoded) and
+    ``state`` (True for parameters and buffers). In-place writes stay in place.
     """
     sources = placeholders(gm)
     values = [example_value(p) for p in sources]
     canonical = canonical_trace(gm, [logical(v) for v in values])
     for node, source, value, example in zip(placeholders(canonical), sources, values, example_inputs, strict=True):
         node.meta["state"] = is_module_state(source, example)
-        node.meta["latent"] = value if isinstance(value, LatentKV) else None
+        node.meta["latent"] = value if isinstance(value, LatentKV) and value.tail is None else None
+        node.meta["decode"] = isinstance(value, LatentKV) and value.tail is not None
     for node in list(canonical.graph.nodes):
         _simplify(node)
     for node in list(canonical.graph.nodes):

@@ -13,7 +13,7 @@ token's own included. In-place ops stay in place and in order, so aliasing means
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,8 +28,9 @@ from lorc_fx.errors import GraphInvariant
 
 from .caches import Group
 from .lower import Absorption, absorb, readings
+from .mirrors import MIRRORS, Cell
 from .normalise import is_impure
-from .rules import _arg, shape, tensors
+from .rules import shape
 from .sites import Matched, Site
 
 aten = torch.ops.aten
@@ -41,6 +42,7 @@ class Input:
 
     kind        index            name
     argument    argument i       -
+    dense       LatentKV arg i   - (decoded: it ends in dense tokens)
     codes       LatentKV arg i   "codes" or "positions": the rows that it shows
     window      LatentKV arg i   "codes" or "positions": those rows and room for ``extra`` more at the end
     latent      LatentKV arg i   a field of its codec
@@ -82,18 +84,6 @@ class Rewritten:
     lowerings: dict[str, str] = field(default_factory=dict)
 
 
-@dataclass
-class _Cell:
-    """A cell as rows: nodes for codes [T, B, r] and positions [T, B] (or None)."""
-
-    codes: Node
-    positions: Node | None
-    argument: int | None = None  # the LatentKV argument whose own rows these are
-    window: int | None = None  # the LatentKV argument whose window these are rows of
-    start: sympy.Expr = sympy.Integer(0)
-    fresh: bool = False  # owns its storage exactly
-
-
 class Rewriter:
     """Builds the new graph in one walk over the old one."""
 
@@ -102,7 +92,7 @@ class Rewriter:
         self.graph = Graph()
         self.inputs: list[Input] = []
         self.env: dict[Node, Node] = {}
-        self.cells: dict[Node, _Cell] = {}
+        self.cells: dict[Node, Cell] = {}
         self.writes: dict[Group, int] = {}
         self.reads: dict[tuple[Node, int], Node] = {}
         self.site_of = {site.node: (i, site) for i, site in enumerate(matched.sites)}
@@ -112,7 +102,7 @@ class Rewriter:
         self.codec_nodes: dict[tuple[tuple[str, int], str], Node] = {}
         self.arguments = [n for n in gm.graph.nodes if n.op == "placeholder"]
         self.last: Node | None = None
-        self.unread: list[tuple[Node, Group, _Cell]] = []
+        self.unread: list[tuple[Node, Group, Cell]] = []
         self._owners()
         self.absorptions: dict[Node, Absorption] = absorb(gm, matched, self.templates)
 
@@ -143,7 +133,7 @@ class Rewriter:
                 continue
             if node.op == "output":
                 outputs = self._outputs(node)
-            elif self._coded(node) is not None:
+            elif self.coded(node) is not None:
                 self._cell(node)
             elif node in self.absorptions:
                 self.env[node] = self.absorptions[node].emit(self, node)
@@ -153,7 +143,7 @@ class Rewriter:
         module = GraphModule(self.old, self.graph)
         return self._pruned(Rewritten(module, self.inputs, outputs, self._lowerings()))
 
-    def _coded(self, node: Node) -> Group | None:
+    def coded(self, node: Node) -> Group | None:
         group = self.matched.caches.group(node)
         return group if group in self.matched.coded else None
 
@@ -175,16 +165,17 @@ class Rewriter:
         return self.last
 
     def _argument(self, i: int, node: Node) -> None:
-        group = self._coded(node)
+        group = self.coded(node)
         if node.meta.get("latent") is None:
-            self.env[node] = self.placeholder(node.name, Input("argument", i), node.meta["val"])
+            kind = "dense" if node.meta.get("decode") else "argument"
+            self.env[node] = self.placeholder(node.name, Input(kind, i), node.meta["val"])
             return
         latent = node.meta["latent"]
         if group is None:  # what is written to it is not understood: read it once, and go on dense
             group = Group(latent.codec.decoder.token_dim)
             self.owners[group], self.templates[group] = ("latent", i), latent.codec
         users = list(node.users)
-        append = users[0] if len(users) == 1 and _appends(users[0], node) and self._coded(node) else None
+        append = users[0] if len(users) == 1 and _appends(users[0], node) and self.coded(node) else None
         extra = None
         if append is not None:
             token = group.token
@@ -201,8 +192,8 @@ class Rewriter:
             parts.append(self.placeholder(f"{node.name}_{name}", Input(kind, i, name, extra), value))
         codes = parts[0]
         assert codes is not None
-        cell = _Cell(codes, parts[1], argument=i, window=i if extra is not None else None)
-        if self._coded(node) is None:
+        cell = Cell(codes, parts[1], argument=i, window=i if extra is not None else None)
+        if self.coded(node) is None:
             self.unread.append((node, group, cell))
         else:
             self.cells[node] = cell
@@ -211,7 +202,7 @@ class Rewriter:
         """A node as it was, reading decoded tokens where it read cells."""
 
         def use(arg: Node) -> Node:
-            return self.read(arg) if self._coded(arg) is not None else self.env[arg]
+            return self.read(arg) if self.coded(arg) is not None else self.env[arg]
 
         if node.op == "get_attr":
             return self.graph.node_copy(node)
@@ -242,7 +233,7 @@ class Rewriter:
             self.codec_nodes[key] = self.placeholder(f"{kind}{index}_{name}", Input(kind, index, name), value)
         return self.codec_nodes[key]
 
-    def _encode(self, index: int, site: Site) -> _Cell:
+    def _encode(self, index: int, site: Site) -> Cell:
         """New rows: x [.., d] -> codes [S, B, r] by the factorised projection, and their positions [S, B]."""
         weight = self._codec_tensor(("site", index), "encode", self.codecs[site].encode)
         x, axes = self.env_value(site.rows.x), site.rows.x_axes
@@ -255,10 +246,10 @@ class Rewriter:
             assert node is not None and site.rows.position_axes is not None
             cast = self.call(aten.to.dtype, self.env_value(node), torch.int32)
             positions = self._token_major(cast, site.rows.position_axes, batch, tokens, [])
-        return _Cell(codes, positions, fresh=True)
+        return Cell(codes, positions, fresh=True)
 
     def env_value(self, node: Node) -> Node:
-        return self.read(node) if self._coded(node) is not None else self.env[node]
+        return self.read(node) if self.coded(node) is not None else self.env[node]
 
     def _extent(self, site: Site) -> tuple[Any, Any]:
         """Batch and new tokens of a site's rows, as ints or as nodes that compute them."""
@@ -315,14 +306,14 @@ class Rewriter:
 
     def read(self, node: Node) -> Node:
         """Decoded tokens of a cell as they are now: rows -> y_hat -> epilogue (the universal lowering)."""
-        group = self._coded(node)
+        group = self.coded(node)
         assert group is not None
         key = (node, self.writes.get(group, 0))
         if key not in self.reads:
             self.reads[key] = self._decode(group, self.cells[node])
         return self.reads[key]
 
-    def vectors(self, group: Group, cell: _Cell) -> Node:
+    def vectors(self, group: Group, cell: Cell) -> Node:
         """y_hat [B, T, n]."""
         y, decode, mean = cell.codes, self.codec_input(group, "decode"), self.codec_input(group, "mean")
         if decode is not None:
@@ -330,7 +321,7 @@ class Rewriter:
         y = self.call(aten.transpose.int, y, 0, 1)
         return y if mean is None else self.call(aten.add.Tensor, y, mean)
 
-    def _decode(self, group: Group, cell: _Cell) -> Node:
+    def _decode(self, group: Group, cell: Cell) -> Node:
         template = self.templates[group]
         y = self.vectors(group, cell)
         positions = None if cell.positions is None else self.call(aten.transpose.int, cell.positions, 0, 1)
@@ -356,7 +347,7 @@ class Rewriter:
             if not isinstance(value, Node):
                 outputs.append(Output("none") if value is None else Output("plain", len(results)))
                 results += [] if value is None else [value]
-            elif self._coded(value) is None:
+            elif self.coded(value) is None:
                 outputs.append(Output("plain", len(results)))
                 results.append(self.env[value])
             else:
@@ -365,7 +356,7 @@ class Rewriter:
         return outputs
 
     def _cell_output(self, node: Node, results: list[Any]) -> Output:
-        group = self._coded(node)
+        group = self.coded(node)
         assert group is not None
         cell = self.cells[node]
         if cell.window is not None:
@@ -404,137 +395,6 @@ class Rewriter:
 
 def _appends(user: Node, node: Node) -> bool:
     return user.target is aten.cat.default and user.args[0][0] is node and len(user.args[0]) > 1
-
-
-# -- mirrors: what each cache op does to rows -----------------------------------------------------------------
-
-
-def _each(r: Rewriter, cell: _Cell, fn: Callable[[Node], Node], **kept: Any) -> _Cell:
-    return _Cell(fn(cell.codes), None if cell.positions is None else fn(cell.positions), **kept)
-
-
-def _cat(r: Rewriter, node: Node) -> _Cell:
-    parts = [r.cells[p] for p in node.args[0] if p in r.cells]
-    if len(parts) == 1:
-        return parts[0]
-    group = r._coded(node)
-    assert group is not None
-    first = parts[0]
-    if first.window is not None:
-        for name in ("codes", "positions"):
-            window = getattr(first, name)
-            if window is None:
-                continue
-            rows = [getattr(p, name) for p in parts[1:]]
-            new = rows[0] if len(rows) == 1 else r.call(aten.cat.default, rows, 0)
-            begin = r.size(node.args[0][0], group.token)
-            end = r.size(node, group.token)
-            room = r.call(aten.slice.Tensor, window, 0, begin, end)
-            r.call(aten.copy_.default, room, new)
-        return _Cell(first.codes, first.positions, window=first.window)
-    codes = r.call(aten.cat.default, [p.codes for p in parts], 0)
-    positions = None
-    if first.positions is not None:
-        positions = r.call(aten.cat.default, [p.positions for p in parts], 0)
-    return _Cell(codes, positions, fresh=True)
-
-
-def _slice(r: Rewriter, node: Node) -> _Cell:
-    source = tensors(node)[0]
-    group = r._coded(node)
-    assert group is not None
-    cell = r.cells[source]
-    start, end = _arg(node, 2, "start"), _arg(node, 3, "end")
-    total, kept = shape(source)[group.token], shape(node)[group.token]
-    if total == kept:
-        return cell
-    to_end = end is None or (isinstance(end, int) and end >= 1 << 62)
-    offset = total - kept if to_end else sympy.Integer(start or 0) if not isinstance(start, Node) else None
-    use = lambda a: r.env[a] if isinstance(a, Node) else a  # noqa: E731
-    made = _each(r, cell, lambda t: r.call(aten.slice.Tensor, t, 0, use(start), use(end)))
-    if cell.window is not None and offset is not None and not (offset.is_number and offset < 0):
-        made.window, made.start = cell.window, cell.start + offset
-    return made
-
-
-def _clone(r: Rewriter, node: Node) -> _Cell:
-    return _each(r, r.cells[tensors(node)[0]], lambda t: r.call(aten.clone.default, t), fresh=True)
-
-
-def _roll(r: Rewriter, node: Node) -> _Cell:
-    source, shifts = tensors(node)[0], node.args[1]
-    return _each(r, r.cells[source], lambda t: r.call(aten.roll.default, t, shifts, [0]), fresh=True)
-
-
-def _written(r: Rewriter, node: Node, write: Callable[[Node, Node], Any], rows: Node) -> _Cell:
-    """An in-place write of ``rows`` into the first argument: the same write on codes and positions."""
-    target, source = r.cells[node.args[0]], r.cells[rows]
-    write(target.codes, source.codes)
-    if target.positions is not None and source.positions is not None:
-        write(target.positions, source.positions)
-    group = r._coded(node)
-    assert group is not None
-    r.writes[group] = r.writes.get(group, 0) + 1
-    return target
-
-
-def _index_copy(r: Rewriter, node: Node) -> _Cell:
-    index = r.env[node.args[2]]
-    return _written(
-        r,
-        node,
-        lambda into, rows: r.call(aten.index_copy_.default, into, 0, index, rows),
-        node.args[3],
-    )
-
-
-def _index_put(r: Rewriter, node: Node) -> _Cell:
-    index = next(r.env[x] for x in node.args[1] if x is not None)
-    return _written(
-        r,
-        node,
-        lambda into, rows: r.call(aten.index_put_.default, into, [index], rows),
-        node.args[2],
-    )
-
-
-def _copy(r: Rewriter, node: Node) -> _Cell:
-    return _written(r, node, lambda into, rows: r.call(aten.copy_.default, into, rows), node.args[1])
-
-
-def _blank(r: Rewriter, node: Node) -> _Cell:
-    """A buffer that this graph allocates: zero rows. Rows that are never written are masked, as in a dense buffer."""
-    group = r._coded(node)
-    assert group is not None
-    template = r.templates[group]
-    tokens = r.size(node, group.token)
-    batch = 1 if template.decoder.batch_dim < 0 else r.size(node, template.decoder.batch_dim)
-    device = node.meta["val"].device
-    codes = r.call(aten.zeros.default, [tokens, batch, template.rank], dtype=template.dtype, device=device)
-    positions = None
-    if template.decoder.needs_positions:
-        positions = r.call(aten.zeros.default, [tokens, batch], dtype=torch.int32, device=device)
-    return _Cell(codes, positions, fresh=True)
-
-
-MIRRORS: dict[Any, Callable[[Rewriter, Node], _Cell]] = {
-    aten.cat.default: _cat,
-    aten.slice.Tensor: _slice,
-    aten.clone.default: _clone,
-    aten.contiguous.default: _clone,
-    aten.roll.default: _roll,
-    aten.index_copy_.default: _index_copy,
-    aten.index_put_.default: _index_put,
-    aten.copy_.default: _copy,
-    aten.zeros.default: _blank,
-    aten.empty.memory_format: _blank,
-    aten.full.default: _blank,
-    aten.new_zeros.default: _blank,
-    aten.new_empty.default: _blank,
-    aten.new_full.default: _blank,
-    aten.zeros_like.default: _blank,
-    aten.empty_like.default: _blank,
-}
 
 
 def rewrite(gm: GraphModule, matched: Matched, codecs: Mapping[Site, Codec]) -> Rewritten:

@@ -67,15 +67,21 @@ class Family:
     attention: str = "self_attn"
     static: bool = True
     """False where transformers' own eager model cannot run on a StaticCache."""
+    static_loop: bool = True
+    """False where it can in ``generate`` only (its mask must have the cache's full length)."""
     sdpa: bool = True
     """False where transformers has only an eager attention for it."""
-    sliding: bool = False
 
-    def build(self, dtype: torch.dtype = torch.float32, attn: str = "sdpa", seed: int = 0) -> Any:
-        """A model in eval mode; its weights depend on the family and ``seed`` only (rounded to ``dtype``)."""
+    def build(
+        self, dtype: torch.dtype = torch.float32, attn: str | None = None, seed: int = 0, layers: int | None = None
+    ) -> Any:
+        """A model in eval mode; its weights depend on the family, ``seed`` and ``layers`` (rounded to ``dtype``)."""
+        attn = attn or ("sdpa" if self.sdpa else "eager")
         base = _BASE.get(self.cls, _LLAMA_LIKE)
         shared = {"vocab_size": VOCAB, "eos_token_id": None, "bos_token_id": 1, "pad_token_id": 0}
-        config = getattr(transformers, self.cls + "Config")(**{**shared, **base, **self.config})
+        config = getattr(transformers, self.cls + "Config")(
+            **{**shared, **base, **self.config, **self.shortened(layers)}
+        )
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, attn_implementation=attn).eval()
         randomise(model, seed)
@@ -83,6 +89,13 @@ class Family:
         generation.eos_token_id, generation.pad_token_id, generation.bos_token_id = None, 0, 1
         generation.cache_implementation = None
         return model.to(dtype)
+
+    def shortened(self, layers: int | None) -> dict[str, Any]:
+        """The config of the first ``layers`` layers."""
+        if layers is None:
+            return {}
+        types = {"layer_types": self.config["layer_types"][:layers]} if "layer_types" in self.config else {}
+        return {"n_layer" if self.cls in ("GPT2", "Bloom") else "num_hidden_layers": layers, **types}
 
     def projections(self, model: Any) -> list[Projection]:
         found = []
@@ -193,17 +206,17 @@ FAMILIES: dict[str, Family] = {
         Family("llama-mqa", "Llama", separate, {"num_key_value_heads": 1}),
         Family("llama-bias", "Llama", separate, {"attention_bias": True}),
         Family("llama-tied", "Llama", separate, {"tie_word_embeddings": True}),
-        Family("mistral-window", "Mistral", separate, {"sliding_window": WINDOW}, sliding=True),
+        Family("mistral-window", "Mistral", separate, {"sliding_window": WINDOW}),
         Family("mistral-full", "Mistral", separate, {"sliding_window": None}),
         Family("qwen2", "Qwen2", separate),
         Family("qwen3", "Qwen3", separate),
-        Family("gemma2", "Gemma2", separate, _GEMMA | {"layer_types": _ALTERNATING}, sliding=True, sdpa=False),
-        Family("gemma3", "Gemma3Text", separate, _GEMMA | {"layer_types": _ALTERNATING}, sliding=True),
+        Family("gemma2", "Gemma2", separate, _GEMMA | {"layer_types": _ALTERNATING}, sdpa=False),
+        Family("gemma3", "Gemma3Text", separate, _GEMMA | {"layer_types": _ALTERNATING}),
         Family("phi3", "Phi3", stacked),
         Family("gpt-neox", "GPTNeoX", per_head, **_NEOX),
         Family("gpt2", "GPT2", conv1d_thirds, layers="transformer.h", attention="attn"),
         Family("opt", "OPT", separate, layers="model.decoder.layers"),
-        Family("bloom", "Bloom", per_head, **_FALCON, sdpa=False),
+        Family("bloom", "Bloom", per_head, **_FALCON, sdpa=False, static_loop=False),
         Family("falcon-gqa", "Falcon", per_group, {"new_decoder_architecture": True, "num_kv_heads": 2}, **_FALCON),
         Family("falcon-mqa", "Falcon", per_group, {"multi_query": True}, **_FALCON),
         Family("falcon-alibi", "Falcon", per_head, {"multi_query": False, "alibi": True}, **_FALCON, static=False),

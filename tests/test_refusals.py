@@ -183,7 +183,7 @@ def test_a_coded_cache_in_grad_mode():
     logits.sum().backward()
 
 
-# -- weights ------------------------------------------------------------------------------------------------------------
+# -- weights -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -221,9 +221,9 @@ def test_degenerate_weights_are_coded_and_right(what, scheduler):
 # -- past Dynamo's limits ---------------------------------------------------------------------------------------------
 
 
-def test_past_the_recompile_limit(monkeypatch):
+@torch._dynamo.config.patch(recompile_limit=2)
+def test_past_the_recompile_limit():
     """Dynamo gives a function up after too many compiles and runs it eagerly, with live LatentKVs in its hands."""
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
     plain, model = decoder(), compiled(decoder(), ratio=1.0)
     _, cache = model(IDS[:, :5])
     _, dense = plain(IDS[:, :5])
