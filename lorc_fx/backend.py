@@ -159,13 +159,19 @@ def _report(matched: Matched, options: Options) -> None:
         raise StrictMiss(matched.misses)
     if options.strict and not matched.sites and not matched.coded:
         raise NoSites(matched.misses)
-    if not matched.sites and not matched.coded:
-        warnings.warn(str(NoSites(matched.misses)), NoSitesWarning, stacklevel=2)
-        return
-    for miss in matched.misses:
-        hint = " (use model.compile(backend='lorc') so that the prefill is compiled too)"
-        hint = hint if miss.kind == "preallocated" else ""
-        warnings.warn(f"{miss.kind}: {miss.reason}{hint} [{miss.node}]", DenseCacheWarning, stacklevel=2)
+    filled = [m for m in matched.misses if m.kind == "preallocated"]
+    others = [m for m in matched.misses if m.kind != "preallocated"]
+    if filled:
+        text = (
+            f"{len(filled)} cache writes stay dense (and right): {filled[0].reason}. Compile the model itself with "
+            'model.compile(backend="lorc"), so that the prefill is compiled too and a fresh cache is born in it.'
+        )
+        warnings.warn(text, DenseCacheWarning, stacklevel=2)
+    if others and matched.coded:
+        text = "; ".join(str(m) for m in others[:4])
+        warnings.warn(f"{len(others)} cache writes stay dense (and right): {text}", DenseCacheWarning, stacklevel=2)
+    if not matched.coded and not filled:
+        warnings.warn(str(NoSites(others)), NoSitesWarning, stacklevel=2)
 
 
 def _inner(gm: GraphModule, examples: Sequence[Any], options: Options) -> Callee:

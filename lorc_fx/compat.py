@@ -124,3 +124,30 @@ def to_fake(value: Any, mode: FakeTensorMode) -> Any:
     if isinstance(value, torch.Tensor) and not isinstance(value, FakeTensor):
         return mode.from_tensor(value, static_shapes=True)
     return value
+
+
+def traced_by_another_backend() -> str | None:
+    """The name of the backend that Dynamo is tracing for, where it is not lorc (None: lorc, or Dynamo is not tracing)."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        compiler: Any = InstructionTranslator.current_tx().output.compiler_fn
+    except AttributeError:
+        return None
+    seen = 0
+    while compiler is not None and seen < 8:
+        name = getattr(compiler, "__name__", None) or getattr(compiler, "compiler_name", None)
+        if name == "lorc" or getattr(compiler, "reads_latents", False):
+            return None
+        inner = getattr(compiler, "compiler_fn", None) or getattr(compiler, "_torchdynamo_orig_backend", None)
+        if inner is None:
+            return str(name or compiler)
+        compiler, seen = inner, seen + 1
+    return str(compiler)
+
+
+def skip_frame(reason: str) -> None:
+    """Make Dynamo leave the frame that it is tracing to Python (frames that it calls may still be compiled)."""
+    from torch._dynamo.exc import SkipFrame
+
+    raise SkipFrame(reason)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from .codec import Codec
-from .compat import mark_weak_dynamic
+from .compat import mark_weak_dynamic, skip_frame, traced_by_another_backend
 from .decoder import decode_dense
 from .errors import ForeignCache
 
@@ -203,6 +203,9 @@ class LatentKV(torch.Tensor):
 
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, Any], meta: LatentMeta, size: Any, stride: Any) -> LatentKV:
+        other = traced_by_another_backend()
+        if other is not None:  # it would not know what to do with latents: this frame runs in Python
+            skip_frame(f"a LatentKV does not enter a region compiled by {other!r}")
         positions, tail = inner.get("positions"), inner.get("tail")
         return LatentKV(meta.codec, inner["codes"], positions, tail=tail, size=size, stride=stride)
 
