@@ -24,7 +24,7 @@ from .passes.plan import make_plan
 from .passes.rewrite import rewrite
 from .passes.sites import Matched, Site, match
 from .records import Miss, Plan
-from .runtime import Binding, Compiled, bind_inputs
+from .runtime import Binding, Compiled, size_reader
 from .store import STORE
 
 Callee = Callable[..., Any]
@@ -269,6 +269,7 @@ class _Builder:
             check_rewritten(made)
         mode = compat.fake_mode_of([n.meta["val"] for n in placeholders(self.canonical)])
         examples = [compat.to_fake(n.meta["val"], mode) for n in placeholders(made.module)]
+        sizes = size_reader(self.canonical, made)
         with compat.tracing_context(mode):
             inner = _inner(made.module, examples, self.options)
-        return bind_inputs(self.canonical, made, inner)
+        return Binding(inner, tuple(made.inputs), tuple(made.outputs), sizes)

@@ -25,7 +25,8 @@ from .store import WeightState
 
 
 class Builder(Protocol):
-    def weights(self, site: Site, arguments: Sequence[Any]) -> list[torch.Tensor]: ...
+    places: dict[Site, tuple[int, ...]]
+
     def codecs(self, arguments: Sequence[Any]) -> list[Codec]: ...
     def build(self, codecs: Sequence[Codec]) -> Binding: ...
 
@@ -96,8 +97,11 @@ def _window(latent: LatentKV, extra: int) -> tuple[Rows, int]:
     return rows, latent.start if rows is before else 0
 
 
-def bind_inputs(canonical: GraphModule, made: Rewritten, inner: Callable[..., Any]) -> Binding:
-    """Compile the size expressions that the wrapper needs into one function of the arguments."""
+def size_reader(canonical: GraphModule, made: Rewritten) -> Callable[[Sequence[Any]], dict[Any, int]]:
+    """Compile the size expressions that the wrapper needs into one function of the arguments.
+
+    Call it before the inner compiler: that may find symbols equal and rename them.
+    """
     wanted = {e for i in made.inputs if i.extra is not None for e in [i.extra]}
     wanted |= {e for o in made.outputs for e in (o.start, o.length) if e is not None}
     constants = {e: int(e) for e in wanted if e.is_number}
@@ -120,7 +124,7 @@ def bind_inputs(canonical: GraphModule, made: Rewritten, inner: Callable[..., An
         at = [arguments[i] if dim is None else arguments[i].shape[dim] for i, dim in places]
         return {**constants, **dict(zip(varying, map(int, evaluate(*at)), strict=True))}
 
-    return Binding(inner, tuple(made.inputs), tuple(made.outputs), sizes)
+    return sizes
 
 
 def _note(sources: dict[sympy.Symbol, tuple[int, int | None]], size: Any, argument: int, dim: int | None) -> None:
@@ -143,7 +147,7 @@ class Compiled:
         self.canonical, self.original, self.matched, self.builder = canonical, original, matched, builder
         self.options = options
         self.bindings: dict[tuple[Any, ...], Binding] = {}
-        self.states: tuple[tuple[WeightState, ...], ...] = ()
+        self.states: tuple[tuple[int, WeightState], ...] = ()
         self.codecs: list[Codec] = []
         self.binding: Binding | None = None
         arguments = placeholders(canonical)
@@ -162,8 +166,8 @@ class Compiled:
     def _prepare(self, arguments: Sequence[Any]) -> None:
         sites = self.matched.sites
         self.codecs = self.builder.codecs(arguments)
-        weights = [self.builder.weights(site, arguments) for site in sites]
-        self.states = tuple(tuple(WeightState.of(w) for w in ws) for ws in weights)
+        places = sorted({place for site in sites for place in self.builder.places[site]})
+        self.states = tuple((place, WeightState.of(arguments[place])) for place in places)
         signature = tuple(c.signature for c in self.codecs)
         fits = all(self.templates[a].signature == self.codecs[s].signature for a, s in self.joined)
         if not fits:
@@ -174,11 +178,10 @@ class Compiled:
         self.binding = self.bindings[signature]
 
     def __call__(self, *arguments: Any) -> Any:
-        for site, states in zip(self.matched.sites, self.states, strict=True):
-            for state, weight in zip(states, self.builder.weights(site, arguments), strict=True):
-                if not state.still(weight):
-                    self._prepare(arguments)
-                    break
+        for place, state in self.states:
+            if not state.still(arguments[place]):
+                self._prepare(arguments)
+                break
         if self.binding is None or any(arguments[a].codec is not self.codecs[s] for a, s in self.joined):
             return self._dense(arguments)
         return self.binding(arguments, self.codecs)

@@ -97,6 +97,11 @@ class Family:
         types = {"layer_types": self.config["layer_types"][:layers]} if "layer_types" in self.config else {}
         return {"n_layer" if self.cls in ("GPT2", "Bloom") else "num_hidden_layers": layers, **types}
 
+    @property
+    def fewest(self) -> int:
+        """As few layers as show each layer type."""
+        return 2 if "layer_types" in self.config else 1
+
     def projections(self, model: Any) -> list[Projection]:
         found = []
         for i, layer in enumerate(model.get_submodule(self.layers)):

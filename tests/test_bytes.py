@@ -76,7 +76,7 @@ def check(cache: Any, ratio: float) -> None:
 
 @pytest.mark.parametrize(("name", "ratio"), CASES)
 def test_never_more_than_the_ratio_at_any_length(name, ratio, clean):
-    model = compiled(FAMILIES[name].build(), ratio=ratio)
+    model = compiled(FAMILIES[name].build(layers=FAMILIES[name].fewest), ratio=ratio)
     for cache in steps(model):
         check(cache, ratio)
     one_rank = sum(x.shape[0] * x.shape[-2] * x.element_size() for pair in latents(cache) for x in pair)
@@ -85,25 +85,25 @@ def test_never_more_than_the_ratio_at_any_length(name, ratio, clean):
 
 @pytest.mark.parametrize("name", ["llama-gqa", "gemma3"])
 def test_static_caches_are_as_small(name, clean):
-    model = compiled(FAMILIES[name].build(), ratio=0.45)
+    model = compiled(FAMILIES[name].build(layers=FAMILIES[name].fewest), ratio=0.45)
     for cache in steps(model, "static"):
         check(cache, 0.45)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_in_16_bits(dtype, clean):
-    model = compiled(FAMILIES["llama-gqa"].build(dtype), ratio=0.45)
+    model = compiled(FAMILIES["llama-gqa"].build(dtype, layers=1), ratio=0.45)
     for cache in steps(model):
         check(cache, 0.45)
 
 
 @pytest.mark.parametrize("name", ["llama-gqa", "gemma3"])
 def test_bytes_per_token(name, clean):
-    model = FAMILIES[name].build()
+    model = FAMILIES[name].build(layers=FAMILIES[name].fewest)
     whole = next(steps(compiled(model, ratio=1.0)))
     per_token = dense(whole) // (2 * LENGTHS[0])
     wanted = per_token * 2 // 3
-    model = compiled(FAMILIES[name].build(), bytes_per_token=wanted)
+    model = compiled(FAMILIES[name].build(layers=FAMILIES[name].fewest), bytes_per_token=wanted)
     for cache in steps(model):
         tokens = [k.shape[0] * k.shape[-2] for k, _ in latents(cache)]
         assert used(cache) <= sum(wanted * t / len(tokens) for t in tokens) or len(set(tokens)) > 1
@@ -118,7 +118,7 @@ def test_spare_rows_are_stated():
 
 
 def test_a_long_cache_holds_an_eighth_more_at_most(clean):
-    model = compiled(FAMILIES["gpt-neox"].build(), ratio=0.5)
+    model = compiled(FAMILIES["gpt-neox"].build(layers=1), ratio=0.5)
     cache = new_cache(model)
     with torch.no_grad():
         ids = prompt(1, 203)[0]

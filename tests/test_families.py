@@ -189,7 +189,7 @@ def pytest_generate_tests(metafunc: Any) -> None:
 def test_a_pairwise_cover(case, clean):
     """With as few layers as show each layer type."""
     setup, way = COVER[case]
-    Models(setup, 2 if "layer_types" in FAMILIES[setup.family].config else 1).check(way)
+    Models(setup, FAMILIES[setup.family].fewest).check(way)
 
 
 def test_the_cover_has_every_pair_and_only_possible_cases():

@@ -325,6 +325,7 @@ def test_dynamo_sees_the_logical_shape(clean):
         shapes.extend(tuple(n.meta["example_value"].shape) for n in gm.graph.nodes if n.op == "call_function")
         return gm.forward
 
+    keep.reads_latents = True
     latent = latent_of(codec_of())
     call = torch.compile(lambda x: (torch.cat([x, x], 2), x * 2), backend=keep, fullgraph=True, dynamic=False)
     with pytest.warns(EagerWarning, match="decoded"):
@@ -336,7 +337,13 @@ def test_dynamo_sees_the_logical_shape(clean):
 
 def test_one_trace_serves_all_lengths_and_codecs_of_one_signature(clean):
     traces = []
-    call = torch.compile(lambda x: torch.cat([x, x], 2), backend=lambda gm, _: traces.append(gm) or gm.forward)
+
+    def keep(gm, examples):
+        traces.append(gm)
+        return gm.forward
+
+    keep.reads_latents = True
+    call = torch.compile(lambda x: torch.cat([x, x], 2), backend=keep)
     for seed, tokens in enumerate((5, 6, 9, 70)):
         latent = latent_of(codec_of(seed=seed), tokens)
         latent.codec.decoder.__dict__["digest"] = "one"
@@ -344,10 +351,16 @@ def test_one_trace_serves_all_lengths_and_codecs_of_one_signature(clean):
     assert len(traces) == 1
 
 
-def test_another_compiler_is_refused(clean):
-    call = torch.compile(lambda x: x * 2, backend="aot_eager")
-    with pytest.raises(Exception, match="model.compile"):
-        call(latent_of(codec_of()))
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_another_backend_leaves_it_to_python(clean, backend):
+    latent = latent_of(codec_of())
+    call = torch.compile(lambda x: (torch.cat([x, x], 2), x * 2), backend=backend)
+    for _ in range(2):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", EagerWarning)
+            joined, scaled = call(latent)
+        same(joined, torch.cat([latent.dense()] * 2, 2))
+        assert torch.equal(scaled, latent.dense() * 2)
 
 
 def test_inference_mode():

@@ -61,8 +61,25 @@ def check(name: str, cuts: dict[str, list[int]], kind: str = "dynamic", **option
     assert error(want, dense) > 1e-2, "the ranks take nothing away: this test shows nothing"
 
 
+@pytest.fixture(autouse=True)
+def many_shapes(monkeypatch):
+    """Pieces of every length through one model: more graphs than Dynamo's default limit allows with windows."""
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 64)
+
+
 @pytest.mark.parametrize("name", FAMILIES)
-def test_uniform_ranks_in_any_pieces(name, clean):
+def test_in_chunks_and_in_one_piece(name, clean):
+    check(name, {how: CUTS[how] for how in ("in two chunks", "in one piece")}, scheduler="uniform")
+
+
+@pytest.mark.parametrize("name", ["llama-bias", "gemma3", "gpt2", "gpt-neox"])
+def test_token_by_token(name, clean):
+    check(name, {"token by token": CUTS["token by token"]}, scheduler="uniform")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+def test_in_any_pieces_through_one_model(name, clean):
     check(name, CUTS, scheduler="uniform")
 
 
