@@ -13,7 +13,16 @@ from torch.fx import GraphModule
 
 from . import compat
 from .codec import Codec, Factors, factorise, make_codec
-from .errors import DenseCacheWarning, GradRequired, LorcError, LorcWarning, NoSites, NoSitesWarning, StrictMiss
+from .errors import (
+    DenseCacheWarning,
+    GradRequired,
+    LorcError,
+    LorcWarning,
+    NoSites,
+    NoSitesWarning,
+    QualityWarning,
+    StrictMiss,
+)
 from .latent import LatentKV
 from .options import Options
 from .passes.check import check_canonical, check_rewritten
@@ -107,7 +116,6 @@ def examine(
     found = []
     for site, line in zip(matched.sites, plan.sites, strict=True):
         sigma = factors[site].singular
-        energy = float((sigma[: line.rank] ** 2).sum() / (sigma**2).sum()) if float(sigma[0]) else 1.0
         found.append(
             dict(  # noqa: C408
                 layer=line.layer,
@@ -118,7 +126,7 @@ def examine(
                 cond=line.cond,
                 sigma_max=float(sigma[0]),
                 sigma_min=float(sigma[-1]),
-                energy=energy,
+                energy=energy_kept(factors[site], line.rank),
                 bytes=line.bytes,
                 dense_bytes=line.dense_bytes,
                 window=line.window,
@@ -191,6 +199,31 @@ def _content(constant: torch.Tensor) -> tuple[Any, ...]:
     return (constant.dtype, tuple(constant.shape), hashlib.sha256(raw).digest())
 
 
+ENERGY_WARNING = 0.99
+"""Share of a weight's squared singular values below which a plan is said to cost quality. On Gemma 3 270M a uniform
+plan at 0.75 of the bytes, which triples the loss, keeps 83 to 97 % (`lorc explain`); no plan above 99 % was seen to hurt."""
+
+
+def energy_kept(factors: Factors, rank: int) -> float:
+    """Share of the weight's squared singular values that ``rank`` columns keep (1.0 for an all-zero weight)."""
+    squares = factors.singular**2
+    total = float(squares.sum())
+    return float(squares[:rank].sum()) / total if total else 1.0
+
+
+def _warn_of_loss(sites: Sequence[Site], factors: dict[Site, Factors], plan: Plan) -> None:
+    """Rank-only codecs know nothing of the data: say what the plan drops of the weights, and what to do."""
+    kept = {s.name: energy_kept(factors[s], p.rank) for s, p in zip(sites, plan.sites, strict=True)}
+    worst = min(kept, key=kept.__getitem__)
+    if kept[worst] < ENERGY_WARNING:
+        text = (
+            f"this plan keeps {plan.bytes_per_token} of {plan.bytes_per_token_dense} bytes per token and as little as "
+            f"{kept[worst]:.1%} of a projection's energy ({worst}); rank-only compression can cost much quality: measure "
+            "it with `lorc demo --model PATH`, or raise `ratio`"
+        )
+        warnings.warn(text, QualityWarning, stacklevel=2)
+
+
 class _Builder:
     """Plans, codecs and inner callables for one canonical graph; called again where weights changed."""
 
@@ -242,6 +275,7 @@ class _Builder:
 
     def _make(self, sites: Sequence[Site], arguments: Sequence[Any]) -> list[Codec]:
         effective, factors, plan = self.planned(sites, arguments)
+        _warn_of_loss(sites, factors, plan)
         ranks = zip(sites, plan.sites, strict=True)
         with _timed("factorise_s"), torch.no_grad():
             made = [self.codec(s, p.rank, effective[s], factors[s], arguments) for s, p in ranks]
