@@ -137,4 +137,4 @@ def make_codec(
     assert factors is not None
     basis = factors.left[:, :rank]
     encode = (basis.T @ weight.detach().to(torch.float64)).to(dtype).contiguous()
-    return Codec(decoder, encode, basis.T.to(dtype).contiguous(), mean, consts)
+    return Codec(decoder, encode, basis.T.to(dtype, copy=True).contiguous(), mean, consts)

@@ -127,7 +127,7 @@ def to_fake(value: Any, mode: FakeTensorMode) -> Any:
 
 
 def traced_by_another_backend() -> str | None:
-    """The name of the backend that Dynamo is tracing for, where it is not lorc (None: lorc, or Dynamo is not tracing)."""
+    """The name of the backend that Dynamo is tracing for; None where it is lorc, or where Dynamo is not tracing."""
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
     try:

@@ -25,13 +25,13 @@ class Rows:
     """Token-major storage shared by the LatentKVs that continue one another.
 
     codes [capacity, B, r] model dtype; positions [capacity, B] int32 or None; rows up to ``used`` are taken by some
-    view, so only a view that ends there may append in place.
+    view, so only a view that ends there may append in place. ``shared``: several views may show the same rows.
     """
 
-    __slots__ = ("codes", "positions", "used")
+    __slots__ = ("codes", "positions", "shared", "used")
 
     def __init__(self, codes: torch.Tensor, positions: torch.Tensor | None, used: int) -> None:
-        self.codes, self.positions, self.used = codes, positions, used
+        self.codes, self.positions, self.used, self.shared = codes, positions, used, False
 
     def grown(self, start: int, length: int, extra: int) -> Rows:
         """A copy of rows [start, start + length) with room for at least ``extra`` more."""
@@ -82,6 +82,9 @@ class LatentKV(torch.Tensor):
     ``codes`` [T, B, r] and ``positions`` [T, B] int32 (None where the epilogue needs none) are the rows it shows of
     ``rows``; ``codec`` is the codec that wrote them. ``tail`` (None in compiled code) holds tokens that eager code
     appended after them, dense: they were never projected by the codec, and what is coded stays coded.
+
+    Slices of tokens or batch rows are views, as of a dense tensor. What needs decoding (single elements, heads,
+    features) is a decoded copy: writing into that copy does not reach the cache.
     """
 
     codec: Codec
@@ -154,6 +157,8 @@ class LatentKV(torch.Tensor):
         if end != rows.used or end + extra > rows.codes.shape[0]:
             rows = rows.grown(self.start, self.length, extra)
             end = self.length
+        else:
+            rows.shared = True
         rows.used = end + extra
         return rows
 
@@ -164,8 +169,15 @@ class LatentKV(torch.Tensor):
         c = self.codec
         if self.tail is not None and not self.length:
             return self.tail
-        coded = decode_dense(c.decoder, self.codes, self.positions, c.decode, c.mean, c.consts)
+        coded = decode_dense(c.decoder, self.codes, self.positions, c.decode, c.mean, c.consts).contiguous()
         return coded if self.tail is None else torch.cat([coded, self.tail], c.decoder.token_dim)
+
+    def own_(self) -> None:
+        """Stop sharing rows with other views (of a prefix that both continue), before a write in place."""
+        if self.rows is not None and self.rows.shared:
+            positions = None if self.positions is None else self.positions.clone()
+            self.rows, self.start = Rows(self.codes.clone(), positions, self.length), 0
+            self.codes, self.positions = self.rows.codes, positions
 
     def uncompress_(self) -> torch.Tensor:
         """Become dense in place (all tokens in ``tail``), for eager code that writes; returns the tail."""
@@ -214,6 +226,7 @@ class LatentKV(torch.Tensor):
         return kept == other
 
     @classmethod
+    @torch._dynamo.disable  # a frame of ours is never a region to compile
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         from .latent_ops import dispatch
 

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from .compat import is_fake, is_functional
 from .errors import EagerWarning, ForeignCache
-from .latent import LatentKV
+from .latent import LatentKV, Rows
 
 aten = torch.ops.aten
 
@@ -51,7 +51,7 @@ _hinted: set[str] = set()
 
 
 def _hint_once(key: str, text: str) -> None:
-    if key not in _hinted:
+    if key not in _hinted and not (key == "read" and _hinted):
         _hinted.add(key)
         warnings.warn(text, EagerWarning, stacklevel=4)
 
@@ -65,10 +65,13 @@ def _decoded(func: Any, args: Any, kwargs: Any) -> Any:
     else:
         _hint_once("read", f"eager code reads a coded cache ({func}): it is decoded at each such read, right but slow")
     dense: dict[int, torch.Tensor] = {id(w): w.uncompress_() for w in written}
-    plain = tree_map(
-        lambda x: dense.get(id(x), None if id(x) in dense else x.dense()) if isinstance(x, LatentKV) else x,
-        (args, kwargs),
-    )
+
+    def decode(x: Any) -> Any:
+        if not isinstance(x, LatentKV):
+            return x
+        return dense[id(x)] if id(x) in dense else x.dense()
+
+    plain = tree_map(decode, (args, kwargs))
     out = func(*plain[0], **plain[1])
     return next((w for w in written if out is dense[id(w)]), out)
 
@@ -143,8 +146,11 @@ def _slice(func: Any, args: Any, kwargs: Any) -> Any:
         return latent if full else NotImplemented
     lo, hi, _ = slice(lo, hi).indices(latent.shape[dim])
     length = max(hi - lo, 0)
-    if row == 1:
-        return _batched(latent, lambda t, d: t.narrow(d, lo, length).contiguous())
+    if row == 1:  # a view, as of a dense tensor: writes go through, and appending copies
+        parts = [None if t is None else t.narrow(1, lo, length) for t in (latent.codes, latent.positions)]
+        tail = None if latent.tail is None else latent.tail.narrow(latent.codec.decoder.batch_dim, lo, length)
+        rows = Rows(parts[0], parts[1], latent.length + 1)  # type: ignore[arg-type]
+        return LatentKV.over(latent.codec, rows, 0, latent.length, tail)
     coded = max(min(hi, latent.length) - lo, 0)
     tail = latent.tail
     if tail is not None:
@@ -202,6 +208,7 @@ def _roll(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _zero_(func: Any, args: Any, kwargs: Any) -> Any:
+    args[0].own_()
     for part in args[0].parts():
         part.zero_()
     return args[0]
@@ -212,6 +219,7 @@ def _copy_(func: Any, args: Any, kwargs: Any) -> Any:
     both = isinstance(into, LatentKV) and isinstance(source, LatentKV) and into.codec is source.codec
     if not both or into.shape != source.shape or into.tail is not None or source.tail is not None:
         return NotImplemented
+    into.own_()
     into.codes.copy_(source.codes)
     if into.positions is not None:
         into.positions.copy_(source.positions)

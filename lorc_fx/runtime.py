@@ -19,7 +19,7 @@ from .compat import size_expr
 from .errors import EagerWarning, ForeignCache
 from .latent import LatentKV, Rows
 from .passes.normalise import placeholders
-from .passes.rewrite import Input, Output, Rewritten
+from .passes.rewrite import Input, Output, Rewritten, writes_to
 from .passes.sites import Matched, Site
 from .store import WeightState
 
@@ -52,6 +52,8 @@ class Binding:
             kind, index = spec.kind, spec.index
             if kind == "argument":
                 values.append(arguments[index])
+            elif kind == "uncompress":
+                values.append(arguments[index].uncompress_())
             elif kind == "dense":
                 values.append(arguments[index].dense())
             elif kind == "codes":
@@ -188,7 +190,8 @@ class Compiled:
 
     def _dense(self, arguments: Sequence[Any]) -> Any:
         """Run the untouched graph on decoded caches: the cache in hand was written by other weights or another plan."""
-        if any(_writes_latent(node) for node in self.canonical.graph.nodes):
+        coded = [n for n in placeholders(self.canonical) if n.meta.get("latent") is not None]
+        if any(writes_to(node, holder) for node in self.canonical.graph.nodes for holder in coded):
             raise ForeignCache("its buffer is written in place, and the model's weights or plan have changed since")
         warnings.warn(
             "a cache written by other weights or another plan goes on uncompressed (decoded, right, but dense); "
@@ -198,14 +201,3 @@ class Compiled:
         )
         plain = [a.dense() if isinstance(a, LatentKV) else a for a in arguments]
         return self.original.forward(*plain)
-
-
-def _writes_latent(node: Any) -> bool:
-    """Whether a node writes in place into a LatentKV argument or a view of one."""
-    schema = getattr(node.target, "_schema", None)
-    if schema is None or not schema.is_mutable:
-        return False
-    target = node.args[0]
-    while target.op == "call_function" and target.args and hasattr(target.args[0], "op"):
-        target = target.args[0]
-    return bool(target.meta.get("latent") is not None)

@@ -51,6 +51,7 @@ class CodecStore:
 
     def __init__(self) -> None:
         self._entries: dict[tuple[Any, ...], Entry] = {}
+        self._copies: dict[int, tuple[WeightState, torch.Tensor]] = {}
 
     def find(self, key: tuple[Any, ...], weights: Sequence[torch.Tensor]) -> Codec | None:
         entry = self._entries.get((key, *map(id, weights)))
@@ -62,6 +63,16 @@ class CodecStore:
         self._entries[full] = entry
         for weight in weights:
             weakref.finalize(weight, self._drop, full, entry)
+
+    def snapshot(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy of a small tensor of the model (norm weights, rotary frequencies) as it is now, shared by all codecs
+        that read it: what is coded is decoded as it was coded, whatever happens to the model later."""
+        entry = self._copies.get(id(tensor))
+        if entry is None or not entry[0].still(tensor):
+            entry = (WeightState.of(tensor), tensor.detach().clone())
+            self._copies[id(tensor)] = entry
+            weakref.finalize(tensor, self._copies.pop, id(tensor), None)
+        return entry[1]
 
     def _drop(self, full: tuple[Any, ...], entry: Entry) -> None:
         if self._entries.get(full) is entry:

@@ -16,7 +16,7 @@ import torch
 from torch.fx import Node
 
 from .facts import static_size
-from .rules import _arg, _dim, shape, tensors
+from .rules import Axes, Mixes, _arg, _dim, rule_of, shape, tensors
 
 aten = torch.ops.aten
 
@@ -300,7 +300,7 @@ PROGRAMS: dict[Any, Callable[[Caches, Node], None]] = {
 @dataclass(frozen=True)
 class Reader:
     """The attention that reads a cache: ``kind`` is "key" or "value", ``node`` the product (or SDPA) that reads it,
-    ``token`` the token axis of the cached value, ``path`` the layout ops between."""
+    ``token`` the token axis of the cached value, ``path`` the ops between."""
 
     node: Node
     kind: str
@@ -308,18 +308,11 @@ class Reader:
     path: tuple[Node, ...]
 
 
-_LAYOUT = {
-    aten.transpose.int, aten.permute.default, aten.expand.default, aten.reshape.default, aten.view.default,
-    aten._unsafe_view.default, aten.unsqueeze.default, aten.clone.default, aten.contiguous.default, aten.to.dtype,
-    aten.repeat_interleave.self_int, aten.cat.default, aten.slice.Tensor, aten.mul.Tensor, aten.flatten.using_ints,
-    aten.squeeze.dim, aten.index_copy_.default, aten.copy_.default, aten.repeat.default, aten.alias.default,
-    aten.broadcast_to.default,
-}  # fmt: skip
 _PRODUCTS = {aten.matmul.default, aten.bmm.default, aten.baddbmm.default}
 
 
 def find_reader(node: Node, limit: int = 64) -> Reader | None:
-    """The first attention product that reads ``node`` through layout ops, breadth first."""
+    """The first attention product that reads ``node`` through token-wise ops, breadth first."""
     queue: list[tuple[Node, tuple[Node, ...]]] = [(node, ())]
     seen = {node}
     while queue and limit:
@@ -330,11 +323,17 @@ def find_reader(node: Node, limit: int = 64) -> Reader | None:
             if found is not None:
                 kind, axis = found
                 return Reader(user, kind, _axis_before(axis, (*path,), node), path)
-            if user in seen or user.target not in _LAYOUT or user.op != "call_function":
+            if user in seen or not _carries(user):
                 continue
             seen.add(user)
             queue.append((user, (*path, user)))
     return None
+
+
+def _carries(user: Node) -> bool:
+    """Whether what a node makes of a cached value is still keys or values: any token-wise op, or a cache write."""
+    rule = rule_of(user)
+    return user.target in PROGRAMS or (rule is not None and rule.role != "contract")
 
 
 def _reads(user: Node, value: Node) -> tuple[str, int] | None:
@@ -367,8 +366,6 @@ def _feeds_softmax(node: Node, limit: int = 24) -> bool:
 
 def _axis_before(axis: int, path: tuple[Node, ...], start: Node) -> int:
     """Follow an axis of the last value in ``path`` back to ``start`` with the matcher's own rules."""
-    from .rules import Axes, Mixes, rule_of
-
     for node in reversed(path):
         rule = rule_of(node)
         if rule is None:

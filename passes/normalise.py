@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,8 +31,10 @@ def normalise(gm: GraphModule, example_inputs: Sequence[Any]) -> GraphModule:
 
     1. ``to(x, dtype of x)``, ``type_as`` of the same dtype, ``dropout`` in eval, ``detach``  ->  x
     2. ``type_as(x, y)``  ->  ``to.dtype(x, dtype of y)``
+       ``narrow(x, dim, start, n)``  ->  ``slice(x, dim, start, start + n)``
     3. ``baddbmm(a, x, y)``  ->  ``beta * a + alpha * bmm(x, y)``
     4. ``bmm`` of [B*H, ..] views of [B, H, ..]  ->  ``matmul`` in four dims, viewed as [B*H, ..]
+    5. ``index_put_(x, .., view(v))`` that only drops leading axes of one  ->  ``index_put_(x, .., v)``
 
     Each placeholder keeps, in ``meta``: ``val`` (the dense fake of the logical shape), ``latent`` (the fake LatentKV,
     where the input is one), ``decode`` (True for a LatentKV with dense tokens at its end: it goes in decoded) and
@@ -45,7 +48,12 @@ def normalise(gm: GraphModule, example_inputs: Sequence[Any]) -> GraphModule:
         node.meta["latent"] = value if isinstance(value, LatentKV) and value.tail is None else None
         node.meta["decode"] = isinstance(value, LatentKV) and value.tail is not None
     for node in list(canonical.graph.nodes):
-        _simplify(node)
+        if node.target is aten.narrow.default:
+            _slice_of_narrow(node)
+        elif node.target is aten.index_put_.default:
+            _keep_leading_ones(node)
+        else:
+            _simplify(node)
     for node in list(canonical.graph.nodes):
         if node.target is aten.baddbmm.default:
             node = _split_baddbmm(node)
@@ -102,6 +110,32 @@ def _replace(node: Node, target: Any, args: tuple[Any, ...], value: Any) -> Node
         made = node.graph.call_function(target, args)
     made.meta["val"] = value
     return made
+
+
+def _slice_of_narrow(node: Node) -> None:
+    source, dim, start, length = node.args
+    if isinstance(start, Node) and isinstance(start.meta.get("val"), torch.Tensor):
+        return
+    end = start + length if not isinstance(start, Node) and not isinstance(length, Node) else None  # type: ignore[operator]
+    if end is None:
+        first, extent = (a.meta["val"] if isinstance(a, Node) else a for a in (start, length))
+        end = _replace(node, operator.add, (start, length), first + extent)
+    node.replace_all_uses_with(_replace(node, aten.slice.Tensor, (source, dim, start, end), node.meta["val"]))
+    node.graph.erase_node(node)
+
+
+def _keep_leading_ones(node: Node) -> None:
+    """Case 5: setitem drops the leading axes of one of what it writes; the value before has all axes of the target."""
+    target, value = node.args[0], node.args[2]
+    if value.target not in (aten.view.default, aten.reshape.default, aten.squeeze.dim, aten.select.int):
+        return
+    source = value.args[0]
+    full, kept = source.meta["val"].shape, value.meta["val"].shape
+    lost = len(full) - len(kept)
+    ones = all(size_expr(s) == 1 for s in full[:lost])
+    same = [size_expr(s) for s in full[lost:]] == [size_expr(s) for s in kept]
+    if lost > 0 and ones and same and len(full) == len(target.meta["val"].shape):
+        node.update_arg(2, source)
 
 
 def _split_baddbmm(node: Node) -> Node:

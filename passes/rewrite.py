@@ -43,6 +43,7 @@ class Input:
     kind        index            name
     argument    argument i       -
     dense       LatentKV arg i   - (decoded: it ends in dense tokens)
+    uncompress  LatentKV arg i   - (made dense in place: the graph writes to it in a way that is not understood)
     codes       LatentKV arg i   "codes" or "positions": the rows that it shows
     window      LatentKV arg i   "codes" or "positions": those rows and room for ``extra`` more at the end
     latent      LatentKV arg i   a field of its codec
@@ -171,6 +172,9 @@ class Rewriter:
             self.env[node] = self.placeholder(node.name, Input(kind, i), node.meta["val"])
             return
         latent = node.meta["latent"]
+        if group is None and any(writes_to(user, node) for user in self.old.graph.nodes):
+            self.env[node] = self.placeholder(node.name, Input("uncompress", i), node.meta["val"])
+            return
         if group is None:  # what is written to it is not understood: read it once, and go on dense
             group = Group(latent.codec.decoder.token_dim)
             self.owners[group], self.templates[group] = ("latent", i), latent.codec
@@ -391,6 +395,17 @@ class Rewriter:
         made.module.graph.lint()
         made.module.recompile()
         return made
+
+
+def writes_to(node: Node, argument: Node) -> bool:
+    """Whether a node writes in place into ``argument`` or a view of it."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or not schema.is_mutable or not isinstance(node.args[0], Node):
+        return False
+    target = node.args[0]
+    while target is not argument and target.op == "call_function" and target.args and isinstance(target.args[0], Node):
+        target = target.args[0]
+    return target is argument
 
 
 def _appends(user: Node, node: Node) -> bool:

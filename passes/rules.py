@@ -240,7 +240,8 @@ def _reduce(node: Node, axis: int) -> list[tuple[Node, int | None]]:
     if dims is None or dims == []:
         raise Mixes("reduces over all tokens")
     gone = {_dim(d, rank) for d in ([dims] if isinstance(dims, int) else dims)}
-    keep = bool(_arg(node, position + 1, "keepdim", False))
+    after = {aten.var.dim: 3, aten.var.correction: 99}.get(node.target, position + 1)
+    keep = bool(_arg(node, after, "keepdim", False))
     at = axis if keep else [i for i in range(rank) if i not in gone][axis]
     if at in gone:
         raise Mixes("reduces over the tokens")
@@ -256,7 +257,10 @@ def _flip(node: Node, axis: int) -> list[tuple[Node, int | None]]:
 
 
 def _roll(node: Node, axis: int) -> list[tuple[Node, int | None]]:
-    return _feature_dims(node, axis, _arg(node, 2, "dims", ()))
+    dims = _arg(node, 2, "dims", ())
+    if not dims:
+        raise Mixes("rolls the flattened value")
+    return _feature_dims(node, axis, dims)
 
 
 def _layer_norm(node: Node, axis: int) -> list[tuple[Node, int | None]]:
@@ -339,6 +343,10 @@ def groups(before: Sequence[sympy.Expr], after: Sequence[sympy.Expr]) -> list[tu
     while i < len(before) or j < len(after):
         left, right = [i] if i < len(before) else [], [j] if j < len(after) else []
         a, b = (before[i] if left else sympy.Integer(1)), (after[j] if right else sympy.Integer(1))
+        if left and right and a != b and sympy.Integer(1) in (a, b):  # an axis of one comes or goes
+            found.append((left, []) if a == 1 else ([], right))
+            i, j = i + (a == 1), j + (a != 1)
+            continue
         i, j = i + len(left), j + len(right)
         while a != b:
             grow_left = j >= len(after) or (i < len(before) and _divides(a, b))
@@ -372,7 +380,7 @@ def _view(node: Node, axes: Axes) -> Demand:
         return [(source, axes)]
     if axes.token is not None and axes.token == axes.batch:  # merged in the output
         left, right = run_of(axes.token)
-        if len(right) != 1 or len(left) > 2:
+        if len(right) != 1 or len(left) not in (1, 2):
             raise Mixes("merges tokens with features")
         if len(left) == 2:
             return [(source, Axes(left[0], left[1]))]
@@ -397,6 +405,8 @@ def _view(node: Node, axes: Axes) -> Demand:
             return [(source, Axes(left[0], left[0]))]
         if token == -1 and batch != -1 and after[axes.token] == 1:  # a token axis of one, split off the features
             return [(source, Axes(batch, batch))]
+        if batch == -1 and token != -1 and after[axes.batch] == 1:  # a batch axis of one that appears here
+            return [(source, Axes(token, token))]
     ones = [a for a in (axes.batch, axes.token) if a is not None and after[a] == 1 and single(a) == -1]
     others = [a for a in (axes.batch, axes.token) if a is not None and a not in ones]
     if ones and all(single(a) != -1 for a in others):  # an axis of one that appears here
@@ -451,7 +461,7 @@ for _op in (aten.view.default, aten.reshape.default, aten._unsafe_view.default):
 for _op in (aten.flatten.using_ints, aten.unflatten.int):
     RULES[_op] = Rule(_view, "layout", "regroups the axes", sized=True)
 for _op in (aten.expand.default, aten.broadcast_to.default):
-    RULES[_op] = Rule(per_axis(_expand), "layout", "broadcasts", sized=True)
+    RULES[_op] = Rule(_pointwise, "layout", "broadcasts", sized=True)
 
 for _op in (aten.add.Tensor, aten.sub.Tensor):
     RULES[_op] = Rule(_pointwise, "sum", "adds")
