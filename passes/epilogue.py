@@ -113,8 +113,9 @@ def make_decoder(rows: Rows, words: str) -> tuple[Decoder, tuple[Node, ...]]:
     region = rows.epilogue
     constants = tuple(n for n in region.inputs if n not in (rows.y, rows.position))
     env = {c: graph.placeholder(f"const{i}") for i, c in enumerate(constants)}
-    batch = graph.call_function(aten.sym_size.int, (y, 0))
-    tokens = graph.call_function(aten.sym_size.int, (y, 1))
+    sized = y if rows.position is None else positions  # so that angles depend on positions alone
+    batch = graph.call_function(aten.sym_size.int, (sized, 0))
+    tokens = graph.call_function(aten.sym_size.int, (sized, 1))
     sizes = feature_sizes(rows.y, rows.y_axes)
     env[rows.y] = from_rows(graph, y, sizes, rows.y_axes, batch, tokens)
     if rows.position is not None and rows.position_axes is not None:

@@ -25,6 +25,7 @@ from torch.fx.node import map_arg
 from lorc_fx.codec import Codec
 from lorc_fx.compat import size_expr
 from lorc_fx.errors import GraphInvariant
+from lorc_fx.kernels import ops as _ops  # noqa: F401  (registers lorc::table)
 
 from .caches import Group
 from .lower import Absorption, absorb, readings
@@ -103,6 +104,7 @@ class Rewriter:
         self.codec_nodes: dict[tuple[tuple[str, int], str], Node] = {}
         self.arguments = [n for n in gm.graph.nodes if n.op == "placeholder"]
         self.last: Node | None = None
+        self.pure: dict[str, Node] = {}
         self.unread: list[tuple[Node, Group, Cell]] = []
         self._owners()
         self.absorptions: dict[Node, Absorption] = absorb(gm, matched, self.templates)
@@ -326,19 +328,38 @@ class Rewriter:
         return y if mean is None else self.call(aten.add.Tensor, y, mean)
 
     def _decode(self, group: Group, cell: Cell) -> Node:
+        """Inline the decoder. What depends on positions alone (angles, their cosines) is emitted once for all sites
+        that read the same positions, and stored where it meets y."""
         template = self.templates[group]
-        y = self.vectors(group, cell)
-        positions = None if cell.positions is None else self.call(aten.transpose.int, cell.positions, 0, 1)
-        inputs: dict[str, Node | None] = {"y": y, "positions": positions}
+        inputs: dict[str, Node | None] = {"y": self.vectors(group, cell), "positions": None}
+        if cell.positions is not None:
+            inputs["positions"] = self.once(aten.transpose.int, (cell.positions, 0, 1), {})
         env: dict[Node, Any] = {}
+        angles: set[Node] = set()
         for inner in template.decoder.module.graph.nodes:
             if inner.op == "placeholder":
                 env[inner] = inputs[inner.name] if inner.name in inputs else self.codec_input(group, inner.name)
+                if inner.name != "y":
+                    angles.add(inner)
             elif inner.op == "output":
                 return env[inner.args[0]]
+            elif all(source in angles for source in inner.all_input_nodes):
+                angles.add(inner)
+                args, kwargs = map_arg(inner.args, env.__getitem__), map_arg(inner.kwargs, env.__getitem__)
+                env[inner] = self.once(inner.target, args, kwargs)
             else:
+                for source in inner.all_input_nodes:
+                    if source in angles and source.op != "placeholder" and source.target is not aten.sym_size.int:
+                        env[source] = self.once(torch.ops.lorc.table.default, (env[source],), {})
                 env[inner] = self.graph.node_copy(inner, env.__getitem__)
         raise AssertionError("a decoder has an output")
+
+    def once(self, target: Any, args: Any, kwargs: Any) -> Node:
+        """An op without side effects on values that are not written to between two such calls: emitted once."""
+        key = (target, torch.fx.immutable_collections.immutable_list(args), tuple(sorted(kwargs.items())))
+        if repr(key) not in self.pure:
+            self.pure[repr(key)] = self.graph.call_function(target, args, kwargs)
+        return self.pure[repr(key)]
 
     # -- outputs ----------------------------------------------------------------------------------------------
 

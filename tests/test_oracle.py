@@ -1,45 +1,18 @@
-"""At half the bytes the compiled model is one known function: the eager model with projected keys and values.
-
-The oracle shares nothing with lorc_fx but the ranks: after each key and value projection, ``y -> b + (y - b) U U^T``
-with U the leading left singular vectors of the fp64 weight.
-"""
+"""At half the bytes the compiled model is one known function: the eager model with projected keys and values."""
 
 from __future__ import annotations
 
 import copy
-from typing import Any
-
 import pytest
 import torch
-from families import FAMILIES, Family
+from families import FAMILIES
+from oracle import oracle, ranks_of
 
-from helpers import assert_close, assert_tokens, compiled, error, generate, latents, new_cache, piecewise, prompt
+from helpers import assert_close, assert_tokens, compiled, error, generate, new_cache, piecewise, prompt
 
 TOKENS = 12
 #: the ends of the pieces
 CUTS = {"token by token": list(range(1, 13)), "in two chunks": [7, 12], "in one piece": [12]}
-
-
-def oracle(family: Family, model: Any, ranks: list[tuple[int, int]]) -> Any:
-    """``model`` with a hook after each projection, at the ranks (keys, values) of each layer."""
-    for p in family.projections(model):
-        rank = ranks[p.layer][p.kind == "value"]
-        u = torch.linalg.svd(p.weight.double())[0][:, :rank]
-        p.module.register_forward_hook(_projected(p.features, p.bias.double(), u @ u.T))
-    return model
-
-
-def _projected(features: torch.Tensor, bias: torch.Tensor, project: torch.Tensor) -> Any:
-    def hook(module: Any, args: Any, y: torch.Tensor) -> torch.Tensor:
-        changed = y.clone()
-        changed[..., features] = (bias + (y[..., features].double() - bias) @ project).to(y.dtype)
-        return changed
-
-    return hook
-
-
-def ranks_of(cache: Any) -> list[tuple[int, int]]:
-    return [(k.codec.rank, v.codec.rank) for k, v in latents(cache)]
 
 
 def check(name: str, cuts: dict[str, list[int]], kind: str = "dynamic", **options: Any) -> None:

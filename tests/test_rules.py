@@ -1,198 +1,18 @@
-"""Each rule of the matcher on real tensors: change one token of an input, and exactly that token of the output changes.
-
-``CASES`` holds for each op a function, its inputs, where the output has (batch, token) and where the rule must find
-them in each tensor input; ``None`` instead: the rule must say that the op mixes tokens.
-"""
+"""Each rule of the matcher on real tensors: change one token of an input, and that token of the output changes only."""
 
 import operator
 
 import pytest
+import sympy
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx import Graph
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from rule_cases import BTHD, NEVER_MIX, NO, ROWS, B, BTn, D, R, T, c, call, name_of, node_of, traced
 
-from lorc_fx.compat import canonical_trace
 from lorc_fx.errors import AlreadyRegistered
 from lorc_fx.passes.rules import RULES, Axes, Mixes, groups, register_rule, rule_of, shape, tensors
 
 aten = torch.ops.aten
-B, T, H, D = 2, 3, 4, 6
-R = torch.randn
-
-
-def I(*size, high=5):  # noqa: E743
-    return torch.randint(0, high, size)
-
-
-def traced(fn, values, dynamic=()):
-    """The canonical graph of ``fn`` on fakes; ``dynamic``: (input, dim) pairs of symbolic sizes."""
-    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-    fakes = []
-    for i, value in enumerate(values):
-        kinds = [DimDynamic.DYNAMIC if (i, d) in dynamic else DimDynamic.STATIC for d in range(value.dim())]
-        context = StatelessSymbolicContext(dynamic_sizes=kinds)
-        fakes.append(mode.from_tensor(value, symbolic_context=context, static_shapes=False))
-    return canonical_trace(fn, fakes).graph
-
-
-def node_of(op, arguments, values, dynamic=()):
-    """The node of ``op`` in the trace; made by hand where tracing takes the op apart."""
-    found = [n for n in traced(lambda *v: call(op, arguments, v), values, dynamic).nodes if n.target is op]
-    if found:
-        return found[-1]
-    graph = Graph()
-    holders = [graph.placeholder(f"x{i}") for i in range(len(values))]
-    for holder, value in zip(holders, values, strict=True):
-        holder.meta["val"] = value
-    args, kwargs = arguments
-    node = graph.call_function(op, tuple(holders[int(a)] if isinstance(a, str) else a for a in args), kwargs)
-    node.meta["val"] = call(op, arguments, values)
-    return node
-
-
-def c(*args, **kwargs):
-    """Arguments of the op: "0" and "1" stand for the inputs."""
-    return args, kwargs
-
-
-def call(op, arguments, values):
-    def pick(a):
-        return values[int(a)] if isinstance(a, str) else [pick(x) for x in a] if isinstance(a, list) else a
-
-    args, kwargs = arguments
-    if op is operator.getitem:
-        return aten.split.Tensor(*map(pick, args))[1]
-    return op(*map(pick, args), **kwargs)
-
-
-ROWS: list[tuple] = []
-
-
-def row(op, fn, inputs, at, *want):
-    """One positive case (``want``: axes per tensor input) or, with ``want`` None, one negative case."""
-    ROWS.append((op, fn, inputs, Axes(*at), None if want == (None,) else [Axes(*w) for w in want]))
-
-
-BTHD, BHTD, BTn = R(B, T, H, D), R(B, H, T, D), R(B, T, H * D)
-NO = (None, None)
-row(aten.t.default, c("0"), [R(D, T)], (None, 0), (None, 1))
-row(aten.transpose.int, c("0", 1, 2), [BTHD], (0, 2), (0, 1))
-row(aten.permute.default, c("0", [0, 2, 1, 3]), [BTHD], (0, 2), (0, 1))
-row(aten.transpose.int, c("0", -1, -2), [BHTD], (0, 3), (0, 2))
-row(aten.permute.default, c("0", [2, 0, -1, 1]), [BTHD], (1, 3), (0, 1))
-row(aten.unsqueeze.default, c("0", -2), [BTn], (0, 1), (0, 1))
-row(aten.unsqueeze.default, c("0", 0), [R(T, D)], (0, 1), (None, 0))
-for op, args in ((aten.squeeze.dim, (1,)), (aten.squeeze.dims, ([1, 2],)), (aten.squeeze.default, ())):
-    row(op, c("0", *args), [R(B, 1, T, D)], (0, 1), (0, 2))
-row(aten.slice.Tensor, c("0", 3, 0, 3), [BHTD], (0, 2), (0, 2))
-row(aten.slice.Tensor, c("0", 2, 0, 9), [BHTD], (0, 2), (0, 2))
-row(aten.slice.Tensor, c("0", 2, 1), [BHTD], (0, 2), None)
-row(aten.select.int, c("0", 1, 2), [BHTD], (0, 1), (0, 2))
-SPLITS = {aten.split.Tensor: 2, aten.split_with_sizes.default: [1, 2], aten.chunk.default: 2, aten.split.sizes: [1, 2]}
-for op, size in SPLITS.items():
-    row(op, c("0", size, 2), [R(B, T, 3, D)], (0, 1), (0, 1))
-    row(op, c("0", size, 1), [BTHD], (0, 1), None)
-row(aten.unbind.int, c("0", 2), [BTHD], (0, 1), (0, 1))
-row(aten.unbind.int, c("0", 0), [R(H, B, T, D)], (0, 1), (1, 2))
-row(operator.getitem, c("0", 2, 3), [BHTD], (0, 2), (0, 2))
-row(aten.repeat.default, c("0", [1, 2, 1, 1]), [BHTD], (0, 2), (0, 2))
-row(aten.repeat.default, c("0", [1, 1, 2, 1]), [BHTD], (0, 2), None)
-row(aten.repeat.default, c("0", [2, 1, 1, 1]), [BHTD], (0, 2), None)
-row(aten.repeat_interleave.self_int, c("0", 2, 1), [BHTD], (0, 2), (0, 2))
-row(aten.repeat_interleave.self_int, c("0", 2, 2), [BHTD], (0, 2), None)
-row(aten.flip.default, c("0", [-1, 1]), [BHTD], (0, 2), (0, 2))
-row(aten.flip.default, c("0", [2]), [BHTD], (0, 2), None)
-row(aten.roll.default, c("0", [1], [3]), [BHTD], (0, 2), (0, 2))
-row(aten.roll.default, c("0", [1], [2]), [BHTD], (0, 2), None)
-row(aten.roll.default, c("0", [1], []), [BHTD], (0, 2), None)
-for op in (aten.clone.default, aten.contiguous.default, aten.neg.default):
-    row(op, c("0"), [BHTD], (0, 2), (0, 2))
-for op in (aten.sum.dim_IntList, aten.mean.dim, aten.amax.default, aten.amin.default):
-    row(op, c("0", [-1], True), [BHTD], (0, 2), (0, 2))
-    row(op, c("0", [1]), [BHTD], (0, 1), (0, 2))
-    row(op, c("0", [2], True), [BHTD], (0, 2), None)
-    row(op, c("0", [], True), [BHTD], (0, 2), None)
-row(aten.linalg_vector_norm.default, c("0", 2, [-1], True), [BHTD], (0, 2), (0, 2))
-row(aten.linalg_vector_norm.default, c("0", 2, [2], True), [BHTD], (0, 2), None)
-row(aten.norm.ScalarOpt_dim, c("0", 2, [-1], True), [BHTD], (0, 2), (0, 2))
-row(aten.norm.ScalarOpt_dim, c("0", 2, [2], True), [BHTD], (0, 2), None)
-row(aten.var.dim, c("0", [-1], False, True), [BHTD], (0, 2), (0, 2))
-row(aten.var.dim, c("0", [1], False), [BHTD], (0, 1), (0, 2))
-row(aten.var.dim, c("0", [2], False, True), [BHTD], (0, 2), None)
-row(aten.var.correction, c("0", [-1], correction=0, keepdim=True), [BHTD], (0, 2), (0, 2))
-row(aten.var.correction, c("0", [1], correction=0), [BHTD], (0, 1), (0, 2))
-row(aten.var.correction, c("0", [2], correction=0, keepdim=True), [BHTD], (0, 2), None)
-row(aten.cat.default, c(["0", "1"], -1), [BHTD, BHTD + 1], (0, 2), (0, 2), (0, 2))
-row(aten.cat.default, c(["0", "1"], 2), [BHTD, BHTD + 1], (0, 2), None)
-row(aten.stack.default, c(["0", "1"], -1), [BHTD, BHTD + 1], (0, 2), (0, 2), (0, 2))
-row(aten.stack.default, c(["0", "1"]), [BHTD, BHTD + 1], (1, 3), (0, 2), (0, 2))
-row(aten.linear.default, c("0", "1", "2"), [BTn, R(5, H * D), R(5)], (0, 1), (0, 1), NO, NO)
-row(aten.linear.default, c("0", "1"), [BTn, R(5, H * D)], (0, 2), None)
-row(aten.addmm.default, c("0", "1", "2"), [R(5), R(B * T, D), R(D, 5)], (0, 0), NO, (0, 0), NO)
-row(aten.addmm.default, c("0", "1", "2"), [R(T), R(5, D), R(D, T)], (None, 1), None)
-row(aten.mm.default, c("0", "1"), [R(T, D), R(D, 5)], (None, 0), (None, 0), NO)
-row(aten.mm.default, c("0", "1"), [R(5, D), R(D, T)], (None, 1), NO, (None, 1))
-row(aten.bmm.default, c("0", "1"), [R(B, T, D), R(B, D, 5)], (0, 1), (0, 1), (0, None))
-row(aten.matmul.default, c("0", "1"), [BHTD, R(D, 5)], (0, 2), (0, 2), NO)
-row(aten.matmul.default, c("0", "1"), [BHTD, R(D)], (0, 2), None)
-for op, more in ((aten.softmax.int, ()), (aten._softmax.default, (False,))):
-    row(op, c("0", -1, *more), [BHTD], (0, 2), (0, 2))
-    row(op, c("0", 2, *more), [BHTD], (0, 2), None)
-row(aten.layer_norm.default, c("0", [D], "1", "2"), [BHTD, R(D), R(D)], (0, 2), (0, 2), NO, NO)
-row(aten.layer_norm.default, c("0", [T, D]), [BHTD], (0, 2), None)
-row(aten.rms_norm.default, c("0", [D], "1"), [BHTD, R(D)], (0, 2), (0, 2), NO)
-row(aten.rms_norm.default, c("0", [H, D]), [R(B, T, H, D)], (0, 2), None)
-row(aten.embedding.default, c("0", "1"), [R(5, D), I(B, T)], (0, 1), NO, (0, 1))
-row(aten.embedding.default, c("0", "1"), [R(5, D), I(B, T)], (0, 2), None)
-row(aten.index.Tensor, c("0", ["1"]), [R(5, D), I(B, T)], (0, 1), NO, (0, 1))
-row(aten.index.Tensor, c("0", ["1"]), [R(5, D), I(B, T)], (0, 2), (None, 1), (0, None))
-row(aten.index.Tensor, c("0", [None, "1"]), [BTn, I(T, high=3)], (0, 1), (0, None), (None, 0))
-row(aten.index.Tensor, c("0", [None, None, "1"]), [BTn, I(7)], (0, 1), (0, 1), NO)
-row(aten.index.Tensor, c("0", ["1", "2"]), [R(5, 5, D), I(T), I(T)], (None, 0), None)
-row(aten.index_select.default, c("0", 0, "1"), [R(5, D), I(T)], (None, 0), NO, (None, 0))
-row(aten.index_select.default, c("0", 3, "1"), [BHTD, I(4)], (0, 2), (0, 2), NO)
-row(aten.index_select.default, c("0", 2, "1"), [BHTD, I(T, high=3)], (0, 2), None)
-row(aten.to.dtype, c("0", torch.float64), [BHTD], (0, 2), (0, 2))
-row(aten.to.device, c("0", torch.device("cpu"), torch.float64), [BHTD], (0, 2), (0, 2))
-for op in (aten.to.dtype_layout, aten._to_copy.default):
-    row(op, c("0", dtype=torch.float64), [BHTD], (0, 2), (0, 2))
-for op in (aten.view.default, aten.reshape.default, aten._unsafe_view.default):
-    row(op, c("0", [B, T, H, D]), [BTn], (0, 1), (0, 1))
-    row(op, c("0", [B, H, T, D]), [BTn], (0, 2), None)
-row(aten.flatten.using_ints, c("0", 2, 3), [BTHD], (0, 1), (0, 1))
-row(aten.flatten.using_ints, c("0", 1, 2), [BTHD], (0, 1), None)
-row(aten.unflatten.int, c("0", 2, [H, D]), [BTn], (0, 1), (0, 1))
-row(aten.unflatten.int, c("0", 1, [1, T]), [BTn], (0, 2), (0, 1))
-row(aten.unflatten.int, c("0", 1, [T, H]), [R(B, T * H, D)], (0, 1), None)
-for op in (aten.expand.default, aten.broadcast_to.default):
-    row(op, c("0", [B, H, T, D]), [R(B, 1, T, D)], (0, 2), (0, 2))
-    row(op, c("0", [H, B, T, D]), [R(B, T, D)], (1, 2), (0, 1))
-for op in (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor):
-    row(op, c("0", "1"), [BHTD, R(T, D)], (0, 2), (0, 2), (None, 0))
-    row(op, c("0", "1"), [BHTD, R(1, 1, D)], (0, 2), (0, 2), NO)
-    row(op, c("0", "1"), [BHTD, R(1, 1, T, D)], (0, 2), (0, 2), (0, 2))
-for op in (aten.mul.Scalar, aten.div.Scalar, aten.silu.default, aten.cos.default):
-    row(op, c("0", *([2.5] if "Scalar" in str(op) else [])), [BHTD], (0, 2), (0, 2))
-
-#: ops that mix nothing whatever their arguments are: for them, every axis of the output is tried instead
-NEVER_MIX = {
-    aten.transpose.int, aten.t.default, aten.permute.default, aten.unsqueeze.default, aten.squeeze.dim,
-    aten.squeeze.dims, aten.squeeze.default, aten.select.int, aten.unbind.int, operator.getitem, aten.clone.default,
-    aten.contiguous.default, aten.neg.default, aten.stack.default, aten.to.dtype, aten.to.device,
-    aten.to.dtype_layout, aten._to_copy.default, aten.expand.default, aten.broadcast_to.default, aten.add.Tensor,
-    aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar, aten.mm.default,
-    aten.bmm.default,
-}  # fmt: skip
-
-
-def name_of(case):
-    op, (args, _), values, at, want = case
-    what = "mixes" if want is None else "axes"
-    sizes = " ".join(str(list(v.shape)) for v in values)
-    return f"{getattr(op, '_qualname', op.__name__)} {args[1:]} of {sizes} {what} {tuple(at)}"
 
 
 def nudged(value, axes, b, t, rows):
@@ -364,8 +184,6 @@ def test_views_are_sound(shapes, data):
 @given(shapes=regroupings())
 def test_groups_are_the_finest_split(shapes):
     before, after = shapes
-    import sympy
-
     runs = groups([sympy.Integer(x) for x in before], [sympy.Integer(x) for x in after])
     assert [i for left, _ in runs for i in left] == list(range(len(before)))
     assert [j for _, right in runs for j in right] == list(range(len(after)))

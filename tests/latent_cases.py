@@ -1,0 +1,92 @@
+"""A made-up codec whose epilogue shows a token's position, LatentKVs of it, and what leaves them coded."""
+
+import copy
+
+import torch
+from torch import nn
+
+from lorc_fx.codec import Codec
+from lorc_fx.decoder import Decoder
+from lorc_fx.latent import LatentKV
+from lorc_fx.runtime import _window
+
+HEADS, DIM, RANK = 2, 3, 4
+LAYOUTS = {
+    "BHTD": ("B", HEADS, "T", DIM),
+    "BTHD": ("B", "T", HEADS, DIM),
+    "BTn": ("B", "T", HEADS * DIM),
+    "TBn": ("T", "B", HEADS * DIM),
+}
+
+
+class Epilogue(nn.Module):
+    """Adds the token's position (so that a lost one shows) and brings y into the layout."""
+
+    def __init__(self, layout, positions):
+        super().__init__()
+        self.layout, self.positions = layout, positions
+
+    def forward(self, y, positions):
+        if self.positions:
+            y = y + positions.unsqueeze(-1)
+        if self.layout == "TBn":
+            return y.transpose(0, 1)
+        y = y if self.layout == "BTn" else y.unflatten(2, (HEADS, DIM))
+        return y.transpose(1, 2) if self.layout == "BHTD" else y
+
+
+def codec_of(layout="BHTD", positions=True, seed=0, dtype=torch.float32):
+    traced = torch.fx.symbolic_trace(Epilogue(layout, positions))
+    decoder = Decoder(traced, HEADS * DIM, LAYOUTS[layout], dtype, positions, "adds positions")
+    g = torch.Generator().manual_seed(seed)
+    encode, decode = torch.randn(RANK, 5, generator=g), torch.randn(RANK, HEADS * DIM, generator=g)
+    return Codec(decoder, encode.to(dtype), decode.to(dtype), torch.randn(HEADS * DIM, generator=g).to(dtype), ())
+
+
+def latent_of(codec, tokens=5, batch=2, seed=1, start=0):
+    codes = torch.randn(tokens, batch, RANK, generator=torch.Generator().manual_seed(seed)).to(codec.dtype)
+    positions = (torch.arange(start, start + tokens, dtype=torch.int32) * 10)[:, None].repeat(1, batch)
+    return LatentKV.born(codec, codes, positions if codec.decoder.needs_positions else None)
+
+
+def append(latent, new):
+    """What a compiled decode step does: write rows behind the view, in place where that is allowed."""
+    rows, start = _window(latent, new.length)
+    at = start + latent.length
+    rows.codes[at : at + new.length] = new.codes
+    if rows.positions is not None:
+        rows.positions[at : at + new.length] = new.positions
+    return LatentKV.over(latent.codec, rows, start, latent.length + new.length)
+
+
+def same(latent, dense):
+    assert isinstance(latent, LatentKV), f"decoded: {type(latent)}"
+    assert latent.shape == dense.shape and latent.dtype == dense.dtype
+    assert torch.equal(latent.dense(), dense)
+
+
+def dims(latent):
+    return latent.codec.decoder.token_dim, latent.codec.decoder.batch_dim
+
+
+#: name -> fn(value, token dim, batch dim) that moves tokens or batch rows only, so that the result stays coded
+ROW_OPS = {
+    "first tokens": lambda x, t, b: x.narrow(t, 0, 3),
+    "last tokens": lambda x, t, b: x[(slice(None),) * t + (slice(-2, None),)],
+    "no tokens": lambda x, t, b: torch.ops.aten.slice.Tensor(x, t, 2, 2),
+    "all tokens": lambda x, t, b: torch.ops.aten.slice.Tensor(x, t, 0, 1 << 62),
+    "one row": lambda x, t, b: torch.ops.aten.slice.Tensor(x, b, 1, 2),
+    "reorder rows": lambda x, t, b: x.index_select(b, torch.tensor([1, 0, 1])),
+    "reorder tokens": lambda x, t, b: x.index_select(t, torch.tensor([4, 0, 0])),
+    "index rows": lambda x, t, b: x[(slice(None),) * b + (torch.tensor([1, 1]),)],
+    "mask tokens": lambda x, t, b: x[(slice(None),) * t + (torch.tensor([True, False, True, True, False]),)],
+    "twice in batch": lambda x, t, b: torch.cat([x, x], b),
+    "twice in tokens": lambda x, t, b: torch.cat([x, x], t),
+    "negative dim": lambda x, t, b: torch.cat([x, x], t - x.dim()),
+    "roll": lambda x, t, b: x.roll(2, t),
+    "clone": lambda x, t, b: x.clone(),
+    "detach": lambda x, t, b: x.detach(),
+    "copy to the device": lambda x, t, b: x.to("cpu", copy=True),
+    "same dtype": lambda x, t, b: x.to(x.dtype),
+    "deepcopy": lambda x, t, b: copy.deepcopy(x),
+}

@@ -1,0 +1,109 @@
+"""How a LatentKV grows: random sequences of operations, continuations of one prefix, spare capacity, bytes."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from latent_cases import LAYOUTS, RANK, append, codec_of, dims, latent_of, same
+
+from lorc_fx.latent import Rows, cache_nbytes, capacity
+
+STEPS = ("append", "slice", "batch", "reorder", "tokens", "cat", "clone", "roll", "deepcopy", "mask", "detach")
+
+
+@settings(deadline=None, max_examples=60)
+@given(layout=st.sampled_from(sorted(LAYOUTS)), data=st.data())
+def test_random_sequences(layout, data):
+    codec = codec_of(layout)
+    latent = latent_of(codec)
+    dense = latent.dense()
+    t, b = dims(latent)
+    for step in data.draw(st.lists(st.sampled_from(STEPS), max_size=8)):
+        tokens, batch = dense.shape[t], dense.shape[b]
+        some = st.lists(st.integers(0, max(tokens - 1, 0)), min_size=1, max_size=4)
+        if step in ("tokens", "roll") and not tokens:
+            continue
+        if step in ("append", "cat"):
+            new = latent_of(codec, data.draw(st.integers(1, 3)), batch, data.draw(st.integers(0, 99)), tokens)
+            dense = torch.cat([dense, new.dense()], t)
+            latent = append(latent, new) if step == "append" else torch.cat([latent, new], t)
+        elif step == "slice":
+            lo, hi = sorted(data.draw(st.tuples(st.integers(0, tokens), st.integers(0, tokens))))
+            latent, dense = (torch.ops.aten.slice.Tensor(x, t, lo, hi) for x in (latent, dense))
+        elif step == "batch":
+            latent, dense = (torch.cat([x, x], b) if batch < 5 else x.narrow(b, 1, 2) for x in (latent, dense))
+        elif step == "reorder":
+            index = torch.tensor(data.draw(st.lists(st.integers(0, batch - 1), min_size=1, max_size=4)))
+            latent, dense = latent.index_select(b, index), dense.index_select(b, index)
+        elif step == "tokens":
+            index = torch.tensor(data.draw(some))
+            latent, dense = latent.index_select(t, index), dense.index_select(t, index)
+        elif step == "mask":
+            keep = torch.tensor(data.draw(st.lists(st.booleans(), min_size=tokens, max_size=tokens)), dtype=torch.bool)
+            at = (slice(None),) * t + (keep,)
+            latent, dense = latent[at], dense[at]
+        elif step == "roll":
+            shift = data.draw(st.integers(-3, 3))
+            latent, dense = latent.roll(shift, t), dense.roll(shift, t)
+        else:
+            latent = {"clone": torch.clone, "deepcopy": copy.deepcopy, "detach": torch.Tensor.detach}[step](latent)
+        same(latent, dense)
+
+
+@settings(deadline=None, max_examples=40)
+@given(data=st.data())
+def test_continuations_never_meet(data):
+    """A tree of continuations and cuts of one prefix: each keeps what it had, whatever is appended to the others."""
+    codec = codec_of()
+    first = latent_of(codec, tokens=3)
+    known = [(first, first.dense())]
+    for i in range(data.draw(st.integers(1, 10))):
+        latent, dense = data.draw(st.sampled_from(known))
+        lo, hi = sorted(data.draw(st.tuples(st.integers(0, dense.shape[2]), st.integers(0, dense.shape[2]))))
+        if data.draw(st.booleans()):
+            latent, dense = latent[:, :, lo:hi], dense[:, :, lo:hi]
+        new = latent_of(codec, data.draw(st.integers(1, 80)), 2, seed=i, start=dense.shape[2])
+        known.append((append(latent, new), torch.cat([dense, new.dense()], 2)))
+    for latent, dense in known:
+        same(latent, dense)
+
+
+def test_appending_is_in_place_and_amortised(monkeypatch):
+    copied = []
+    grown = Rows.grown
+    monkeypatch.setattr(Rows, "grown", lambda self, s, n, extra: copied.append(n) or grown(self, s, n, extra))
+    codec = codec_of()
+    latent, one = latent_of(codec, tokens=1), latent_of(codec, tokens=1)
+    for length in range(2, 3001):
+        latent = append(latent, one)
+        assert latent.length == length
+        assert latent.rows.codes.shape[0] <= length + max(64, length // 8)
+    assert len(copied) < 30 and sum(copied) < 12 * 3000
+
+
+@pytest.mark.parametrize("rows", [0, 1, 63, 511, 512, 2049, 100_000])
+def test_spare_capacity_is_bounded(rows):
+    assert rows < capacity(rows) <= rows + max(64, rows // 8)
+
+
+def test_bytes_held_and_used():
+    codec = codec_of()
+    latent = append(latent_of(codec, tokens=5, batch=2), latent_of(codec, tokens=1, batch=2))
+    row = 2 * (RANK * 4 + 4)
+    assert latent.used_nbytes() == cache_nbytes(latent, used=True) == 6 * row
+    assert cache_nbytes(latent) == capacity(6) * row
+    plain = torch.zeros(3, 5)
+
+    class Layer:
+        def __init__(self):
+            self.keys, self.values, self.other = latent, latent[:, :, :2], "text"
+
+    class Cache:
+        def __init__(self):
+            self.layers, self.extra, self.me = [Layer()], {"x": (plain, plain[1:])}, self
+
+    assert cache_nbytes(Cache()) == capacity(6) * row + 60, "each storage counts once"
+    assert cache_nbytes(Cache(), used=True) == 6 * row + 2 * row + 60 + 40
+    assert cache_nbytes([None, 3, "x"]) == 0

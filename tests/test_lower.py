@@ -1,0 +1,172 @@
+"""Cached operands that attention reads as latents: the same values as decoding first, and no dense value is made.
+
+Keys and values without rotation or norm (GPT-2, OPT, Bloom) are absorbed, rotary keys are decoded (Llama, Falcon).
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES
+from oracle import oracle, ranks_of
+from torch.fx import GraphModule, Interpreter
+
+from helpers import Recorder, assert_close, cache_name, compiled, generate, new_cache, piecewise, prompt
+from lorc_fx.options import Options
+from lorc_fx.passes import cost, lower, rewrite
+from lorc_fx.report import examined
+
+TOKENS, NEW = 9, 3
+BOTH, VALUES = {"key", "value"}, {"value"}
+#: (family, attention) -> the kinds of sites that are absorbed
+CASES = {
+    ("gpt2", "sdpa"): BOTH,
+    ("gpt2", "eager"): BOTH,
+    ("opt", "sdpa"): BOTH,
+    ("opt", "eager"): BOTH,
+    ("bloom", "eager"): BOTH,
+    ("llama-mha", "sdpa"): VALUES,
+    ("llama-gqa", "sdpa"): VALUES,
+    ("llama-gqa", "eager"): VALUES,
+    ("llama-bias", "sdpa"): VALUES,
+    ("falcon-gqa", "sdpa"): VALUES,
+    ("falcon-gqa", "eager"): VALUES,
+    ("falcon-mqa", "sdpa"): VALUES,
+}
+
+
+class Watched(Recorder):
+    """Runs each graph op by op; ``sizes`` are the shapes that the matrix products of the last call made."""
+
+    def __call__(self, gm: GraphModule, example_inputs: list[Any]) -> Any:
+        self.graphs.append(gm)
+        watched = self
+
+        class Watch(Interpreter):
+            def run_node(self, node: Any) -> Any:
+                out = super().run_node(node)
+                if "matmul" in str(node.target):
+                    watched.sizes.append(tuple(out.shape))
+                return out
+
+        def run(*args: Any) -> Any:
+            watched.sizes = []
+            return Watch(gm).run(*args)
+
+        return run
+
+    def dense(self, batch: int, tokens: int, width: int) -> int:
+        """How many products made a dense cached value: B x T x n numbers, with tokens along one axis."""
+        return sum(tokens in size and torch.Size(size).numel() == batch * tokens * width for size in self.sizes)
+
+
+def build(name: str, attn: str) -> Any:
+    return FAMILIES[name].build(attn=attn, layers=1)
+
+
+def run(model: Any, pad: int, kind: str = "dynamic") -> Any:
+    ids, mask = prompt(2, TOKENS, pad)
+    return generate(model, ids, mask, new_cache(model, kind, TOKENS + NEW), new=NEW)
+
+
+@pytest.mark.parametrize(("name", "attn"), CASES, ids="-".join)
+def test_absorbed_is_decoded_is_the_oracle(name, attn, clean, monkeypatch):
+    family, absorbed, watched = FAMILIES[name], CASES[name, attn], Watched()
+    model = build(name, attn)
+    truth = copy.deepcopy(model)
+    width = len(family.projections(model)[0].features)
+    compiled(model, ratio=0.5, scheduler="uniform", inner=watched)
+    got = {pad: run(model, pad) for pad in (3, 0)}
+    cached = TOKENS + NEW - 1
+    assert watched.dense(2, cached, width) == 2 - len(absorbed), watched.sizes
+    oracle(family, truth, ranks_of(got[3].cache))
+    for pad, found in got.items():
+        assert_close(f"logits after {pad} padded tokens, oracle", found.logits, run(truth, pad).logits, 1e-5)
+    universal = build(name, attn)
+    monkeypatch.setattr(rewrite, "absorb", lambda *_: {})
+    compiled(universal, ratio=0.5, scheduler="uniform", inner=watched)
+    for pad, found in got.items():
+        assert_close(f"logits after {pad} padded tokens, decoded", found.logits, run(universal, pad).logits, 1e-5)
+    assert watched.dense(2, cached, width) == 2, "the universal lowering decodes both"
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama-gqa", "bloom"])
+def test_pieces_are_the_whole_prompt(name, clean):
+    """Prefill and decode of one model: each piece reads the rows of those before it, absorbed or not."""
+    model = compiled(FAMILIES[name].build(layers=1), ratio=0.5, scheduler="uniform")
+    ids = prompt(2, TOKENS)[0]
+    whole = piecewise(model, ids, new_cache(model), [TOKENS])
+    assert_close("logits", piecewise(model, ids, new_cache(model), [6, 7, 8, 9]), whole, 1e-5)
+
+
+@pytest.mark.parametrize(("name", "attn"), [("gpt2", "sdpa"), ("opt", "eager"), ("llama-gqa", "sdpa")], ids="-".join)
+def test_static_caches(name, attn, clean):
+    """The whole buffer is read: rows that nothing has written yet are masked."""
+    watched, model = Watched(), build(name, attn)
+    truth = copy.deepcopy(model)
+    width = len(FAMILIES[name].projections(model)[0].features)
+    got = run(compiled(model, ratio=0.5, scheduler="uniform", inner=watched), 3, "static")
+    assert watched.dense(2, TOKENS + NEW, width) == 2 - len(CASES[name, attn]), watched.sizes
+    want = run(oracle(FAMILIES[name], truth, ranks_of(got.cache)), 3, "static")
+    assert_close("logits", got.logits, want.logits, 1e-5)
+
+
+@pytest.mark.parametrize(("name", "attn"), CASES, ids="-".join)
+def test_explain_says_latent(name, attn, clean):
+    model = build(name, attn)
+    ids, mask = prompt(2, TOKENS)
+    given = {"attention_mask": mask, cache_name(model): new_cache(model), "use_cache": True}
+    report = examined(model, (ids,), given, Options(ratio=0.5, scheduler="uniform"))
+    assert {s.kind: s.lowering for s in report.sites} == {
+        kind: "latent" if kind in CASES[name, attn] else "decoding" for kind in ("key", "value")
+    }
+
+
+def test_at_full_rank_nothing_is_absorbed(clean):
+    """Its codes are the projections themselves: there is no decode matrix to move."""
+    watched = Watched()
+    model = compiled(build("gpt2", "sdpa"), ratio=1.0, inner=watched)
+    found = run(model, 3)
+    assert all(k.codec.decode is None and v.codec.decode is None for k, v in [(x.keys, x.values) for x in found.cache.layers])
+    assert sorted(watched.sizes) == sorted([(2, 4, 1, TOKENS + NEW - 1), (2, 4, 1, 16)]) or not watched.sizes
+
+
+def test_selection_tells_moved_columns_from_computed_ones():
+    class Epilogue(torch.nn.Module):
+        def __init__(self, fn: Any) -> None:
+            super().__init__()
+            self.fn = fn
+
+        def forward(self, y: Any, positions: Any) -> Any:
+            return self.fn(y)
+
+    def found(fn: Any) -> Any:
+        return lower._moved(torch.fx.symbolic_trace(Epilogue(fn)), 6, fn)
+
+    assert found(lambda y: y).flatten().tolist() == [0, 1, 2, 3, 4, 5]
+    assert found(lambda y: y.unflatten(2, (3, 2)).transpose(2, 3)).flatten().tolist() == [0, 2, 4, 1, 3, 5]
+    assert found(lambda y: y.repeat(1, 1, 2)).flatten().tolist() == [0, 1, 2, 3, 4, 5] * 2
+    for computed in (lambda y: y * 2, lambda y: -y, lambda y: y + 1, lambda y: y.clamp(max=4), lambda y: y * y / y.max()):
+        assert found(computed) is None
+
+
+@pytest.mark.parametrize(
+    ("queries", "heads", "dim", "width", "rank", "wanted"),
+    [
+        (1, 32, 128, 4096, 2048, True),  # a decode step without groups
+        (1, 32, 128, 1024, 512, True),  # four queries per cached head
+        (1, 4, 256, 256, 128, True),  # one cached head
+        (1, 4, 256, 256, 256, True),
+        (64, 32, 128, 1024, 512, False),  # a prompt: decoding once serves all its queries
+        (1, 32, 2, 4, 4, False),  # heads so small that the latent is wider than they are
+        (torch.SymInt, 32, 128, 4096, 2048, False),  # a number of queries that is not known
+    ],
+)
+def test_the_cheaper_way_is_taken(queries, heads, dim, width, rank, wanted):
+    assert cost.absorbs(queries, heads, dim, width, rank) is wanted
+    if isinstance(queries, int):
+        decoding = 2 * rank * width + 2 * queries * heads * dim
+        assert wanted == (2 * queries * heads * rank < decoding)
