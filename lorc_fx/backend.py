@@ -295,7 +295,7 @@ class _Builder:
             effective[0], effective[1], factors, rank, site.decoder, consts, site.rows.y.meta["val"].dtype
         )
 
-    def build(self, codecs: Sequence[Codec]) -> Binding:
+    def build(self, codecs: Sequence[Codec], joined: dict[int, int]) -> Binding:
         """rewrite -> check -> inner compiler, for codecs of one signature."""
         with _timed("rewrite_s"):
             made = rewrite(self.canonical, self.matched, dict(zip(self.matched.sites, codecs, strict=True)))
@@ -305,4 +305,4 @@ class _Builder:
         sizes = size_reader(self.canonical, made)
         with compat.tracing_context(mode):
             inner = _inner(made.module, examples, self.options)
-        return Binding(inner, tuple(made.inputs), tuple(made.outputs), sizes)
+        return Binding(inner, made, sizes, joined)

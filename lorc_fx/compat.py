@@ -88,13 +88,12 @@ def size_expr(size: Any) -> sympy.Expr:
     return sympy.Integer(int(size))
 
 
+_ONE_DIM = {dim: {dim} for dim in range(8)}  # shared: marking happens at each decode step, and nobody adds to them
+
+
 def mark_weak_dynamic(tensor: torch.Tensor, dim: int) -> None:
     """Ask Dynamo to treat one dimension as dynamic from the first trace on, without an error if it specialises."""
-    dims = getattr(tensor, "_dynamo_weak_dynamic_indices", None)
-    if dims is None:
-        tensor._dynamo_weak_dynamic_indices = {dim}  # type: ignore[attr-defined]
-    else:
-        dims.add(dim)
+    tensor._dynamo_weak_dynamic_indices = _ONE_DIM[dim]  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager

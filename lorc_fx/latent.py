@@ -55,6 +55,14 @@ def _alias(tensor: torch.Tensor, start: int, length: int) -> torch.Tensor:
     return alias.set_(tensor.untyped_storage(), offset, (length, *tensor.shape[1:]), stride)
 
 
+_INNER = {
+    (False, False): ["codes"],
+    (True, False): ["codes", "positions"],
+    (False, True): ["codes", "tail"],
+    (True, True): ["codes", "positions", "tail"],
+}
+
+
 class LatentMeta:
     """What Dynamo keeps of a LatentKV beside its inner tensors; guards compare the codec's signature only."""
 
@@ -139,6 +147,13 @@ class LatentKV(torch.Tensor):
             mark_weak_dynamic(positions, 0)
         return self
 
+    def tokens(self, start: int, length: int) -> LatentKV:
+        """Coded tokens [start, start + length) of this view (itself where that is all)."""
+        if start == 0 and length == self.length:
+            return self
+        assert self.rows is not None
+        return LatentKV.over(self.codec, self.rows, self.start + start, length)
+
     # -- growth -----------------------------------------------------------------------------------------------
 
     @property
@@ -161,6 +176,11 @@ class LatentKV(torch.Tensor):
             rows.shared = True
         rows.used = end + extra
         return rows
+
+    def extended(self, extra: int) -> LatentKV:
+        """This view and room for ``extra`` more tokens, which a graph fills."""
+        before, rows = self.rows, self.reserve(extra)
+        return LatentKV.over(self.codec, rows, self.start if rows is before else 0, self.length + extra)
 
     # -- reading ----------------------------------------------------------------------------------------------
 
@@ -210,7 +230,7 @@ class LatentKV(torch.Tensor):
     # -- the protocol of traceable wrapper subclasses ---------------------------------------------------------
 
     def __tensor_flatten__(self) -> tuple[list[str], LatentMeta]:
-        inner = [name for name in ("codes", "positions", "tail") if getattr(self, name) is not None]
+        inner = _INNER[self.positions is not None, self.tail is not None]
         return inner, LatentMeta(self.codec, self.tail is not None)
 
     @staticmethod

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import sympy
@@ -17,9 +16,9 @@ from torch.fx import GraphModule
 from .codec import Codec
 from .compat import size_expr
 from .errors import EagerWarning, ForeignCache
-from .latent import LatentKV, Rows
+from .latent import LatentKV
 from .passes.normalise import placeholders
-from .passes.rewrite import Input, Output, Rewritten, writes_to
+from .passes.rewrite import Output, Rewritten, writes_to
 from .passes.sites import Matched, Site
 from .store import WeightState
 
@@ -28,49 +27,84 @@ class Builder(Protocol):
     places: dict[Site, tuple[int, ...]]
 
     def codecs(self, arguments: Sequence[Any]) -> list[Codec]: ...
-    def build(self, codecs: Sequence[Codec]) -> Binding: ...
+    def build(self, codecs: Sequence[Codec], joined: dict[int, int]) -> Binding: ...
 
 
 Symbols = tuple[tuple[sympy.Symbol, int, int | None], ...]
 """(symbol, argument, dim): where a symbolic size is read at run time; dim None for an int argument."""
 
 
-@dataclass(frozen=True)
 class Binding:
-    """An inner callable with its recipe for inputs and outputs."""
+    """An inner callable with its recipe for inputs and outputs, sorted once so that a call does little.
 
-    inner: Callable[..., Any]
-    inputs: tuple[Input, ...]
-    outputs: tuple[Output, ...]
-    sizes: Callable[[Sequence[Any]], dict[Any, int]]
+    ``joined`` maps LatentKV arguments to the site whose codec they must have (checked by the caller), so codec tensors
+    are looked up once per set of codecs, not at each call.
+    """
+
+    def __init__(
+        self,
+        inner: Callable[..., Any],
+        made: Rewritten,
+        sizes: Callable[[Sequence[Any]], dict[Any, int]],
+        joined: dict[int, int],
+    ) -> None:
+        self.inner, self.outputs, self.sizes = inner, made.outputs, sizes
+        self.joined = joined
+        self.plain: list[tuple[int, int]] = []
+        self.parts: list[tuple[int, int, str]] = []
+        self.decoded: list[tuple[int, int, str]] = []
+        self.foreign: list[tuple[int, int, str]] = []
+        self.codec_slots: list[tuple[int, int, str]] = []
+        windows: dict[int, dict[str, int]] = {}
+        self.extras: dict[int, Any] = {}
+        for slot, spec in enumerate(made.inputs):
+            if spec.kind == "argument":
+                self.plain.append((slot, spec.index))
+            elif spec.kind == "codes":
+                self.parts.append((slot, spec.index, spec.name))
+            elif spec.kind in ("dense", "uncompress"):
+                self.decoded.append((slot, spec.index, spec.kind))
+            elif spec.kind == "window":
+                windows.setdefault(spec.index, {})[spec.name] = slot
+                self.extras[spec.index] = spec.extra
+            elif spec.kind == "site":
+                self.codec_slots.append((slot, spec.index, spec.name))
+            elif spec.index in joined:
+                self.codec_slots.append((slot, joined[spec.index], spec.name))
+            else:
+                self.foreign.append((slot, spec.index, spec.name))
+        self.windows = [(i, slots.get("codes"), slots.get("positions")) for i, slots in windows.items()]
+        self.count = len(made.inputs)
+        self.fixed: list[Any] = []
+
+    def set_codecs(self, codecs: Sequence[Codec]) -> None:
+        """Look the codecs' tensors up, once for all calls until they change."""
+        self.fixed = [None] * self.count
+        for slot, site, name in self.codec_slots:
+            codec = codecs[site]
+            self.fixed[slot] = codec.encode if name == "encode" else codec.tensors()[name]
 
     def __call__(self, arguments: Sequence[Any], codecs: Sequence[Codec]) -> tuple[Any, ...]:
         sizes = self.sizes(arguments)
-        windows: dict[int, tuple[Rows, int]] = {}
-        values: list[Any] = []
-        for spec in self.inputs:
-            kind, index = spec.kind, spec.index
-            if kind == "argument":
-                values.append(arguments[index])
-            elif kind == "uncompress":
-                values.append(arguments[index].uncompress_())
-            elif kind == "dense":
-                values.append(arguments[index].dense())
-            elif kind == "codes":
-                values.append(getattr(arguments[index], spec.name))
-            elif kind == "window":
-                if index not in windows:
-                    windows[index] = _window(arguments[index], sizes[spec.extra])
-                rows, start = windows[index]
-                extent = arguments[index].length + sizes[spec.extra]
-                values.append(getattr(rows, spec.name).narrow(0, start, extent))
-            elif kind == "site":
-                codec = codecs[index]
-                values.append(codec.encode if spec.name == "encode" else codec.tensors()[spec.name])
-            else:
-                values.append(arguments[index].codec.tensors()[spec.name])
+        values = self.fixed.copy()
+        for slot, index in self.plain:
+            values[slot] = arguments[index]
+        for slot, index, name in self.parts:
+            values[slot] = getattr(arguments[index], name)
+        for slot, index, name in self.decoded:
+            latent = arguments[index]
+            values[slot] = latent.uncompress_() if name == "uncompress" else latent.dense()
+        for slot, index, name in self.foreign:
+            values[slot] = arguments[index].codec.tensors()[name]
+        windows: dict[int, LatentKV] = {}
+        for index, codes, positions in self.windows:
+            window = windows[index] = arguments[index].extended(sizes[self.extras[index]])
+            if codes is not None:
+                values[codes] = window.codes
+            if positions is not None:
+                values[positions] = window.positions
         results = self.inner(*values)
-        return tuple(self._wrap(o, results, arguments, codecs, windows, sizes) for o in self.outputs)
+        return tuple([self._wrap(o, results, arguments, codecs, windows, sizes) for o in self.outputs])
 
     def _wrap(
         self,
@@ -78,25 +112,18 @@ class Binding:
         results: Sequence[Any],
         arguments: Sequence[Any],
         codecs: Sequence[Codec],
-        windows: dict[int, tuple[Rows, int]],
+        windows: dict[int, LatentKV],
         sizes: dict[Any, int],
     ) -> Any:
         if out.kind == "plain":
             return results[out.index]
+        if out.kind == "window":
+            return windows[out.index].tokens(sizes[out.start], sizes[out.length])
         if out.kind == "born":
             assert out.owner is not None
             codec = arguments[out.owner[1]].codec if out.owner[0] == "latent" else codecs[out.owner[1]]
             return LatentKV.born(codec, results[out.index], None if out.positions is None else results[out.positions])
-        if out.kind == "window":
-            rows, start = windows[out.index]
-            return LatentKV.over(arguments[out.index].codec, rows, start + sizes[out.start], sizes[out.length])
         return arguments[out.index] if out.kind == "same" else None
-
-
-def _window(latent: LatentKV, extra: int) -> tuple[Rows, int]:
-    before = latent.rows
-    rows = latent.reserve(extra)
-    return rows, latent.start if rows is before else 0
 
 
 def size_reader(canonical: GraphModule, made: Rewritten) -> Callable[[Sequence[Any]], dict[Any, int]]:
@@ -176,8 +203,9 @@ class Compiled:
             self.binding = None
             return
         if signature not in self.bindings:
-            self.bindings[signature] = self.builder.build(self.codecs)
+            self.bindings[signature] = self.builder.build(self.codecs, dict(self.joined))
         self.binding = self.bindings[signature]
+        self.binding.set_codecs(self.codecs)
 
     def __call__(self, *arguments: Any) -> Any:
         for place, state in self.states:

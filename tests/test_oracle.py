@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
+
 import pytest
 import torch
 from families import FAMILIES
