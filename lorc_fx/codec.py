@@ -10,7 +10,6 @@ At full rank (r = n) every orthonormal basis is lossless, so the identity is tak
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,9 +66,6 @@ def condition_number(singular: torch.Tensor) -> float:
     return top / max(float(singular.min()), CONDITION_FLOOR * top)
 
 
-_serial = itertools.count()
-
-
 @dataclass(frozen=True, eq=False)
 class Codec:
     """One site's codec. Compared by identity: a latent is only ever read by the codec that wrote it.
@@ -83,7 +79,10 @@ class Codec:
     decode: torch.Tensor | None
     mean: torch.Tensor | None
     consts: tuple[torch.Tensor, ...]
-    serial: int = field(default_factory=lambda: next(_serial))
+    anchor: torch.Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "anchor", self.encode.new_zeros(1))
 
     @property
     def rank(self) -> int:
