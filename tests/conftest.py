@@ -17,3 +17,13 @@ def clean():
     torch.manual_seed(0)
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def many_shapes():
+    """Pieces of many lengths through one model: more graphs than Dynamo's default limit allows.
+
+    With Dynamo's own patch: pytest's monkeypatch leaves the config without the attribute.
+    """
+    with torch._dynamo.config.patch(recompile_limit=64):
+        yield

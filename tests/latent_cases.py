@@ -8,7 +8,6 @@ from torch import nn
 from lorc_fx.codec import Codec
 from lorc_fx.decoder import Decoder
 from lorc_fx.latent import LatentKV
-from lorc_fx.runtime import _window
 
 HEADS, DIM, RANK = 2, 3, 4
 LAYOUTS = {
@@ -51,12 +50,11 @@ def latent_of(codec, tokens=5, batch=2, seed=1, start=0):
 
 def append(latent, new):
     """What a compiled decode step does: write rows behind the view, in place where that is allowed."""
-    rows, start = _window(latent, new.length)
-    at = start + latent.length
-    rows.codes[at : at + new.length] = new.codes
-    if rows.positions is not None:
-        rows.positions[at : at + new.length] = new.positions
-    return LatentKV.over(latent.codec, rows, start, latent.length + new.length)
+    made = latent.extended(new.length)
+    made.codes[latent.length :] = new.codes
+    if made.positions is not None:
+        made.positions[latent.length :] = new.positions
+    return made
 
 
 def same(latent, dense):

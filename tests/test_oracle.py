@@ -6,11 +6,12 @@ import copy
 from typing import Any
 
 import pytest
-import torch
 from families import FAMILIES
 from oracle import oracle, ranks_of
 
 from helpers import assert_close, assert_tokens, compiled, error, generate, new_cache, piecewise, prompt
+
+pytestmark = pytest.mark.usefixtures("clean", "many_shapes")
 
 TOKENS = 12
 #: the ends of the pieces
@@ -36,40 +37,34 @@ def check(name: str, cuts: dict[str, list[int]], kind: str = "dynamic", **option
     assert error(want, dense) > 1e-2, "the ranks take nothing away: this test shows nothing"
 
 
-@pytest.fixture(autouse=True)
-def many_shapes(monkeypatch):
-    """Pieces of every length through one model: more graphs than Dynamo's default limit allows with windows."""
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 64)
-
-
 @pytest.mark.parametrize("name", FAMILIES)
-def test_in_chunks_and_in_one_piece(name, clean):
+def test_in_chunks_and_in_one_piece(name):
     check(name, {how: CUTS[how] for how in ("in two chunks", "in one piece")}, scheduler="uniform")
 
 
 @pytest.mark.parametrize("name", ["llama-bias", "gemma3", "gpt2", "gpt-neox"])
-def test_token_by_token(name, clean):
+def test_token_by_token(name):
     check(name, {"token by token": CUTS["token by token"]}, scheduler="uniform")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
-def test_in_any_pieces_through_one_model(name, clean):
+def test_in_any_pieces_through_one_model(name):
     check(name, CUTS, scheduler="uniform")
 
 
 @pytest.mark.parametrize(("name", "scheduler"), [("llama-gqa", "progressive"), ("gpt2", "energy")])
-def test_other_schedules(name, scheduler, clean):
+def test_other_schedules(name, scheduler):
     check(name, {"in two chunks": CUTS["in two chunks"]}, scheduler=scheduler)
 
 
 @pytest.mark.parametrize("name", ["llama-bias", "gemma3", "gpt2"])
-def test_static_caches(name, clean):
+def test_static_caches(name):
     check(name, {how: CUTS[how] for how in ("in two chunks", "in one piece")}, "static", scheduler="uniform")
 
 
 @pytest.mark.parametrize("name", ["llama-gqa", "falcon-gqa"])
-def test_generate_gives_the_oracle_s_tokens(name, clean):
+def test_generate_gives_the_oracle_s_tokens(name):
     family = FAMILIES[name]
     model = family.build()
     truth = copy.deepcopy(model)

@@ -238,6 +238,32 @@ def test_past_the_recompile_limit():
     assert all(isinstance(t, LatentKV) for t in cache), "what is coded stays coded"
 
 
+class Tagged(Decoder):
+    """Dynamo compiles it once for each ``tag``."""
+
+    def forward(self, ids, cache=None, past=0, tag=""):
+        return super().forward(ids, cache, past) if tag else None
+
+
+def test_past_the_default_recompile_limit(caplog):
+    """The same at the limit that users have: Dynamo logs it, we warn once, and every step is right."""
+    torch.manual_seed(0)
+    plain, limit = Tagged().eval().requires_grad_(False), torch._dynamo.config.recompile_limit
+    call = torch.compile(plain, backend="lorc", options=options(ratio=1.0))
+    ids = torch.randint(0, VOCAB, (2, limit + 6))
+    _, cache = call(ids[:, :2], None, 0, "prompt")
+    _, dense = plain(ids[:, :2], None, 0, "prompt")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for past in range(2, limit + 6):
+            got, cache = call(ids[:, past : past + 1], cache, past, f"step {past}")
+            want, dense = plain(ids[:, past : past + 1], dense, past, f"step {past}")
+            assert_close(f"logits of {past}", got, want, 1e-5)
+    assert "recompile_limit" in caplog.text
+    ours = [w for w in caught if issubclass(w.category, errors.LorcWarning)]
+    assert len(ours) == 1 and "recompile" in str(ours[0].message)
+
+
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_another_backend_is_right_and_said(backend):
     """It does not know latents: the frame is left to Python, where what is coded stays coded."""

@@ -1,0 +1,117 @@
+"""``explain`` and ``make_plan``: what they say is what a compiled run does."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES
+
+import lorc_fx
+from helpers import cache_name, compiled, latents, new_cache, prompt
+from lorc_fx.errors import QualityWarning, StrictMiss
+from lorc_fx.records import Plan
+
+pytestmark = pytest.mark.usefixtures("clean")
+HALF = {"ratio": 0.5, "inner": "eager"}
+
+
+def build(name: str) -> Any:
+    return FAMILIES[name].build(layers=FAMILIES[name].fewest)
+
+
+def call(model: Any, tokens: int = 5) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return (prompt(2, tokens)[0],), {cache_name(model): new_cache(model), "use_cache": True}
+
+
+def ran(model: Any, **options: Any) -> Any:
+    """The cache of one prefill of the compiled model."""
+    compiled(model, **options)
+    args, kwargs = call(model)
+    with torch.no_grad():
+        model(*args, **kwargs)
+    return kwargs[cache_name(model)]
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "gpt2", "gemma3"])
+def test_fields_and_bytes_are_those_of_a_run(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    model = build(name)
+    args, kwargs = call(model)
+    report = lorc_fx.explain(model, *args, options=HALF, **kwargs)
+    assert not latents_in(kwargs[cache_name(model)]), "explain runs the model dense"
+    cache = ran(model, ratio=0.5)
+    sites = {(s.layer, s.kind): s for s in report.sites}
+    found = {(i, k): x for i, pair in enumerate(latents(cache)) for k, x in zip(("key", "value"), pair, strict=True)}
+    assert sites.keys() == found.keys() and not report.misses
+    for at, latent in found.items():
+        site, codec = sites[at], latent.codec
+        assert (site.rank, site.width, site.codec_bytes) == (codec.rank, codec.width, codec.nbytes())
+        assert site.bytes * 2 * latent.length == latent.used_nbytes()
+        assert site.dense_bytes == codec.width * 4 and 0 < site.energy <= 1
+        assert site.sigma_max >= site.sigma_min > 0 and site.cond == pytest.approx(site.sigma_max / site.sigma_min)
+        assert ("rotary" in site.epilogue) == (latent.positions is not None)
+        assert site.lowering == "decoding" or latent.positions is None
+    assert report.codec_bytes == sum(s.codec_bytes for s in report.sites)
+    assert report.bytes_per_token <= report.bytes_per_token_dense // 2
+    used = lorc_fx.cache_nbytes([list(pair) for pair in latents(cache)], used=True)
+    assert used == sum(s.bytes * 2 * found[s.layer, s.kind].length for s in report.sites)
+    printed = capsys.readouterr().out
+    assert f"{len(sites)} sites, 0 misses" in printed and f"{report.bytes_per_token} bytes per token" in printed
+
+
+def latents_in(cache: Any) -> list[Any]:
+    return [x for layer in cache.layers for x in (layer.keys, layer.values) if isinstance(x, lorc_fx.LatentKV)]
+
+
+class Cumulative(torch.nn.Module):
+    """Values of one layer pass through something that mixes tokens: a miss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.k, self.v = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+
+    def forward(self, x: Any) -> Any:
+        k, v = (p.unflatten(2, (2, 4)).transpose(1, 2) for p in (self.k(x), self.v(x).cumsum(1)))
+        return torch.nn.functional.scaled_dot_product_attention(k, k, v), torch.cat([k[:, :, :0], k], 2), v
+
+
+def test_misses_are_listed_and_strict_refuses_them() -> None:
+    model, x = Cumulative(), torch.randn(2, 5, 8)
+    report = lorc_fx.explain(model, x, options=HALF)
+    assert len(report.misses) == 1 and "cumsum" in report.misses[0].reason
+    assert f"miss: {report.misses[0]}" in str(report)
+    with pytest.raises(StrictMiss, match="cumsum"):
+        lorc_fx.explain(model, x, options={**HALF, "strict": True})
+
+
+def test_a_model_without_a_cache() -> None:
+    report = lorc_fx.explain(torch.nn.Linear(4, 4), torch.randn(2, 4))
+    assert report.sites == () and report.plan is None and "No cached key or value" in str(report)
+
+
+def test_a_saved_plan_gives_the_same_ranks(tmp_path: Path) -> None:
+    model = build("llama-gqa")
+    args, kwargs = call(model)
+    plan = lorc_fx.make_plan(model, *args, options=HALF, **kwargs)
+    plan.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == plan
+    assert plan.bytes_per_token <= plan.bytes_per_token_dense // 2
+    for given in ({"ratio": 0.5}, {"plan": plan}, {"plan": str(tmp_path / "plan.json")}):
+        cache = ran(copy.deepcopy(model), **given)
+        both = enumerate(latents(cache))
+        ranks = {(i, k): x.codec.rank for i, pair in both for k, x in zip(("key", "value"), pair, strict=True)}
+        assert ranks == plan.ranks, given
+
+
+def test_a_plan_that_loses_much_is_said() -> None:
+    """Below 99 % of a projection's energy, as any random model is at half the bytes; at full rank nothing is said."""
+    with pytest.warns(QualityWarning, match="energy.*raise `ratio`") as caught:
+        ran(build("gpt2"), ratio=0.5)
+    assert len([w for w in caught if w.category is QualityWarning]) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", QualityWarning)
+        ran(build("gpt2"), ratio=1.0)
