@@ -128,8 +128,8 @@ def demo(
     protect_last: Annotated[int | None, typer.Option(help="Last layers that stay at full rank.")] = None,
     inner: Annotated[str, typer.Option(help="The compiler of both models.")] = "inductor",
     dtype: Annotated[DType, typer.Option(help="What the model runs in.")] = DType.bf16,
-    tokens: Annotated[int, typer.Option(min=2, help="New tokens per prompt.")] = 48,
-    loss_tokens: Annotated[int, typer.Option(min=2, help="Tokens of text for the loss, at most.")] = 1409,
+    tokens: Annotated[int, typer.Option(min=2, help="New tokens per prompt.")] = 32,
+    loss_tokens: Annotated[int, typer.Option(min=2, help="Tokens of text for the loss, at most.")] = 481,
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be given more than once.")] = None,
     sweep: Annotated[str, typer.Option(help="Further ratios whose loss is shown; '' for none.")] = SWEEP,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures to this file.")] = None,
@@ -165,8 +165,11 @@ def explain(
     model: Annotated[Path | None, typer.Option(help="Local checkpoint: a folder, or a GGUF file.")] = None,
     dtype: Annotated[DType, typer.Option(help="What the model runs in.")] = DType.bf16,
     tokens: Annotated[int, typer.Option(min=2, help="Length of the example prompt.")] = 16,
+    ratio: Annotated[float | None, typer.Option(help="Cache bytes kept, as a fraction of the dense cache.")] = None,
+    scheduler: Annotated[str | None, typer.Option(help="progressive (LoRC), uniform, energy.")] = None,
 ) -> None:
     """What backend="lorc" finds in a model: sites, ranks, bytes, and what stays dense and why."""
+    given = {name: value for name, value in (("ratio", ratio), ("scheduler", scheduler)) if value is not None}
     with reported(), Show() as show:
         show.stage("Importing torch and transformers")
         import torch
@@ -175,9 +178,10 @@ def explain(
 
         loaded, _ = load_model(model, dtype.torch(), show.stage)
         show.stage("Reading the graph")
-        from lorc_fx.report import explain as explain_model
+        from lorc_fx.options import Options
+        from lorc_fx.report import examined
 
-        report = explain_model(loaded, torch.arange(1, tokens + 1).unsqueeze(0))
+        report = examined(loaded, (torch.arange(1, tokens + 1).unsqueeze(0),), {}, Options.parse(given))
     out.print(report)
 
 

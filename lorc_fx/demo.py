@@ -35,6 +35,8 @@ BACKEND = "lorc"
 #: equally long for the demo model's tokenizer (12 tokens), so that they share one compiled prefill
 PROMPTS = ("The most important thing to know about rivers is that they", "Most of the water on the planet is salty, so")
 CHUNK = 32
+#: 15 chunks and the first token: short of the demo model's window of 512, whose filling up would take two more graphs
+LOSS_TOKENS = 15 * CHUNK + 1
 #: of one torch.compile call: Dynamo's default of 8 is less than what growing sliding windows take
 RECOMPILE_LIMIT = 64
 
@@ -53,8 +55,8 @@ def run(
     options: dict[str, Any],
     ratios: Sequence[float] = (),
     dtype: Any = None,
-    new_tokens: int = 48,
-    loss_tokens: int = 1409,
+    new_tokens: int = 32,
+    loss_tokens: int = LOSS_TOKENS,
     prompts: Sequence[str] = PROMPTS,
 ) -> dict[str, Any]:
     """All figures of the demo, ready for JSON. The weights are loaded once; each variant compiles the module anew.
@@ -142,8 +144,8 @@ def render(result: dict[str, Any], out: Console) -> None:
     texts = Table(title=f"{result['model']}, greedy, same weights", box=box.ROUNDED, show_lines=True)
     for column in ("prompt", "dense", 'backend="lorc"'):
         texts.add_column(column, ratio=1)
-    for row in zip(result["prompts"], dense["texts"], lorc["texts"], strict=True):
-        texts.add_row(*(escape(" ".join(cell.split())) for cell in row))
+    for cells in zip(result["prompts"], dense["texts"], lorc["texts"], strict=True):
+        texts.add_row(*(escape(" ".join(cell.split())) for cell in cells))
     figures = Table(title=f"{result['dtype']}, inner compiler {result['inner']}", box=box.ROUNDED)
     for column in ("", "dense", "lorc", "lorc / dense"):
         figures.add_column(column, justify="left" if column == "" else "right")
