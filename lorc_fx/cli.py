@@ -25,7 +25,7 @@ from lorc_fx.errors import BadModel, BadOption, LorcError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 out, err = Console(), Console(stderr=True)
-SWEEP = "1.0,0.75,0.5"
+SWEEP = "1.0,0.9,0.75"
 
 
 class DType(StrEnum):
@@ -65,7 +65,7 @@ class Show:
 
     def __init__(self) -> None:
         columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-        self.bar = Progress(*columns, console=err, transient=True) if err.is_terminal else None
+        self.bar = Progress(*columns, console=err, transient=True, redirect_stdout=False) if err.is_terminal else None
         self.task: Any = None
         self.start = time.perf_counter()
 
@@ -163,26 +163,27 @@ def _ratios(sweep: str) -> list[float]:
 @app.command()
 def explain(
     model: Annotated[Path | None, typer.Option(help="Local checkpoint: a folder, or a GGUF file.")] = None,
+    ratio: Annotated[float | None, typer.Option(help="Cache bytes kept, as a fraction of the dense cache.")] = None,
+    bytes_per_token: Annotated[int | None, typer.Option(help="The same budget in bytes, instead of --ratio.")] = None,
+    scheduler: Annotated[str | None, typer.Option(help="progressive (LoRC), uniform, energy.")] = None,
     dtype: Annotated[DType, typer.Option(help="What the model runs in.")] = DType.bf16,
     tokens: Annotated[int, typer.Option(min=2, help="Length of the example prompt.")] = 16,
-    ratio: Annotated[float | None, typer.Option(help="Cache bytes kept, as a fraction of the dense cache.")] = None,
-    scheduler: Annotated[str | None, typer.Option(help="progressive (LoRC), uniform, energy.")] = None,
 ) -> None:
     """What backend="lorc" finds in a model: sites, ranks, bytes, and what stays dense and why."""
-    given = {name: value for name, value in (("ratio", ratio), ("scheduler", scheduler)) if value is not None}
-    with reported(), Show() as show:
-        show.stage("Importing torch and transformers")
-        import torch
+    with reported():
+        with Show() as show:
+            show.stage("Importing torch and transformers")
+            import torch
 
-        from lorc_fx.models import load_model
+            from lorc_fx.models import load_model
+            from lorc_fx.options import Options
+            from lorc_fx.report import examined
 
-        loaded, _ = load_model(model, dtype.torch(), show.stage)
-        show.stage("Reading the graph")
-        from lorc_fx.options import Options
-        from lorc_fx.report import examined
-
-        report = examined(loaded, (torch.arange(1, tokens + 1).unsqueeze(0),), {}, Options.parse(given))
-    out.print(report)
+            options = Options.parse({}, ratio=ratio, bytes_per_token=bytes_per_token, scheduler=scheduler)
+            loaded, _ = load_model(model, dtype.torch(), show.stage)
+            show.stage("Reading the graph")
+            report = examined(loaded, (torch.arange(1, tokens + 1).unsqueeze(0),), {}, options)
+        (out if out.is_terminal else Console(width=140)).print(report)
 
 
 def main() -> None:

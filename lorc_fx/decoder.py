@@ -46,6 +46,12 @@ class Decoder:
         """The dense shape for ``batch`` rows and ``tokens`` tokens."""
         return [batch if d == "B" else tokens if d == "T" else d for d in self.layout]
 
+    def placed(self, rows: torch.Tensor) -> torch.Tensor:
+        """A value per row [T, B] in the layout, with sizes of one for the feature dims."""
+        at = [1 if d == "B" else 0 for d in self.layout if d in ("B", "T")]
+        moved = rows.permute(at) if len(at) == 2 else rows[:, 0]
+        return moved.reshape([rows.shape[1] if d == "B" else rows.shape[0] if d == "T" else 1 for d in self.layout])
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Decoder:
         return self
 

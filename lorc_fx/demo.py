@@ -126,7 +126,10 @@ def _generations(
 ) -> dict[str, Any]:
     texts, sizes = [], {}
     for i, prompt in enumerate(prompts):
-        show.stage(f"Generating {name}, prompt {i + 1} of {len(prompts)}" + (" (compiles first)" if i == 0 else ""))
+        show.stage(
+            f"Generating {name}, prompt {i + 1} of {len(prompts)}"
+            + (" (compiles first: a minute or two)" if i == 0 else "")
+        )
         generation = generate_text(model, tokenizer, prompt, new_tokens)
         texts.append(generation.text)
         sizes = _bytes(generation.cache)

@@ -21,6 +21,15 @@ def capacity(rows: int) -> int:
     return rows + (64 if rows < 512 else rows // 8)
 
 
+UNWRITTEN = -0.0
+"""What rows of a preallocated buffer hold before a token is written: decodes like 0.0, and is told apart by its sign."""
+
+
+def unwritten(codes: torch.Tensor) -> torch.Tensor:
+    """Which rows of codes [T, B, r] hold no token yet: [T, B] bool."""
+    return ((codes == 0) & torch.signbit(codes)).all(-1)
+
+
 class Rows:
     """Token-major storage shared by the LatentKVs that continue one another.
 
@@ -182,6 +191,10 @@ class LatentKV(torch.Tensor):
         if self.tail is not None and not self.length:
             return self.tail
         coded = decode_dense(c.decoder, self.codes, self.positions, c.decode, c.mean, c.consts).contiguous()
+        empty = unwritten(self.codes)
+        if bool(empty.any()):  # a dense buffer holds zeros there, whatever the mean
+            places = c.decoder.placed(empty)
+            coded = torch.where(places, torch.zeros((), dtype=coded.dtype, device=coded.device), coded)
         return coded if self.tail is None else torch.cat([coded, self.tail], c.decoder.token_dim)
 
     def own_(self) -> None:

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from .compat import is_fake, is_functional
 from .errors import EagerWarning, ForeignCache
-from .latent import LatentKV, Rows
+from .latent import UNWRITTEN, LatentKV, Rows
 
 aten = torch.ops.aten
 
@@ -210,7 +210,7 @@ def _roll(func: Any, args: Any, kwargs: Any) -> Any:
 def _zero_(func: Any, args: Any, kwargs: Any) -> Any:
     args[0].own_()
     for part in args[0].parts():
-        part.zero_()
+        part.fill_(UNWRITTEN) if part is args[0].codes else part.zero_()
     return args[0]
 
 

@@ -8,7 +8,7 @@ is a reader, and gets decoded tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,6 +70,7 @@ class Caches:
         for node in self.nodes:
             self._visit(node)
         self._bare_outputs()
+        self._other_writes()
 
     def group(self, node: Node) -> Group | None:
         found = self.cells.get(node)
@@ -126,6 +127,16 @@ class Caches:
             node = source
         return node, axis, path
 
+    def _other_writes(self) -> None:
+        """A write into a cell, or a view of one, that no program stands for: the group cannot be coded."""
+        for node in self.nodes:
+            target = written(node)
+            if target is None or node in self.cells:
+                continue
+            for source in viewed(target):
+                if source in self.cells:
+                    self.cells[source].find().broken = (node, f"op `{node.target}` writes to it in place")
+
     def _bare_outputs(self) -> None:
         """Rows that leave the graph without a write (a hand-written cache's first step), if attention reads them."""
         output = next(n for n in self.nodes if n.op == "output")
@@ -141,6 +152,25 @@ class Caches:
             reader = find_reader(node)
             if reader is not None:
                 self.join(node, [node], reader.token)
+
+
+def viewed(node: Node) -> Iterator[Node]:
+    """``node`` and what it is a view of, back to the value that owns the storage."""
+    while True:
+        yield node
+        schema = getattr(node.target, "_schema", None)
+        views = schema is not None and any(r.alias_info is not None for r in schema.returns)
+        if node.op != "call_function" or not views or not node.args or not isinstance(node.args[0], Node):
+            return
+        node = node.args[0]
+
+
+def written(node: Node) -> Node | None:
+    """The value that an op writes into in place, or None."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or not schema.is_mutable or not node.args or not isinstance(node.args[0], Node):
+        return None
+    return node.args[0]
 
 
 def _is_empty(node: Node) -> bool:

@@ -10,6 +10,8 @@ import sympy
 import torch
 from torch.fx import Node
 
+from lorc_fx.latent import UNWRITTEN
+
 from .rules import _arg, shape, tensors
 
 if TYPE_CHECKING:
@@ -124,14 +126,17 @@ def _copy(r: Rewriter, node: Node) -> Cell:
 
 
 def _blank(r: Rewriter, node: Node) -> Cell:
-    """A buffer that this graph allocates: zero rows. Rows that are never written are masked, as in a dense buffer."""
+    """A buffer that this graph allocates. Rows that are never written are masked by attention, as in a dense buffer;
+    they hold negative zeros, which decode like zeros and tell eager code (``latent.unwritten``) that no token is there.
+    """
     group = r.coded(node)
     assert group is not None
     template = r.templates[group]
     tokens = r.size(node, group.token)
     batch = 1 if template.decoder.batch_dim < 0 else r.size(node, template.decoder.batch_dim)
     device = node.meta["val"].device
-    codes = r.call(aten.zeros.default, [tokens, batch, template.rank], dtype=template.dtype, device=device)
+    size = [tokens, batch, template.rank]
+    codes = r.call(aten.full.default, size, UNWRITTEN, dtype=template.dtype, device=device)
     positions = None
     if template.decoder.needs_positions:
         positions = r.call(aten.zeros.default, [tokens, batch], dtype=torch.int32, device=device)

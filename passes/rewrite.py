@@ -27,7 +27,7 @@ from lorc_fx.compat import size_expr
 from lorc_fx.errors import GraphInvariant
 from lorc_fx.kernels import ops as _ops  # noqa: F401  (registers lorc::table)
 
-from .caches import Group
+from .caches import Group, viewed, written
 from .lower import Absorption, absorb, readings
 from .mirrors import MIRRORS, Cell
 from .normalise import is_impure
@@ -420,13 +420,8 @@ class Rewriter:
 
 def writes_to(node: Node, argument: Node) -> bool:
     """Whether a node writes in place into ``argument`` or a view of it."""
-    schema = getattr(node.target, "_schema", None)
-    if schema is None or not schema.is_mutable or not isinstance(node.args[0], Node):
-        return False
-    target = node.args[0]
-    while target is not argument and target.op == "call_function" and target.args and isinstance(target.args[0], Node):
-        target = target.args[0]
-    return target is argument
+    target = written(node)
+    return target is not None and argument in viewed(target)
 
 
 def _appends(user: Node, node: Node) -> bool:

@@ -9,7 +9,7 @@ import pytest
 import tiny
 from typer.testing import CliRunner
 
-from lorc_fx import cli, demo
+from lorc_fx import cli, demo, models
 from lorc_fx.errors import BadOption
 
 runner = CliRunner(env={"COLUMNS": "200"})
@@ -55,6 +55,7 @@ def test_help_lists_what_the_demo_takes() -> None:
         (["demo", "--ratio", "0.5", "--bytes-per-token", "64"], "conflict"),
         (["demo", "--scheduler", "progresive"], "Did you mean 'progressive'?"),
         (["demo", "--inner", "nothing"], "inner='nothing'"),
+        (["explain", "--ratio", "0"], "ratio=0.0"),
         (["demo", "--sweep", "half"], "sweep='half'"),
         (["demo", "--sweep", "0.5,2"], "ratio=2.0"),
         (["no-such-command"], "No such command"),
@@ -68,6 +69,7 @@ def test_refused_options_exit_2_before_anything_is_loaded(
         raise AssertionError("a model was loaded")
 
     monkeypatch.setattr(demo, "load_model", load)
+    monkeypatch.setattr(models, "load_model", load)
     code, text = run(*arguments)
     assert code == 2
     assert word in text
@@ -110,6 +112,13 @@ def test_write_json_is_atomic(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
     with pytest.raises(BadOption):
         cli.write_json(tmp_path / "no" / "folder.json", {})
+
+
+def test_explain(checkpoint: Path) -> None:
+    code, text = run("explain", "--model", str(checkpoint), "--ratio", "0.5", "--dtype", "fp32")
+    assert code == 0, text
+    assert text.count("key") >= 2
+    assert "512 bytes per token instead of 1024" in " ".join(text.split()), text
 
 
 def test_demo_on_a_local_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
