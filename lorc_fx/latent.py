@@ -22,7 +22,7 @@ def capacity(rows: int) -> int:
 
 
 UNWRITTEN = -0.0
-"""What rows of a preallocated buffer hold before a token is written: decodes like 0.0, and is told apart by its sign."""
+"""What rows of a preallocated buffer hold before a token is written: decodes like 0.0, told apart by its sign."""
 
 
 def unwritten(codes: torch.Tensor) -> torch.Tensor:
