@@ -26,7 +26,8 @@ import torch
 from bench import cases, models
 from bench.cases import Case, Variant
 from lorc_fx.cli import write_json
-from lorc_fx.evaluate import cache_bytes, cache_keyword, cache_used_bytes
+from lorc_fx.evaluate import cache_bytes, cache_keyword
+from lorc_fx.latent import cache_nbytes
 
 RESULTS = Path(__file__).parent / "results"
 WARMUP = 3
@@ -105,7 +106,7 @@ def measure_decode(handles: Sequence[Handle], tokens: int, repeats: int) -> list
         for _ in range(WARMUP):
             handle.call(token, cache)
         caches.append(cache)
-    sizes = [{"held_bytes": cache_bytes(cache), "used_bytes": cache_used_bytes(cache)} for cache in caches]
+    sizes = [{"held_bytes": cache_bytes(cache), "used_bytes": cache_nbytes(cache, used=True)} for cache in caches]
     times = _interleaved([lambda h=h, c=c: h.call(token, c) for h, c in zip(handles, caches, strict=True)], repeats)
     return [_row(handle, times[i]) | sizes[i] for i, handle in enumerate(handles)]
 

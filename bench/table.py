@@ -1,13 +1,15 @@
 """The README's tables, in markdown, from the JSON that bench.run and bench.memory wrote.
 
-python -m bench.table [bench/results/cpu.json] [bench/results/memory.json]
+python -m bench.table [bench/results/cpu.json] [bench/results/memory.json] [--write README.md]
+
+With ``--write`` the tables replace what stands between ``<!-- bench -->`` and ``<!-- /bench -->`` in that file.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -83,17 +85,33 @@ def memory(result: dict[str, Any]) -> str:
     return markdown(["peak of a prefill", "resident", "ratio", "above the loaded model", "cache held"], lines)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    paths = [Path(arg) for arg in (sys.argv[1:] if argv is None else argv)]
-    for path in paths or [RESULTS / "cpu.json", RESULTS / "memory.json"]:
-        if not path.exists() and not paths:
-            continue
+def rendered(paths: Sequence[Path]) -> str:
+    """The tables of all result files, each after a line that says where it was measured."""
+    parts = []
+    for path in paths:
         result = json.loads(path.read_text())
         where = result["machine"]
-        print(f"<!-- {path.name}: {where['cpu']}, {where['threads']} threads, torch {where['torch']}, ")
-        print(f"     transformers {where['transformers']}, {result['dtype']}, {where['date']} -->\n")
-        tables = [memory] if "tokens" in result else [times, compiles]
-        print("\n\n".join(table(result) for table in tables), end="\n\n")
+        versions = f"torch {where['torch']}, transformers {where['transformers']}"
+        parts.append(
+            f"`{path.name}`: {where['cpu']}, {where['threads']} threads, {versions}, {result['dtype']}, {where['date']}"
+        )
+        parts += [table(result) for table in ([memory] if "tokens" in result else [times, compiles])]
+    return "\n\n".join(parts)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("results", nargs="*", type=Path)
+    parser.add_argument("--write", type=Path, help="a Markdown file with <!-- bench --> markers")
+    given = parser.parse_args(argv)
+    paths = given.results or [p for p in (RESULTS / "cpu.json", RESULTS / "memory.json") if p.exists()]
+    text = rendered(paths)
+    if given.write is None:
+        print(text)
+        return
+    before, _, rest = given.write.read_text().partition("<!-- bench -->")
+    _, _, after = rest.partition("<!-- /bench -->")
+    given.write.write_text(f"{before}<!-- bench -->\n{text}\n<!-- /bench -->{after}")
 
 
 if __name__ == "__main__":

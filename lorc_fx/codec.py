@@ -10,7 +10,7 @@ At full rank (r = n) every orthonormal basis is lossless, so the identity is tak
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -79,10 +79,6 @@ class Codec:
     decode: torch.Tensor | None
     mean: torch.Tensor | None
     consts: tuple[torch.Tensor, ...]
-    anchor: torch.Tensor = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "anchor", self.encode.new_zeros(1))
 
     @property
     def rank(self) -> int:

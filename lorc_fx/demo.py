@@ -21,12 +21,12 @@ from lorc_fx.errors import BadModel, QualityWarning
 from lorc_fx.evaluate import (
     bytes_per_token,
     cache_bytes,
-    cache_used_bytes,
     chunked_loss,
     decode_speed,
     generate_text,
     sample_text,
 )
+from lorc_fx.latent import cache_nbytes
 from lorc_fx.models import load_model
 from lorc_fx.options import Options
 
@@ -117,7 +117,7 @@ def _loss(show: Show, model: Any, ids: list[int], name: str) -> dict[str, Any]:
 
 
 def _bytes(cache: Any) -> dict[str, Any]:
-    sizes = {"held": cache_bytes(cache), "used": cache_used_bytes(cache), "per_token": bytes_per_token(cache)}
+    sizes = {"held": cache_bytes(cache), "used": cache_nbytes(cache, used=True), "per_token": bytes_per_token(cache)}
     return sizes | {"cached_tokens": cache.get_seq_length()}
 
 

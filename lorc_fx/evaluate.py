@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from lorc_fx.latent import cache_nbytes
+
 #: called with (done, total)
 Progress = Callable[[int, int], None]
 
@@ -129,7 +131,11 @@ def _generate(
 
 
 def cache_tensors(cache: Any) -> list[torch.Tensor]:
-    """All plain tensors reachable from a transformers cache or a nest, those inside tensor subclasses included."""
+    """All plain tensors reachable from a transformers cache or a nest.
+
+    A tensor subclass stands for the tensors among its attributes, which is where it keeps its data; other attributes
+    of it (its codec) belong to the model.
+    """
     found: list[torch.Tensor] = []
     stack, seen = [cache], set()
     while stack:
@@ -138,10 +144,10 @@ def cache_tensors(cache: Any) -> list[torch.Tensor]:
             continue
         seen.add(id(item))
         if isinstance(item, torch.Tensor):
-            if hasattr(item, "__tensor_flatten__"):
-                stack += [getattr(item, name) for name in item.__tensor_flatten__()[0]]
-            else:
+            parts = [part for part in vars(item).values() if isinstance(part, torch.Tensor)]
+            if type(item) in (torch.Tensor, torch.nn.Parameter) or not parts:
                 found.append(item)
+            stack += parts
         elif isinstance(item, Mapping):
             stack += item.values()
         elif isinstance(item, (list, tuple, set, frozenset)):
@@ -152,21 +158,15 @@ def cache_tensors(cache: Any) -> list[torch.Tensor]:
 
 
 def cache_bytes(cache: Any) -> int:
-    """Bytes really held by a cache: each distinct storage reachable from it, whole, spare capacity included."""
+    """Bytes really held by a cache: each distinct storage reachable from it, whole, spare capacity included.
+
+    It knows nothing of ``LatentKV``, and so checks ``lorc_fx.cache_nbytes(cache)``.
+    """
     storages = {}
     for tensor in cache_tensors(cache):
         storage = tensor.untyped_storage()
         storages[storage.device, storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
-
-
-def cache_used_bytes(cache: Any) -> int:
-    """Bytes of the rows that a cache shows: spare capacity, and what a window has left behind, excluded."""
-    shown = {}
-    for tensor in cache_tensors(cache):
-        key = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride())
-        shown[key] = tensor.numel() * tensor.element_size()
-    return sum(shown.values())
 
 
 def bytes_per_token(cache: Any) -> float:
@@ -175,5 +175,5 @@ def bytes_per_token(cache: Any) -> float:
     for layer in getattr(cache, "layers", ()):
         for value in (getattr(layer, "keys", None), getattr(layer, "values", None)):
             if isinstance(value, torch.Tensor) and value.numel():
-                total += cache_used_bytes(value) / (value.shape[0] * value.shape[-2])
+                total += cache_nbytes(value, used=True) / (value.shape[0] * value.shape[-2])
     return total

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from .codec import Codec
-from .compat import is_fake, mark_weak_dynamic, skip_frame, traced_by_another_backend
+from .compat import mark_weak_dynamic, skip_frame, traced_by_another_backend
 from .decoder import decode_dense
 from .errors import ForeignCache
 
@@ -64,6 +64,14 @@ def _alias(tensor: torch.Tensor, start: int, length: int) -> torch.Tensor:
     return alias.set_(tensor.untyped_storage(), offset, (length, *tensor.shape[1:]), stride)
 
 
+_INNER = {
+    (False, False): ["codes"],
+    (True, False): ["codes", "positions"],
+    (False, True): ["codes", "tail"],
+    (True, True): ["codes", "positions", "tail"],
+}
+
+
 class LatentMeta:
     """What Dynamo keeps of a LatentKV beside its inner tensors; guards compare the codec's signature only."""
 
@@ -102,7 +110,6 @@ class LatentKV(torch.Tensor):
     rows: Rows | None
     start: int
     tail: torch.Tensor | None
-    anchor: torch.Tensor  # the inner tensor that Dynamo sees: the codec's own
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
@@ -115,7 +122,6 @@ class LatentKV(torch.Tensor):
         rows: Rows | None = None,
         start: int = 0,
         tail: torch.Tensor | None = None,
-        anchor: torch.Tensor | None = None,
         size: Any = None,
         stride: Any = None,
     ) -> LatentKV:
@@ -127,7 +133,6 @@ class LatentKV(torch.Tensor):
         )
         self.codec, self.codes, self.positions, self.rows, self.start = codec, codes, positions, rows, start
         self.tail = tail
-        self.anchor = codec.anchor if anchor is None else anchor
         return self
 
     # -- construction -----------------------------------------------------------------------------------------
@@ -146,6 +151,9 @@ class LatentKV(torch.Tensor):
         positions = None if rows.positions is None else _alias(rows.positions, start, length)
         self = cls(codec, codes, positions, rows, start, tail)
         mark_weak_dynamic(self, codec.decoder.token_dim)
+        mark_weak_dynamic(codes, 0)
+        if positions is not None:
+            mark_weak_dynamic(positions, 0)
         return self
 
     def tokens(self, start: int, length: int) -> LatentKV:
@@ -235,24 +243,15 @@ class LatentKV(torch.Tensor):
     # -- the protocol of traceable wrapper subclasses ---------------------------------------------------------
 
     def __tensor_flatten__(self) -> tuple[list[str], LatentMeta]:
-        """Dynamo sees an outer shape and one constant inner tensor: what it guards at each call is little, and the only
-        symbol is the length. Only backends that read latents get this far (others leave the frame to Python)."""
-        return ["anchor"], LatentMeta(self.codec, self.tail is not None)
+        return _INNER[self.positions is not None, self.tail is not None], LatentMeta(self.codec, self.tail is not None)
 
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, Any], meta: LatentMeta, size: Any, stride: Any) -> LatentKV:
         other = traced_by_another_backend()
         if other is not None:  # it would not know what to do with latents: this frame runs in Python
             skip_frame(f"a LatentKV does not enter a region compiled by {other!r}")
-        codec, anchor = meta.codec, inner["anchor"]
-        if not is_fake(anchor):
-            raise ForeignCache("a LatentKV cannot be rebuilt from parts; copy or move it instead")
-        decoder = codec.decoder
-        tokens, batch = size[decoder.token_dim], size[decoder.batch_dim] if decoder.batch_dim >= 0 else 1
-        codes = anchor.new_empty((tokens, batch, codec.rank))
-        positions = anchor.new_empty((tokens, batch), dtype=torch.int32) if decoder.needs_positions else None
-        tail = codes if meta.tailed else None  # only whether there is one matters here
-        return LatentKV(codec, codes, positions, tail=tail, anchor=anchor, size=size, stride=stride)
+        positions, tail = inner.get("positions"), inner.get("tail")
+        return LatentKV(meta.codec, inner["codes"], positions, tail=tail, size=size, stride=stride)
 
     @classmethod
     def __metadata_guard__(cls, kept: LatentMeta, other: LatentMeta) -> bool:

@@ -333,7 +333,8 @@ class Rewriter:
         template = self.templates[group]
         inputs: dict[str, Node | None] = {"y": self.vectors(group, cell), "positions": None}
         if cell.positions is not None:
-            inputs["positions"] = self.once(aten.transpose.int, (cell.positions, 0, 1), {})
+            inputs["positions"] = self.once(self.writes.get(group, 0), aten.transpose.int, (cell.positions, 0, 1), {})
+        version = self.writes.get(group, 0)  # angles read before a write are not those after it
         env: dict[Node, Any] = {}
         angles: set[Node] = set()
         for inner in template.decoder.module.graph.nodes:
@@ -346,20 +347,20 @@ class Rewriter:
             elif all(source in angles for source in inner.all_input_nodes):
                 angles.add(inner)
                 args, kwargs = map_arg(inner.args, env.__getitem__), map_arg(inner.kwargs, env.__getitem__)
-                env[inner] = self.once(inner.target, args, kwargs)
+                env[inner] = self.once(version, inner.target, args, kwargs)
             else:
                 for source in inner.all_input_nodes:
                     if source in angles and source.op != "placeholder" and source.target is not aten.sym_size.int:
-                        env[source] = self.once(torch.ops.lorc.table.default, (env[source],), {})
+                        env[source] = self.once(version, torch.ops.lorc.table.default, (env[source],), {})
                 env[inner] = self.graph.node_copy(inner, env.__getitem__)
         raise AssertionError("a decoder has an output")
 
-    def once(self, target: Any, args: Any, kwargs: Any) -> Node:
-        """An op without side effects on values that are not written to between two such calls: emitted once."""
-        key = (target, torch.fx.immutable_collections.immutable_list(args), tuple(sorted(kwargs.items())))
-        if repr(key) not in self.pure:
-            self.pure[repr(key)] = self.graph.call_function(target, args, kwargs)
-        return self.pure[repr(key)]
+    def once(self, version: int, target: Any, args: Any, kwargs: Any) -> Node:
+        """An op without side effects: emitted once for the same arguments and ``version`` (writes before it)."""
+        key = repr((version, target, args, sorted(kwargs.items())))
+        if key not in self.pure:
+            self.pure[key] = self.graph.call_function(target, args, kwargs)
+        return self.pure[key]
 
     # -- outputs ----------------------------------------------------------------------------------------------
 

@@ -130,7 +130,7 @@ def test_demo_on_a_local_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
     dense, lorc = result["dense"], result["lorc"]
     assert dense["loss"]["per_token"] == 2 * 2 * 64 * 4
     assert lorc["loss"]["per_token"] <= 0.5 * dense["loss"]["per_token"]
-    assert lorc["loss"]["used"] < dense["loss"]["used"] * 0.51
+    assert 0.3 < lorc["loss"]["used"] / dense["loss"]["used"] <= 0.51
     assert lorc["loss"]["used"] <= lorc["loss"]["held"]
     assert result["sweep"][0]["nats"] == pytest.approx(dense["loss"]["nats"], rel=1e-4)  # full rank is exact
     assert [len(side["texts"]) for side in (dense, lorc)] == [1, 1]

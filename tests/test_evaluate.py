@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, StaticCache
 
-from lorc_fx import evaluate
+from lorc_fx import cache_nbytes, evaluate
 
 SHAPE = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 
@@ -112,8 +113,6 @@ def test_shared_storages_count_once() -> None:
     base = torch.zeros(10, 8)
     assert evaluate.cache_bytes([base, base[2:4], {"view": base.view(80)}, (base,)]) == 320
     assert evaluate.cache_bytes([base[2:4]]) == 320  # a view holds all of its storage
-    assert evaluate.cache_used_bytes([base[2:4]]) == 64
-    assert evaluate.cache_used_bytes([base[2:4], base[2:4], base[4:6]]) == 128
 
 
 class Pair(torch.Tensor):
@@ -122,11 +121,8 @@ class Pair(torch.Tensor):
     @staticmethod
     def __new__(cls: type[Pair], a: torch.Tensor, b: torch.Tensor) -> Pair:
         self = torch.Tensor._make_wrapper_subclass(cls, (1, 2, 1000, 16), dtype=torch.float32)
-        self.a, self.b = a, b
+        self.a, self.b, self.codec = a, b, {"theirs": torch.zeros(1000)}
         return self
-
-    def __tensor_flatten__(self) -> tuple[list[str], None]:
-        return ["a", "b"], None
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -137,7 +133,6 @@ def test_subclasses_count_as_what_they_hold() -> None:
     rows = torch.zeros(100, 4)
     pair = Pair(rows[:10], torch.zeros(10, dtype=torch.int32))
     assert evaluate.cache_bytes({"k": pair, "rows": rows}) == 1600 + 40
-    assert evaluate.cache_used_bytes([pair]) == 160 + 40
 
 
 @pytest.mark.parametrize("tokens", [7, 63])
@@ -146,7 +141,7 @@ def test_dynamic_cache(llama: Any, tokens: int) -> None:
     with torch.no_grad():
         llama(input_ids=ids(tokens)[None], **{evaluate.cache_keyword(llama): cache})
     per_token = 2 * 2 * 16 * 4  # layers, keys and values, 2 heads of 8, fp32
-    assert evaluate.cache_bytes(cache) == evaluate.cache_used_bytes(cache) == tokens * per_token
+    assert evaluate.cache_bytes(cache) == cache_nbytes(cache, used=True) == tokens * per_token
     assert evaluate.bytes_per_token(cache) == per_token
 
 
@@ -165,3 +160,16 @@ def test_static_cache_holds_its_capacity(llama: Any) -> None:
     held = sum(t.untyped_storage().nbytes() for t in evaluate.cache_tensors(cache) if id(t) in tensors)
     assert held == 32 * 2 * 2 * 16 * 4
     assert held <= evaluate.cache_bytes(cache) <= held + 64  # and its counters
+
+
+def test_coded_cache_is_held_as_cache_nbytes_says(request: pytest.FixtureRequest) -> None:
+    request.addfinalizer(torch.compiler.reset)
+    model = tiny.llama()
+    model.compile(backend="lorc", options={"ratio": 0.5, "inner": "eager"})
+    cache = DynamicCache(config=model.config)
+    evaluate.chunked_loss(model, [i % 28 for i in range(65)], 16, cache)
+    dense = 2 * 2 * 16 * 4
+    assert 0.4 * dense < evaluate.bytes_per_token(cache) <= 0.5 * dense
+    anchors = 4 * 8  # of the codecs, one number each
+    assert cache_nbytes(cache) <= evaluate.cache_bytes(cache) <= cache_nbytes(cache) + anchors
+    assert cache_nbytes(cache, used=True) <= 0.5 * dense * 64
