@@ -1,1 +1,1 @@
-"""Attention over latents. This version holds the plain torch reference; the passes lower to ATen."""
+"""Ops of lorc_fx for attention over latents. This version lowers to ATen; ``ops`` holds the one op that ATen lacks."""

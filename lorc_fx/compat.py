@@ -14,19 +14,6 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
-__all__ = [
-    "FakeTensor",
-    "canonical_trace",
-    "compile_with_inductor",
-    "example_value",
-    "is_fake",
-    "is_functional",
-    "is_module_state",
-    "mark_weak_dynamic",
-    "size_expr",
-    "tracing_context",
-]
-
 
 def example_value(node: Node) -> Any:
     """The fake tensor, SymInt or constant that Dynamo attached to a placeholder."""

@@ -11,8 +11,9 @@ from lorc_fx.decoder import Decoder
 from lorc_fx.records import Miss
 
 from .caches import Caches, Group, Reader, find_reader
-from .epilogue import feature_sizes, make_decoder
+from .epilogue import make_decoder
 from .facts import Facts, NoSite, Rows
+from .rules import rule_of
 
 aten = torch.ops.aten
 
@@ -124,9 +125,6 @@ def words(rows: Rows) -> str:
     if any("vector_norm" in t or "aten.norm" in t for t in targets):
         parts.append("L2 norm")
     if rows.position is not None:
-        width = 1
-        for size in feature_sizes(rows.y, rows.y_axes):
-            width *= size
         parts.append("rotary")
     if any("clamp" in t for t in targets):
         parts.append("clamp")
@@ -134,6 +132,4 @@ def words(rows: Rows) -> str:
 
 
 def _is_linear(rows: Rows) -> bool:
-    from .rules import rule_of
-
     return all((rule := rule_of(n)) is not None and rule.role in ("layout", "sum") for n, _ in rows.epilogue.nodes)
