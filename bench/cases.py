@@ -33,7 +33,7 @@ CASES = (
     Case("decode", 2048),
     Case("decode", 8192),
 )
-QUICK = (Case("prefill", 512), Case("decode", 512), Case("decode", 2048))
+QUICK = (Case("prefill", 512), Case("decode", 512), Case("decode", 2048), Case("decode", 8192))
 
 #: timed repeats of each kind, all variants once per repeat
 REPEATS = {"decode": 25, "prefill": 5, "compile": 3}
