@@ -99,7 +99,7 @@ def compile_graph(gm: GraphModule, example_inputs: Sequence[Any], options: Optio
     _report(matched, options)
     if not matched.sites and not any(n.meta.get("latent") is not None for n in placeholders(canonical)):
         return _plain(gm, options)
-    return Compiled(canonical, gm, matched, options, _Builder(canonical, matched, options)).first(example_inputs)
+    return Compiled(canonical, gm, matched, _Builder(canonical, matched, options)).first(example_inputs)
 
 
 def examine(

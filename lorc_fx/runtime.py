@@ -30,10 +30,6 @@ class Builder(Protocol):
     def build(self, codecs: Sequence[Codec], joined: dict[int, int]) -> Binding: ...
 
 
-Symbols = tuple[tuple[sympy.Symbol, int, int | None], ...]
-"""(symbol, argument, dim): where a symbolic size is read at run time; dim None for an int argument."""
-
-
 class Binding:
     """An inner callable with its recipe for inputs and outputs, sorted once so that a call does little.
 
@@ -49,7 +45,6 @@ class Binding:
         joined: dict[int, int],
     ) -> None:
         self.inner, self.outputs, self.sizes = inner, made.outputs, sizes
-        self.joined = joined
         self.plain: list[tuple[int, int]] = []
         self.parts: list[tuple[int, int, str]] = []
         self.decoded: list[tuple[int, int, str]] = []
@@ -170,19 +165,15 @@ class Compiled:
     dense: right, and said once.
     """
 
-    def __init__(
-        self, canonical: GraphModule, original: GraphModule, matched: Matched, options: Any, builder: Builder
-    ) -> None:
+    def __init__(self, canonical: GraphModule, original: GraphModule, matched: Matched, builder: Builder) -> None:
         self.canonical, self.original, self.matched, self.builder = canonical, original, matched, builder
-        self.options = options
         self.bindings: dict[tuple[Any, ...], Binding] = {}
         self.states: tuple[tuple[int, WeightState], ...] = ()
         self.codecs: list[Codec] = []
         self.binding: Binding | None = None
         arguments = placeholders(canonical)
         latents = {n: i for i, n in enumerate(arguments) if n.meta.get("latent") is not None}
-        self.latents = tuple(latents.values())
-        self.templates = {i: arguments[i].meta["latent"].codec for i in self.latents}
+        self.templates = {i: n.meta["latent"].codec for n, i in latents.items()}
         self.joined = [
             (latents[n], s) for s, site in enumerate(matched.sites) for n in site.group.find().latents if n in latents
         ]
