@@ -30,8 +30,9 @@ from .passes.epilogue import effective_weight
 from .passes.lower import absorb, readings
 from .passes.normalise import logical, normalise, placeholders
 from .passes.plan import make_plan
-from .passes.rewrite import rewrite
+from .passes.rewrite import Sharing, rewrite
 from .passes.sites import Matched, Site, match
+from .passes.tracks import shared_tracks
 from .records import Miss, Plan
 from .runtime import Binding, Compiled, size_reader
 from .store import STORE
@@ -257,7 +258,8 @@ class _Builder:
     def _key(self, site: Site) -> tuple[Any, ...]:
         o = self.options
         budget = (o.ratio, o.bytes_per_token, o.scheduler, o.d_min, o.d_max, o.protect_first, o.protect_last, o.plan)
-        return (budget, site.kind, site.ordinal, self.constants[site])
+        stored = site.group.find().in_place  # such sites store their own positions, which a budget must count
+        return (budget, site.kind, site.ordinal, stored, self.constants[site])
 
     def _find(self, site: Site, arguments: Sequence[Any]) -> Codec | None:
         return STORE.find(self._key(site), self.weights(site, arguments))
@@ -270,7 +272,8 @@ class _Builder:
             effective = {s: effective_weight(s.rows, {n: self.real(n, arguments) for n in s.weights}) for s in sites}
             factors = {s: factorise(effective[s][0], s.name) for s in sites}
         with _timed("plan_s"):
-            return effective, factors, make_plan(sites, factors, self.options)
+            tracks = shared_tracks(self.canonical, self.matched)
+            return effective, factors, make_plan(sites, factors, tracks, self.options)
 
     def _make(self, sites: Sequence[Site], arguments: Sequence[Any]) -> list[Codec]:
         effective, factors, plan = self.planned(sites, arguments)
@@ -295,10 +298,10 @@ class _Builder:
             effective[0], effective[1], factors, rank, site.decoder, consts, site.rows.y.meta["val"].dtype
         )
 
-    def build(self, codecs: Sequence[Codec], joined: dict[int, int]) -> Binding:
-        """rewrite -> check -> inner compiler, for codecs of one signature."""
+    def build(self, codecs: Sequence[Codec], joined: dict[int, int], sharing: Sharing) -> Binding:
+        """rewrite -> check -> inner compiler, for codecs of one signature and one pattern of sharing."""
         with _timed("rewrite_s"):
-            made = rewrite(self.canonical, self.matched, dict(zip(self.matched.sites, codecs, strict=True)))
+            made = rewrite(self.canonical, self.matched, dict(zip(self.matched.sites, codecs, strict=True)), sharing)
             check_rewritten(made)
         mode = compat.fake_mode_of([n.meta["val"] for n in placeholders(self.canonical)])
         examples = [compat.to_fake(n.meta["val"], mode) for n in placeholders(made.module)]

@@ -6,6 +6,7 @@ rows where an operation only moves tokens or batch rows, and otherwise decodes: 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,54 +15,7 @@ from .codec import Codec
 from .compat import mark_weak_dynamic, skip_frame, traced_by_another_backend
 from .decoder import decode_dense
 from .errors import ForeignCache
-
-
-def capacity(rows: int) -> int:
-    """Rows to allocate for ``rows`` used: 64 spare below 512, one eighth above (so appending is amortised O(1))."""
-    return rows + (64 if rows < 512 else rows // 8)
-
-
-UNWRITTEN = -0.0
-"""What rows of a preallocated buffer hold before a token is written: decodes like 0.0, told apart by its sign."""
-
-
-def unwritten(codes: torch.Tensor) -> torch.Tensor:
-    """Which rows of codes [T, B, r] hold no token yet: [T, B] bool."""
-    return ((codes == 0) & torch.signbit(codes)).all(-1)
-
-
-class Rows:
-    """Token-major storage shared by the LatentKVs that continue one another.
-
-    codes [capacity, B, r] model dtype; positions [capacity, B] int32 or None; rows up to ``used`` are taken by some
-    view, so only a view that ends there may append in place. ``shared``: several views may show the same rows.
-    """
-
-    __slots__ = ("codes", "positions", "shared", "used")
-
-    def __init__(self, codes: torch.Tensor, positions: torch.Tensor | None, used: int) -> None:
-        self.codes, self.positions, self.used, self.shared = codes, positions, used, False
-
-    def grown(self, start: int, length: int, extra: int) -> Rows:
-        """A copy of rows [start, start + length) with room for at least ``extra`` more."""
-        size = capacity(length + extra)
-
-        def copy(old: torch.Tensor) -> torch.Tensor:
-            new = old.new_empty((size, *old.shape[1:]))
-            new[:length].copy_(old[start : start + length])
-            return new
-
-        return Rows(copy(self.codes), None if self.positions is None else copy(self.positions), length)
-
-
-def _alias(tensor: torch.Tensor, start: int, length: int) -> torch.Tensor:
-    """Rows [start, start + length) of a contiguous tensor, not as an autograd view: guards would walk to its base."""
-    if start == 0 and length == tensor.shape[0]:
-        return tensor
-    stride = tensor.stride()
-    offset = tensor.storage_offset() + start * stride[0]
-    alias = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-    return alias.set_(tensor.untyped_storage(), offset, (length, *tensor.shape[1:]), stride)
+from .rows import Rows, Track, alias, alone, reserve, unwritten
 
 
 _INNER = {
@@ -97,7 +51,7 @@ class LatentKV(torch.Tensor):
 
     Logical shape: the dense cache value's (``codec.decoder.layout``, for instance [B, H, T, D]), in the model's dtype.
     ``codes`` [T, B, r] and ``positions`` [T, B] int32 (None where the epilogue needs none) are the rows it shows of
-    ``rows``; ``codec`` is the codec that wrote them. ``tail`` (None in compiled code) holds tokens that eager code
+    ``rows``; positions are one tensor for all layers that hold the same tokens. ``codec`` wrote the codes. ``tail`` (None in compiled code) holds tokens that eager code
     appended after them, dense: they were never projected by the codec, and what is coded stays coded.
 
     Slices of tokens or batch rows are views, as of a dense tensor. What needs decoding (single elements, heads,
@@ -106,10 +60,10 @@ class LatentKV(torch.Tensor):
 
     codec: Codec
     codes: torch.Tensor
-    positions: torch.Tensor | None
     rows: Rows | None
     start: int
     tail: torch.Tensor | None
+    view_of: tuple[LatentKV, Callable[[LatentKV], LatentKV]] | None
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
@@ -131,29 +85,34 @@ class LatentKV(torch.Tensor):
         self = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls, size, strides=stride, dtype=codec.decoder.dtype, device=codes.device, requires_grad=False
         )
-        self.codec, self.codes, self.positions, self.rows, self.start = codec, codes, positions, rows, start
-        self.tail = tail
+        self.codec, self.codes, self._positions, self.rows, self.start = codec, codes, positions, rows, start
+        self.tail, self.view_of = tail, None
         return self
+
+    @property
+    def positions(self) -> torch.Tensor | None:
+        if self.rows is None:  # a fake, while Dynamo traces
+            return self._positions
+        return None if self.rows.track is None else self.rows.track.view(self.start, self.length)
 
     # -- construction -----------------------------------------------------------------------------------------
 
     @classmethod
     def born(
-        cls, codec: Codec, codes: torch.Tensor, positions: torch.Tensor | None, tail: torch.Tensor | None = None
+        cls, codec: Codec, codes: torch.Tensor, positions: Track | torch.Tensor | None, tail: torch.Tensor | None = None
     ) -> LatentKV:
-        """A LatentKV that owns ``codes`` [T, B, r] and ``positions`` [T, B], with no spare room yet."""
-        return cls.over(codec, Rows(codes, positions, codes.shape[0]), 0, codes.shape[0], tail)
+        """A LatentKV that owns ``codes`` [T, B, r], with ``positions`` [T, B] (or a track of them that others share),
+        and no spare room yet."""
+        track = Track(positions, codes.shape[0]) if isinstance(positions, torch.Tensor) else positions
+        return cls.over(codec, Rows(codes, track, codes.shape[0]), 0, codes.shape[0], tail)
 
     @classmethod
     def over(cls, codec: Codec, rows: Rows, start: int, length: int, tail: torch.Tensor | None = None) -> LatentKV:
         """A LatentKV over rows [start, start + length), then ``tail``."""
-        codes = _alias(rows.codes, start, length)
-        positions = None if rows.positions is None else _alias(rows.positions, start, length)
-        self = cls(codec, codes, positions, rows, start, tail)
+        codes = alias(rows.codes, start, length)
+        self = cls(codec, codes, None, rows, start, tail)
         mark_weak_dynamic(self, codec.decoder.token_dim)
         mark_weak_dynamic(codes, 0)
-        if positions is not None:
-            mark_weak_dynamic(positions, 0)
         return self
 
     def tokens(self, start: int, length: int) -> LatentKV:
@@ -170,26 +129,9 @@ class LatentKV(torch.Tensor):
         """Coded tokens."""
         return self.codes.shape[0]
 
-    def reserve(self, extra: int) -> Rows:
-        """Storage whose rows from this view's end on are free for ``extra`` new tokens, and are now taken.
-
-        In place only if this view ends where the used part ends and there is room; else a grown copy, so that two
-        continuations of one cache never meet. The view begins at row ``start`` of the first, at row 0 of a copy.
-        """
-        rows, end = self.rows, self.start + self.length
-        assert rows is not None
-        if end != rows.used or end + extra > rows.codes.shape[0]:
-            rows = rows.grown(self.start, self.length, extra)
-            end = self.length
-        else:
-            rows.shared = True
-        rows.used = end + extra
-        return rows
-
     def extended(self, extra: int) -> LatentKV:
         """This view and room for ``extra`` more tokens, which a graph fills."""
-        before, rows = self.rows, self.reserve(extra)
-        return LatentKV.over(self.codec, rows, self.start if rows is before else 0, self.length + extra)
+        return extend([self], extra)[0]
 
     # -- reading ----------------------------------------------------------------------------------------------
 
@@ -205,18 +147,35 @@ class LatentKV(torch.Tensor):
             coded = torch.where(places, torch.zeros((), dtype=coded.dtype, device=coded.device), coded)
         return coded if self.tail is None else torch.cat([coded, self.tail], c.decoder.token_dim)
 
-    def own_(self) -> None:
-        """Stop sharing rows with other views (of a prefix that both continue), before a write in place."""
-        if self.rows is not None and self.rows.shared:
-            positions = None if self.positions is None else self.positions.clone()
-            self.rows, self.start = Rows(self.codes.clone(), positions, self.length), 0
-            self.codes, self.positions = self.rows.codes, positions
+    def own_(self, positions: bool = False) -> None:
+        """Before a write in place (to ``positions`` too): stop sharing rows with other continuations of one prefix, and
+        positions with other layers. A view takes what it is a view of along."""
+        rows = self.rows
+        assert rows is not None
+        if self.view_of is not None:
+            base, again = self.view_of
+            base.own_(positions)
+            fresh = again(base)
+            self.codes, self.rows, self.start = fresh.codes, fresh.rows, fresh.start
+        elif rows.shared:
+            track = None if self.positions is None else Track(self.positions.clone(), self.length)
+            self.rows, self.start = Rows(self.codes.clone(), track, self.length), 0
+            self.codes = self.rows.codes
+        elif positions:
+            alone([rows])
+
+    def viewed_by(self, again: Callable[[LatentKV], LatentKV]) -> LatentKV:
+        """A view of this LatentKV, made by ``again``: what is written into it in place is written here."""
+        made = again(self)
+        if made is not self:
+            made.view_of = (self, again)
+        return made
 
     def uncompress_(self) -> torch.Tensor:
         """Become dense in place (all tokens in ``tail``), for eager code that writes; returns the tail."""
         tail = self.dense()
-        rows = Rows(self.codes[:0], None if self.positions is None else self.positions[:0], 0)
-        self.codes, self.positions, self.rows, self.start, self.tail = rows.codes, rows.positions, rows, 0, tail
+        rows = Rows(self.codes[:0], None if self.positions is None else Track(self.positions[:0], 0), 0)
+        self.codes, self.rows, self.start, self.tail = rows.codes, rows, 0, tail
         return tail
 
     def used_nbytes(self) -> int:
@@ -230,10 +189,16 @@ class LatentKV(torch.Tensor):
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"LatentKV(shape={tuple(self.shape)}, rank={self.codec.rank} of {self.codec.width}, dtype={self.dtype})"
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> LatentKV:
-        positions = None if self.positions is None else self.positions.clone()
+    def __deepcopy__(self, memo: dict[Any, Any]) -> LatentKV:
+        assert self.rows is not None
+        track = self.rows.track
+        if track is not None:  # one copy for all layers that share it
+            key = ("track", id(track), self.start, self.length)
+            if key not in memo:
+                memo[key] = Track(track.view(self.start, self.length).clone(), self.length)
+            track = memo[key]
         tail = None if self.tail is None else self.tail.clone()
-        return LatentKV.born(self.codec, self.codes.clone(), positions, tail)
+        return LatentKV.born(self.codec, self.codes.clone(), track, tail)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise ForeignCache(
@@ -263,6 +228,22 @@ class LatentKV(torch.Tensor):
         from .latent_ops import dispatch
 
         return dispatch(func, args, kwargs or {})
+
+
+def extend(latents: Sequence[LatentKV], extra: int) -> list[LatentKV]:
+    """Each view with room for ``extra`` more tokens. They share one track and show the same rows of it (or it is one)."""
+    made = []
+    views = [(x.rows, x.start, x.length) for x in latents]
+    for latent, (rows, start) in zip(latents, reserve(views, extra), strict=True):  # type: ignore[arg-type]
+        made.append(LatentKV.over(latent.codec, rows, start, latent.length + extra))
+    return made
+
+
+def in_step(a: LatentKV, b: LatentKV) -> bool:
+    """Whether two LatentKVs show the same rows of one track of positions."""
+    x, y = a.rows, b.rows
+    same = x is not None and y is not None and x.track is not None and x.track is y.track
+    return same and a.start == b.start and a.codes.shape[0] == b.codes.shape[0]
 
 
 def cache_nbytes(cache: Any, used: bool = False) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from .compat import is_fake, is_functional
 from .errors import EagerWarning, ForeignCache
-from .latent import UNWRITTEN, LatentKV, Rows
+from .latent import LatentKV
+from .rows import UNWRITTEN, Rows, Track
 
 aten = torch.ops.aten
 
@@ -79,17 +80,29 @@ def _decoded(func: Any, args: Any, kwargs: Any) -> Any:
 # -- operations that act on rows ------------------------------------------------------------------------------
 
 
-def _mapped(latent: LatentKV, fn: Callable[[torch.Tensor], torch.Tensor]) -> LatentKV:
-    """A LatentKV over new rows: ``fn`` is applied to codes [T, B, r] and positions [T, B]."""
-    return LatentKV.born(latent.codec, fn(latent.codes), None if latent.positions is None else fn(latent.positions))
+def _mapped(
+    latent: LatentKV, fn: Callable[[torch.Tensor], torch.Tensor], key: tuple[Hashable, ...], argument: Any = None
+) -> LatentKV:
+    """A LatentKV over new rows: ``fn`` is applied to codes [T, B, r] and positions [T, B] (once for all layers that
+    share them: ``key`` and the tensor ``argument`` say what fn is)."""
+    return LatentKV.born(latent.codec, fn(latent.codes), _track(latent, fn, key, argument))
 
 
-def _batched(latent: LatentKV, fn: Callable[[torch.Tensor, int], torch.Tensor]) -> LatentKV:
+def _track(latent: LatentKV, fn: Callable[..., torch.Tensor], key: tuple[Hashable, ...], argument: Any) -> Track | None:
+    assert latent.rows is not None
+    track = latent.rows.track
+    return None if track is None else track.derived(fn, latent.start, latent.length, key, argument)
+
+
+def _batched(
+    latent: LatentKV, fn: Callable[[torch.Tensor, int], torch.Tensor], key: tuple[Hashable, ...], argument: Any = None
+) -> LatentKV:
     """The same for an op on batch rows: ``fn(tensor, its batch dim)`` also acts on the tail."""
-    made = _mapped(latent, lambda t: fn(t, 1))
+    made = _mapped(latent, lambda t: fn(t, 1), key, argument)
     if latent.tail is None:
         return made
-    return LatentKV.born(made.codec, made.codes, made.positions, fn(latent.tail, latent.codec.decoder.batch_dim))
+    assert made.rows is not None
+    return LatentKV.born(made.codec, made.codes, made.rows.track, fn(latent.tail, latent.codec.decoder.batch_dim))
 
 
 def _row_dim(latent: LatentKV, dim: int) -> int | None:
@@ -145,13 +158,18 @@ def _slice(func: Any, args: Any, kwargs: Any) -> Any:
         full = (lo is None or lo == 0) and (hi is None or hi >= latent.shape[dim]) and step == 1
         return latent if full else NotImplemented
     lo, hi, _ = slice(lo, hi).indices(latent.shape[dim])
-    length = max(hi - lo, 0)
-    if row == 1:  # a view, as of a dense tensor: writes go through, and appending copies
-        parts = [None if t is None else t.narrow(1, lo, length) for t in (latent.codes, latent.positions)]
+    return latent.viewed_by(lambda base: _sliced(base, row, lo, max(hi - lo, 0)))
+
+
+def _sliced(latent: LatentKV, row: int, lo: int, length: int) -> LatentKV:
+    """Tokens (``row`` 0) or batch rows (1) [lo, lo + length) as a view: appending to it copies unless it ends as the
+    whole does."""
+    if row == 1:
+        track = _track(latent, lambda t: t.narrow(1, lo, length), ("rows", lo, length), None)
         tail = None if latent.tail is None else latent.tail.narrow(latent.codec.decoder.batch_dim, lo, length)
-        rows = Rows(parts[0], parts[1], latent.length + 1)  # type: ignore[arg-type]
+        rows = Rows(latent.codes.narrow(1, lo, length), track, latent.length + 1)
         return LatentKV.over(latent.codec, rows, 0, latent.length, tail)
-    coded = max(min(hi, latent.length) - lo, 0)
+    coded = max(min(lo + length, latent.length) - lo, 0)
     tail = latent.tail
     if tail is not None:
         begin = max(lo - latent.length, 0)
@@ -164,8 +182,10 @@ def _index_select(func: Any, args: Any, kwargs: Any) -> Any:
     latent, dim, index = args
     row = _row_dim(latent, dim) if isinstance(latent, LatentKV) else None
     if row == 1:
-        return _batched(latent, lambda t, d: t.index_select(d, index))
-    return _mapped(latent, lambda t: t.index_select(0, index)) if row == 0 and latent.tail is None else NotImplemented
+        return _batched(latent, lambda t, d: t.index_select(d, index), ("select", 1), index)
+    if row != 0 or latent.tail is not None:
+        return NotImplemented
+    return _mapped(latent, lambda t: t.index_select(0, index), ("select", 0), index)
 
 
 def _index(func: Any, args: Any, kwargs: Any) -> Any:
@@ -178,16 +198,16 @@ def _index(func: Any, args: Any, kwargs: Any) -> Any:
         return NotImplemented
     index = used[0][1]
     if row == 1:
-        return _batched(latent, lambda t, d: t[(slice(None),) * d + (index,)])
-    return _mapped(latent, lambda t: t[index]) if latent.tail is None else NotImplemented
+        return _batched(latent, lambda t, d: t[(slice(None),) * d + (index,)], ("index", 1), index)
+    return _mapped(latent, lambda t: t[index], ("index", 0), index) if latent.tail is None else NotImplemented
 
 
 def _same(func: Any, args: Any, kwargs: Any) -> Any:
-    return LatentKV.over(args[0].codec, args[0].rows, args[0].start, args[0].length, args[0].tail)
+    return args[0].viewed_by(lambda x: LatentKV.over(x.codec, x.rows, x.start, x.length, x.tail))
 
 
 def _clone(func: Any, args: Any, kwargs: Any) -> Any:
-    return _batched(args[0], lambda t, d: t.clone())
+    return _batched(args[0], lambda t, d: t.clone(), ("clone",))
 
 
 def _to_copy(func: Any, args: Any, kwargs: Any) -> Any:
@@ -195,7 +215,7 @@ def _to_copy(func: Any, args: Any, kwargs: Any) -> Any:
     if kwargs.get("dtype") not in (None, latent.dtype):
         return NotImplemented
     device = kwargs.get("device")
-    return _batched(latent, lambda t, d: t.to(device=device, copy=True))
+    return _batched(latent, lambda t, d: t.to(device=device, copy=True), ("to", device))
 
 
 def _roll(func: Any, args: Any, kwargs: Any) -> Any:
@@ -204,14 +224,16 @@ def _roll(func: Any, args: Any, kwargs: Any) -> Any:
     row = _row_dim(latent, dims[0]) if len(dims) == 1 else None
     if row is None or latent.tail is not None:
         return NotImplemented
-    return _mapped(latent, lambda t: t.roll(shifts, (row,)))
+    return _mapped(latent, lambda t: t.roll(shifts, (row,)), ("roll", row, str(shifts)))
 
 
 def _zero_(func: Any, args: Any, kwargs: Any) -> Any:
-    args[0].own_()
-    for part in args[0].parts():
-        part.fill_(UNWRITTEN) if part is args[0].codes else part.zero_()
-    return args[0]
+    latent = args[0]
+    latent.own_()
+    latent.codes.fill_(UNWRITTEN)  # positions stay: no token is there, and other layers may share them
+    if latent.tail is not None:
+        latent.tail.zero_()
+    return latent
 
 
 def _copy_(func: Any, args: Any, kwargs: Any) -> Any:
@@ -219,9 +241,10 @@ def _copy_(func: Any, args: Any, kwargs: Any) -> Any:
     both = isinstance(into, LatentKV) and isinstance(source, LatentKV) and into.codec is source.codec
     if not both or into.shape != source.shape or into.tail is not None or source.tail is not None:
         return NotImplemented
-    into.own_()
+    moved = into.positions is not None and not torch.equal(into.positions, source.positions)
+    into.own_(positions=moved)
     into.codes.copy_(source.codes)
-    if into.positions is not None:
+    if moved:
         into.positions.copy_(source.positions)
     return into
 

@@ -16,10 +16,11 @@ from torch.fx import GraphModule
 from .codec import Codec
 from .compat import size_expr
 from .errors import EagerWarning, ForeignCache
-from .latent import LatentKV
+from .latent import LatentKV, extend, in_step
 from .passes.normalise import placeholders
-from .passes.rewrite import Output, Rewritten, writes_to
+from .passes.rewrite import Output, Rewritten, Sharing, writes_to
 from .passes.sites import Matched, Site
+from .rows import Track, alone
 from .store import WeightState
 
 
@@ -27,7 +28,7 @@ class Builder(Protocol):
     places: dict[Site, tuple[int, ...]]
 
     def codecs(self, arguments: Sequence[Any]) -> list[Codec]: ...
-    def build(self, codecs: Sequence[Codec], joined: dict[int, int]) -> Binding: ...
+    def build(self, codecs: Sequence[Codec], joined: dict[int, int], sharing: Sharing) -> Binding: ...
 
 
 class Binding:
@@ -46,29 +47,37 @@ class Binding:
     ) -> None:
         self.inner, self.outputs, self.sizes = inner, made.outputs, sizes
         self.plain: list[tuple[int, int]] = []
-        self.parts: list[tuple[int, int, str]] = []
+        self.parts: list[tuple[int, int]] = []
         self.decoded: list[tuple[int, int, str]] = []
         self.foreign: list[tuple[int, int, str]] = []
         self.codec_slots: list[tuple[int, int, str]] = []
-        windows: dict[int, dict[str, int]] = {}
-        self.extras: dict[int, Any] = {}
+        windows: dict[int, int | None] = {}
+        extras: dict[int, Any] = {}
+        self.tracks: list[tuple[int, tuple[int, ...], bool]] = []
         for slot, spec in enumerate(made.inputs):
             if spec.kind == "argument":
                 self.plain.append((slot, spec.index))
+            elif spec.name == "positions":
+                self.tracks.append((slot, spec.together, spec.kind == "window"))
+                extras[spec.index] = spec.extra
             elif spec.kind == "codes":
-                self.parts.append((slot, spec.index, spec.name))
+                self.parts.append((slot, spec.index))
             elif spec.kind in ("dense", "uncompress"):
                 self.decoded.append((slot, spec.index, spec.kind))
             elif spec.kind == "window":
-                windows.setdefault(spec.index, {})[spec.name] = slot
-                self.extras[spec.index] = spec.extra
+                windows[spec.index] = slot
+                extras[spec.index] = spec.extra
             elif spec.kind == "site":
                 self.codec_slots.append((slot, spec.index, spec.name))
             elif spec.index in joined:
                 self.codec_slots.append((slot, joined[spec.index], spec.name))
             else:
                 self.foreign.append((slot, spec.index, spec.name))
-        self.windows = [(i, slots.get("codes"), slots.get("positions")) for i, slots in windows.items()]
+        leaders = [(together, slot) for slot, together, window in self.tracks if window]
+        joint = {i for together, _ in leaders for i in together}
+        lone = [((i,), None) for i in windows if i not in joint]
+        self.windows = [(g, extras[g[0]], slot, [windows.get(i) for i in g]) for g, slot in (*leaders, *lone)]
+        self.kept = [(slot, together) for slot, together, window in self.tracks if not window]
         self.count = len(made.inputs)
         self.fixed: list[Any] = []
 
@@ -84,22 +93,28 @@ class Binding:
         values = self.fixed.copy()
         for slot, index in self.plain:
             values[slot] = arguments[index]
-        for slot, index, name in self.parts:
-            values[slot] = getattr(arguments[index], name)
+        for slot, index in self.parts:
+            values[slot] = arguments[index].codes
+        for slot, together in self.kept:
+            alone([arguments[i].rows for i in together])
+            values[slot] = arguments[together[0]].positions
         for slot, index, name in self.decoded:
             latent = arguments[index]
             values[slot] = latent.uncompress_() if name == "uncompress" else latent.dense()
         for slot, index, name in self.foreign:
             values[slot] = arguments[index].codec.tensors()[name]
         windows: dict[int, LatentKV] = {}
-        for index, codes, positions in self.windows:
-            window = windows[index] = arguments[index].extended(sizes[self.extras[index]])
-            if codes is not None:
-                values[codes] = window.codes
-            if positions is not None:
-                values[positions] = window.positions
+        for group, extra, slot, codes in self.windows:
+            grown = extend([arguments[i] for i in group], sizes[extra])
+            windows.update(zip(group, grown, strict=True))
+            if slot is not None:
+                values[slot] = grown[0].positions
+            for at, window in zip(codes, grown, strict=True):
+                if at is not None:
+                    values[at] = window.codes
         results = self.inner(*values)
-        return tuple([self._wrap(o, results, arguments, codecs, windows, sizes) for o in self.outputs])
+        tracks: dict[int, Track] = {}
+        return tuple([self._wrap(o, results, arguments, codecs, windows, sizes, tracks) for o in self.outputs])
 
     def _wrap(
         self,
@@ -109,6 +124,7 @@ class Binding:
         codecs: Sequence[Codec],
         windows: dict[int, LatentKV],
         sizes: dict[Any, int],
+        tracks: dict[int, Track],
     ) -> Any:
         if out.kind == "plain":
             return results[out.index]
@@ -117,7 +133,12 @@ class Binding:
         if out.kind == "born":
             assert out.owner is not None
             codec = arguments[out.owner[1]].codec if out.owner[0] == "latent" else codecs[out.owner[1]]
-            return LatentKV.born(codec, results[out.index], None if out.positions is None else results[out.positions])
+            if out.positions is None:
+                return LatentKV.born(codec, results[out.index], None)
+            if out.positions not in tracks:
+                positions = results[out.positions]
+                tracks[out.positions] = Track(positions, positions.shape[0])
+            return LatentKV.born(codec, results[out.index], tracks[out.positions])
         return arguments[out.index] if out.kind == "same" else None
 
 
@@ -171,6 +192,7 @@ class Compiled:
         self.states: tuple[tuple[int, WeightState], ...] = ()
         self.codecs: list[Codec] = []
         self.binding: Binding | None = None
+        self.steps: tuple[tuple[int, int], ...] = ()
         arguments = placeholders(canonical)
         latents = {n: i for i, n in enumerate(arguments) if n.meta.get("latent") is not None}
         self.templates = {i: n.meta["latent"].codec for n, i in latents.items()}
@@ -188,15 +210,32 @@ class Compiled:
         self.codecs = self.builder.codecs(arguments)
         places = sorted({place for site in sites for place in self.builder.places[site]})
         self.states = tuple((place, WeightState.of(arguments[place])) for place in places)
-        signature = tuple(c.signature for c in self.codecs)
+        sharing = self._sharing(arguments)
+        signature = (sharing, *(c.signature for c in self.codecs))
         fits = all(self.templates[a].signature == self.codecs[s].signature for a, s in self.joined)
         if not fits:
             self.binding = None
             return
         if signature not in self.bindings:
-            self.bindings[signature] = self.builder.build(self.codecs, dict(self.joined))
+            self.bindings[signature] = self.builder.build(self.codecs, dict(self.joined), sharing)
         self.binding = self.bindings[signature]
         self.binding.set_codecs(self.codecs)
+        self.steps = sharing.tracks
+
+    def _sharing(self, arguments: Sequence[Any]) -> Sharing:
+        tracks = []
+        for i in self.templates:
+            for j in self.templates:
+                if j < i and in_step(arguments[i], arguments[j]):
+                    tracks.append((i, j))
+                    break
+        first: dict[int, tuple[int, str]] = {}
+        consts = []
+        for site, codec in enumerate(self.codecs):
+            for at, const in enumerate(codec.consts):
+                here = (site, f"const{at}")
+                consts.append((here, first.setdefault(id(const), here)))
+        return Sharing(tuple(tracks), tuple(consts))
 
     def __call__(self, *arguments: Any) -> Any:
         for place, state in self.states:
@@ -205,6 +244,10 @@ class Compiled:
                 break
         if self.binding is None or any(arguments[a].codec is not self.codecs[s] for a, s in self.joined):
             return self._dense(arguments)
+        for i, j in self.steps:
+            if not in_step(arguments[i], arguments[j]):
+                self._prepare(arguments)
+                break
         return self.binding(arguments, self.codecs)
 
     def _dense(self, arguments: Sequence[Any]) -> Any:

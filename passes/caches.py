@@ -23,13 +23,15 @@ aten = torch.ops.aten
 
 @dataclass(eq=False)
 class Group:
-    """Cells that flow into one another. ``rows``: nodes that bring new tokens, with their token axis."""
+    """Cells that flow into one another. ``rows``: nodes that bring new tokens, with their token axis. ``in_place``: new
+    tokens are written into a buffer, not appended."""
 
     token: int
     rows: dict[Node, int] = field(default_factory=dict)
     latents: list[Node] = field(default_factory=list)
     blanks: list[Node] = field(default_factory=list)
     window: int | None = None
+    in_place: bool = False
     broken: tuple[Node, str] | None = None
     merged_into: Group | None = None
 
@@ -46,6 +48,7 @@ class Group:
             a.latents += b.latents
             a.blanks += b.blanks
             a.window = a.window if b.window is None else b.window
+            a.in_place |= b.in_place
             a.broken = a.broken or b.broken
             b.merged_into = a
         return a
@@ -101,10 +104,10 @@ class Caches:
         for source in sources:
             if source in self.cells:
                 group = self.cells[source].union(group)
-            elif _is_blank(source):
+            elif is_blank(source):
                 group.blanks.append(source)
                 self.cells[source] = group
-            elif _is_empty(source):
+            elif is_empty(source):
                 continue
             else:
                 group.rows[source] = token
@@ -173,7 +176,7 @@ def written(node: Node) -> Node | None:
     return node.args[0]
 
 
-def _is_empty(node: Node) -> bool:
+def is_empty(node: Node) -> bool:
     """An empty buffer that a cache begins with: a constant, an allocation or an input (and not, say, the empty
     un-rotated part of a key)."""
     value = node.meta.get("val")
@@ -190,12 +193,12 @@ _ALLOCATIONS = {
 }  # fmt: skip
 
 
-def _is_blank(node: Node) -> bool:
+def is_blank(node: Node) -> bool:
     return node.op == "call_function" and node.target in _ALLOCATIONS and all(s != 0 for s in shape(node))
 
 
 def _cache_like(caches: Caches, node: Node) -> bool:
-    return node in caches.cells or _is_blank(node)
+    return node in caches.cells or is_blank(node)
 
 
 # -- programs: one function per op, the table below -----------------------------------------------------------
@@ -207,7 +210,7 @@ def _cat(caches: Caches, node: Node) -> None:
     cells = [p for p in parts if p in caches.cells]
     if cells and any(caches.cells[c].find().token != dim for c in cells):
         return
-    if cells or any(_is_empty(p) for p in parts):
+    if cells or any(is_empty(p) for p in parts):
         caches.join(node, parts, dim)
         return
     past = [p for p in parts if caches.base(p)[0].op == "placeholder" and not caches.base(p)[0].meta.get("state")]
@@ -308,6 +311,7 @@ def _write(caches: Caches, node: Node, target: Node, rows: Node, dim: int) -> No
             group.broken = (node, "it is written with broadcasting")
         return
     joined = caches.join(node, [target, rows], dim)
+    joined.in_place = True
     if joined.window is None and joined.blanks:
         joined.window = static_size(joined.blanks[0].meta["val"].shape[dim])
 

@@ -14,14 +14,15 @@ from lorc_fx.options import Options
 from lorc_fx.records import Plan, PlannedSite, SiteSpec
 from lorc_fx.schedulers import depths, schedule
 
+from .caches import Group
 from .sites import Site
 
 POSITION_BYTES = 4
-"""One int32 per token for a site whose epilogue needs the token's position."""
+"""One int32 per token, once for all sites whose epilogues need it and that keep the same tokens."""
 
 
-def spec_of(site: Site, factors: Factors) -> SiteSpec:
-    """What the scheduler sees of a site."""
+def spec_of(site: Site, factors: Factors, keeps_positions: bool) -> SiteSpec:
+    """What the scheduler sees of a site; ``keeps_positions``: it pays for the positions of all that share them."""
     decoder = site.decoder
     element = torch.empty(0, dtype=decoder.dtype).element_size()
     dense = element
@@ -32,7 +33,7 @@ def spec_of(site: Site, factors: Factors) -> SiteSpec:
         kind=site.kind,
         width=factors.rank,
         column_bytes=element,
-        fixed_bytes=POSITION_BYTES if decoder.needs_positions else 0,
+        fixed_bytes=POSITION_BYTES if keeps_positions else 0,
         dense_bytes=dense,
         cond=factors.condition,
         spectrum=tuple(factors.singular[: factors.rank].tolist()),
@@ -40,13 +41,16 @@ def spec_of(site: Site, factors: Factors) -> SiteSpec:
     )
 
 
-def make_plan(sites: Sequence[Site], factors: Mapping[Site, Factors], options: Options) -> Plan:
+def make_plan(
+    sites: Sequence[Site], factors: Mapping[Site, Factors], tracks: Mapping[Group, Group], options: Options
+) -> Plan:
     """Give each site its bytes: sites that keep the same number of tokens meet the budget together.
 
-    So the budget holds at every length, sliding windows too. Raises what schedulers raise, and BadPlan where a given
+    So the budget holds at every length, sliding windows too. ``tracks``: who keeps the positions of whom. Raises what schedulers raise, and BadPlan where a given
     plan does not fit the model.
     """
-    specs = {site: spec_of(site, factors[site]) for site in sites}
+    groups = {site: site.group.find() for site in sites}
+    specs = {site: spec_of(site, factors[site], tracks.get(groups[site]) is groups[site]) for site in sites}
     places = depths(list(specs.values()))
     specs = {site: replace(spec, depth=places[spec.layer]) for site, spec in specs.items()}
     if options.plan is not None:

@@ -13,8 +13,8 @@ token's own included. In-place ops stay in place and in order, so aliasing means
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import sympy
@@ -33,6 +33,7 @@ from .mirrors import MIRRORS, Cell
 from .normalise import is_impure
 from .rules import shape
 from .sites import Matched, Site
+from .tracks import shared_tracks
 
 aten = torch.ops.aten
 
@@ -49,12 +50,27 @@ class Input:
     window      LatentKV arg i   "codes" or "positions": those rows and room for ``extra`` more at the end
     latent      LatentKV arg i   a field of its codec
     site        site i           a field of its codec
+
+    Positions are taken from one LatentKV for all arguments in ``together`` (itself first), which share a track.
     """
 
     kind: str
     index: int
     name: str = ""
     extra: sympy.Expr | None = None
+    together: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """What arguments and codecs share by identity; a graph built for one pattern only fits calls of that pattern.
+
+    tracks: LatentKV argument -> the first one in step with it (``latent.in_step``).
+    consts: (site, its const) -> the first (site, const) that is the same tensor.
+    """
+
+    tracks: tuple[tuple[int, int], ...] = ()
+    consts: tuple[tuple[tuple[int, str], tuple[int, str]], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -89,7 +105,7 @@ class Rewritten:
 class Rewriter:
     """Builds the new graph in one walk over the old one."""
 
-    def __init__(self, gm: GraphModule, matched: Matched, codecs: Mapping[Site, Codec]) -> None:
+    def __init__(self, gm: GraphModule, matched: Matched, codecs: Mapping[Site, Codec], sharing: Sharing) -> None:
         self.old, self.matched = gm, matched
         self.graph = Graph()
         self.inputs: list[Input] = []
@@ -107,6 +123,14 @@ class Rewriter:
         self.pure: dict[str, Node] = {}
         self.unread: list[tuple[Node, Group, Cell]] = []
         self._owners()
+        self.same_const = dict(sharing.consts)
+        places = {n: i for i, n in enumerate(self.arguments)}
+        self.joined = {places[n]: s for s, x in enumerate(matched.sites) for n in x.group.find().latents}
+        self.windows = {n: extra for n in self.arguments if (extra := self._appended(n)) is not None}
+        self.leaders = shared_tracks(gm, matched, dict(sharing.tracks), self.windows)
+        self.ordinals: dict[Group, int] = {}
+        self.lanes: dict[tuple[Group, int], Node | None] = {}
+        self.returned: dict[Node, int] = {}
         self.absorptions: dict[Node, Absorption] = absorb(gm, matched, self.templates)
 
     def _owners(self) -> None:
@@ -180,29 +204,50 @@ class Rewriter:
         if group is None:  # what is written to it is not understood: read it once, and go on dense
             group = Group(latent.codec.decoder.token_dim)
             self.owners[group], self.templates[group] = ("latent", i), latent.codec
-        users = list(node.users)
-        append = users[0] if len(users) == 1 and _appends(users[0], node) and self.coded(node) else None
-        extra = None
-        if append is not None:
-            token = group.token
-            extra = sympy.expand(shape(append)[token] - shape(node)[token])
+        extra = self.windows.get(node)
         kind = "codes" if extra is None else "window"
-        parts: list[Node | None] = []
-        for name in ("codes", "positions"):
+
+        def rows(name: str, together: tuple[int, ...] = ()) -> Node:
             value = getattr(latent, name)
-            if value is None:
-                parts.append(None)
-                continue
-            if append is not None and extra is not None:
-                value = value.new_empty((append.meta["val"].shape[group.token], *value.shape[1:]))
-            parts.append(self.placeholder(f"{node.name}_{name}", Input(kind, i, name, extra), value))
-        codes = parts[0]
-        assert codes is not None
-        cell = Cell(codes, parts[1], argument=i, window=i if extra is not None else None)
+            if extra is not None:
+                appended = next(iter(node.users)).meta["val"].shape[group.token]
+                value = value.new_empty((appended, *value.shape[1:]))
+            return self.placeholder(f"{node.name}_{name}", Input(kind, i, name, extra, together), value)
+
+        codes = rows("codes")
+        positions = None
+        if latent.positions is not None:
+            mine = self._followers(group, i)
+            positions = self.lane(group, lambda: rows("positions", mine))
+        cell = Cell(codes, positions, argument=i, window=i if extra is not None else None)
         if self.coded(node) is None:
             self.unread.append((node, group, cell))
         else:
             self.cells[node] = cell
+
+    def _appended(self, node: Node) -> sympy.Expr | None:
+        """By how many tokens a LatentKV argument grows, where appending is all that the graph does with it."""
+        group, users = self.coded(node), list(node.users)
+        if group is None or node.meta.get("latent") is None or len(users) != 1 or not _appends(users[0], node):
+            return None
+        if self.coded(users[0]) is None:
+            return None
+        return sympy.expand(shape(users[0])[group.token] - shape(node)[group.token])
+
+    def _followers(self, group: Group, argument: int) -> tuple[int, ...]:
+        """The LatentKV arguments that this one keeps positions for, itself first."""
+        places = {n: i for i, n in enumerate(self.arguments)}
+        others = [g for g, leader in self.leaders.items() if leader is group and g is not group]
+        return (argument, *(places[n] for g in others for n in g.latents))
+
+    def lane(self, group: Group, emit: Callable[[], Node | None]) -> Node | None:
+        """The positions of the group's next cell: emitted by the group that keeps them, then read by the others."""
+        leader = self.leaders.get(group, group)
+        key = (leader, self.ordinals.get(group, 0))
+        self.ordinals[group] = key[1] + 1
+        if leader is group:
+            self.lanes[key] = emit()
+        return self.lanes[key]
 
     def _copied(self, node: Node) -> Node:
         """A node as it was, reading decoded tokens where it read cells."""
@@ -219,10 +264,22 @@ class Rewriter:
     # -- cells ------------------------------------------------------------------------------------------------
 
     def _cell(self, node: Node) -> None:
+        group = self.coded(node)
+        assert group is not None
         if node in self.site_of:
-            self.cells[node] = self._encode(*self.site_of[node])
-        else:
-            self.cells[node] = MIRRORS[node.target](self, node)
+            index, site = self.site_of[node]
+            codes = self._encode(index, site)
+            positions = self.lane(group, lambda: self._positions(site))
+            self.cells[node] = Cell(codes, positions, fresh=True)
+            return
+        made = MIRRORS[node.target](self, node)
+        if isinstance(made, Cell):
+            positions = self.lane(group, lambda: made.positions)
+            self.cells[node] = replace(made, positions=positions)
+            return
+        stored = self.templates[group].decoder.needs_positions
+        positions = self.lane(group, lambda: made.emit("positions") if stored else None)
+        self.cells[node] = Cell(made.emit("codes"), positions, window=made.window, start=made.start, fresh=made.fresh)
 
     def codec_input(self, group: Group, name: str) -> Node | None:
         """The codec's tensor ``name`` as an input of the graph (None where this codec has none)."""
@@ -233,26 +290,29 @@ class Rewriter:
         return self._codec_tensor(owner, name, value)
 
     def _codec_tensor(self, owner: tuple[str, int], name: str, value: torch.Tensor) -> Node:
+        kind, index = owner
+        site = index if kind == "site" else self.joined.get(index)
+        if site is not None and (site, name) in self.same_const:
+            owner, name = ("site", self.same_const[site, name][0]), self.same_const[site, name][1]
         key = (owner, name)
         if key not in self.codec_nodes:
             kind, index = owner
             self.codec_nodes[key] = self.placeholder(f"{kind}{index}_{name}", Input(kind, index, name), value)
         return self.codec_nodes[key]
 
-    def _encode(self, index: int, site: Site) -> Cell:
-        """New rows: x [.., d] -> codes [S, B, r] by the factorised projection, and their positions [S, B]."""
+    def _encode(self, index: int, site: Site) -> Node:
+        """New rows: x [.., d] -> codes [S, B, r] by the factorised projection."""
         weight = self._codec_tensor(("site", index), "encode", self.codecs[site].encode)
-        x, axes = self.env_value(site.rows.x), site.rows.x_axes
-        latent = self.call(aten.linear.default, x, weight)
-        batch, tokens = self._extent(site)
-        codes = self._token_major(latent, axes, batch, tokens, [self.codecs[site].rank])
-        positions = None
-        if site.decoder.needs_positions:
-            node = site.rows.position
-            assert node is not None and site.rows.position_axes is not None
-            cast = self.call(aten.to.dtype, self.env_value(node), torch.int32)
-            positions = self._token_major(cast, site.rows.position_axes, batch, tokens, [])
-        return Cell(codes, positions, fresh=True)
+        latent = self.call(aten.linear.default, self.env_value(site.rows.x), weight)
+        return self._token_major(latent, site.rows.x_axes, *self._extent(site), [self.codecs[site].rank])
+
+    def _positions(self, site: Site) -> Node | None:
+        """The positions [S, B] int32 of new rows, where the epilogue needs them."""
+        node = site.rows.position
+        if not site.decoder.needs_positions or node is None:
+            return None
+        cast = self.call(aten.to.dtype, self.env_value(node), torch.int32)
+        return self._token_major(cast, site.rows.position_axes, *self._extent(site), [])
 
     def env_value(self, node: Node) -> Node:
         return self.read(node) if self.coded(node) is not None else self.env[node]
@@ -331,10 +391,10 @@ class Rewriter:
         """Inline the decoder. What depends on positions alone (angles, their cosines) is emitted once for all sites
         that read the same positions, and stored where it meets y."""
         template = self.templates[group]
+        version = self.writes.get(self.leaders.get(group, group), 0)  # angles before a write are not those after it
         inputs: dict[str, Node | None] = {"y": self.vectors(group, cell), "positions": None}
         if cell.positions is not None:
-            inputs["positions"] = self.once(self.writes.get(group, 0), aten.transpose.int, (cell.positions, 0, 1), {})
-        version = self.writes.get(group, 0)  # angles read before a write are not those after it
+            inputs["positions"] = self.once(version, aten.transpose.int, (cell.positions, 0, 1), {})
         env: dict[Node, Any] = {}
         angles: set[Node] = set()
         for inner in template.decoder.module.graph.nodes:
@@ -389,15 +449,17 @@ class Rewriter:
             return Output("window", cell.window, start=cell.start, length=shape(node)[group.token])
         if cell.argument is not None:
             return Output("same", cell.argument)
-        codes, positions = cell.codes, cell.positions
-        if not cell.fresh:
-            codes = self.call(aten.clone.default, codes)
-            positions = None if positions is None else self.call(aten.clone.default, positions)
+        codes = cell.codes if cell.fresh else self.call(aten.clone.default, cell.codes)
         results.append(codes)
-        at = len(results) - 1
-        if positions is not None:
-            results.append(positions)
-        return Output("born", at, None if positions is None else at + 1, self.owners[group])
+        positions = None if cell.positions is None else self._returned(cell.positions, cell.fresh, results)
+        return Output("born", results.index(codes), positions, self.owners[group])
+
+    def _returned(self, positions: Node, fresh: bool, results: list[Any]) -> int:
+        """The result that holds these positions: one for all sites that share them."""
+        if positions not in self.returned:
+            self.returned[positions] = len(results)
+            results.append(positions if fresh else self.call(aten.clone.default, positions))
+        return self.returned[positions]
 
     def _lowerings(self) -> dict[str, str]:
         """How each site is read in this graph."""
@@ -429,6 +491,8 @@ def _appends(user: Node, node: Node) -> bool:
     return user.target is aten.cat.default and user.args[0][0] is node and len(user.args[0]) > 1
 
 
-def rewrite(gm: GraphModule, matched: Matched, codecs: Mapping[Site, Codec]) -> Rewritten:
+def rewrite(
+    gm: GraphModule, matched: Matched, codecs: Mapping[Site, Codec], sharing: Sharing | None = None
+) -> Rewritten:
     """Replace projections by factorised ones and cells by rows; everything else reads decoded tokens."""
-    return Rewriter(gm, matched, codecs).run()
+    return Rewriter(gm, matched, codecs, sharing or Sharing()).run()

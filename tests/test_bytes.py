@@ -9,7 +9,8 @@ import torch
 from families import FAMILIES
 
 from helpers import cache_name, compiled, latents, new_cache, prompt
-from lorc_fx.latent import LatentKV, cache_nbytes, capacity
+from lorc_fx.latent import LatentKV, cache_nbytes
+from lorc_fx.rows import capacity
 
 RATIOS = (0.3, 0.45, 0.5, 0.77, 1.0)
 #: every ratio on one model, three where windows and full attention mix (slow to compile), and both ends on others

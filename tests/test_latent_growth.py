@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from latent_cases import LAYOUTS, RANK, append, codec_of, dims, latent_of, same
 
-from lorc_fx.latent import Rows, cache_nbytes, capacity
+from lorc_fx.latent import cache_nbytes
+from lorc_fx.rows import Rows, capacity
 
 STEPS = ("append", "slice", "batch", "reorder", "tokens", "cat", "clone", "roll", "deepcopy", "mask", "detach")
 
@@ -73,7 +74,7 @@ def test_continuations_never_meet(data):
 def test_appending_is_in_place_and_amortised(monkeypatch):
     copied = []
     grown = Rows.grown
-    monkeypatch.setattr(Rows, "grown", lambda self, s, n, extra: copied.append(n) or grown(self, s, n, extra))
+    monkeypatch.setattr(Rows, "grown", lambda self, s, n, extra, t: copied.append(n) or grown(self, s, n, extra, t))
     codec = codec_of()
     latent, one = latent_of(codec, tokens=1), latent_of(codec, tokens=1)
     for length in range(2, 3001):
