@@ -17,7 +17,6 @@ from .decoder import decode_dense
 from .errors import ForeignCache
 from .rows import Rows, Track, alias, alone, reserve, unwritten
 
-
 _INNER = {
     (False, False): ["codes"],
     (True, False): ["codes", "positions"],
@@ -51,8 +50,9 @@ class LatentKV(torch.Tensor):
 
     Logical shape: the dense cache value's (``codec.decoder.layout``, for instance [B, H, T, D]), in the model's dtype.
     ``codes`` [T, B, r] and ``positions`` [T, B] int32 (None where the epilogue needs none) are the rows it shows of
-    ``rows``; positions are one tensor for all layers that hold the same tokens. ``codec`` wrote the codes. ``tail`` (None in compiled code) holds tokens that eager code
-    appended after them, dense: they were never projected by the codec, and what is coded stays coded.
+    ``rows``; positions are one tensor for all layers that hold the same tokens. ``codec`` wrote the codes. ``tail``
+    (None in compiled code) holds tokens that eager code appended after them, dense: they were never projected by the
+    codec, and what is coded stays coded.
 
     Slices of tokens or batch rows are views, as of a dense tensor. What needs decoding (single elements, heads,
     features) is a decoded copy: writing into that copy does not reach the cache.
@@ -64,6 +64,7 @@ class LatentKV(torch.Tensor):
     start: int
     tail: torch.Tensor | None
     view_of: tuple[LatentKV, Callable[[LatentKV], LatentKV]] | None
+    _positions: torch.Tensor | None
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
@@ -231,7 +232,7 @@ class LatentKV(torch.Tensor):
 
 
 def extend(latents: Sequence[LatentKV], extra: int) -> list[LatentKV]:
-    """Each view with room for ``extra`` more tokens. They share one track and show the same rows of it (or it is one)."""
+    """Each view with room for ``extra`` more tokens. They show the same rows of one track (or it is one view)."""
     made = []
     views = [(x.rows, x.start, x.length) for x in latents]
     for latent, (rows, start) in zip(latents, reserve(views, extra), strict=True):  # type: ignore[arg-type]

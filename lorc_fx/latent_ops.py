@@ -170,6 +170,7 @@ def _sliced(latent: LatentKV, row: int, lo: int, length: int) -> LatentKV:
         rows = Rows(latent.codes.narrow(1, lo, length), track, latent.length + 1)
         return LatentKV.over(latent.codec, rows, 0, latent.length, tail)
     coded = max(min(lo + length, latent.length) - lo, 0)
+    assert latent.rows is not None
     tail = latent.tail
     if tail is not None:
         begin = max(lo - latent.length, 0)

@@ -1,4 +1,4 @@
-"""Growable storage under LatentKV: one buffer of codes per cached tensor, one track of positions for all that share it."""
+"""Growable storage under LatentKV: a buffer of codes per cached tensor, a track of positions for all that share it."""
 
 from __future__ import annotations
 

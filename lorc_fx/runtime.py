@@ -104,14 +104,14 @@ class Binding:
         for slot, index, name in self.foreign:
             values[slot] = arguments[index].codec.tensors()[name]
         windows: dict[int, LatentKV] = {}
-        for group, extra, slot, codes in self.windows:
+        for group, extra, positions, codes in self.windows:
             grown = extend([arguments[i] for i in group], sizes[extra])
             windows.update(zip(group, grown, strict=True))
-            if slot is not None:
-                values[slot] = grown[0].positions
-            for at, window in zip(codes, grown, strict=True):
-                if at is not None:
-                    values[at] = window.codes
+            if positions is not None:
+                values[positions] = grown[0].positions
+            for place, window in zip(codes, grown, strict=True):
+                if place is not None:
+                    values[place] = window.codes
         results = self.inner(*values)
         tracks: dict[int, Track] = {}
         return tuple([self._wrap(o, results, arguments, codecs, windows, sizes, tracks) for o in self.outputs])

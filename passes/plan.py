@@ -46,8 +46,8 @@ def make_plan(
 ) -> Plan:
     """Give each site its bytes: sites that keep the same number of tokens meet the budget together.
 
-    So the budget holds at every length, sliding windows too. ``tracks``: who keeps the positions of whom. Raises what schedulers raise, and BadPlan where a given
-    plan does not fit the model.
+    So the budget holds at every length, sliding windows too. ``tracks``: who keeps the positions of whom. Raises what
+    schedulers raise, and BadPlan where a given plan does not fit the model.
     """
     groups = {site: site.group.find() for site in sites}
     specs = {site: spec_of(site, factors[site], tracks.get(groups[site]) is groups[site]) for site in sites}
