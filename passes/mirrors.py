@@ -110,9 +110,7 @@ def _written(r: Rewriter, node: Node, write: Callable[[Node, Node], Any], rows: 
 
 def _index_copy(r: Rewriter, node: Node) -> Mirror:
     index = r.env[node.args[2]]
-    return _written(
-        r, node, lambda into, rows: r.call(aten.index_copy_.default, into, 0, index, rows), node.args[3]
-    )
+    return _written(r, node, lambda into, rows: r.call(aten.index_copy_.default, into, 0, index, rows), node.args[3])
 
 
 def _index_put(r: Rewriter, node: Node) -> Mirror:

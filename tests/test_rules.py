@@ -170,7 +170,7 @@ def test_views_are_sound(shapes, data):
     axis = st.integers(0, len(after) - 1)
     at = Axes(data.draw(st.one_of(st.none(), axis)), data.draw(axis))
     try:
-        (_, found), = rule_of(node).back(node, at)
+        ((_, found),) = rule_of(node).back(node, at)
     except Mixes:
         return
     if at.batch == at.token or found.batch == found.token:  # merged: sizes of each are not in the shape
