@@ -92,9 +92,11 @@ class LatentKV(torch.Tensor):
 
     @property
     def positions(self) -> torch.Tensor | None:
-        if self.rows is None:  # a fake, while Dynamo traces
-            return self._positions
-        return None if self.rows.track is None else self.rows.track.view(self.start, self.length)
+        """[T, B] int32: the same tensor object in all LatentKVs that are in step. Asked of the rows each time, because a
+        write to another view may have made them stop sharing."""
+        if self.rows is not None and self.rows.track is not None:
+            self._positions = self.rows.track.view(self.start, self.length)
+        return self._positions
 
     # -- construction -----------------------------------------------------------------------------------------
 
@@ -111,7 +113,8 @@ class LatentKV(torch.Tensor):
     def over(cls, codec: Codec, rows: Rows, start: int, length: int, tail: torch.Tensor | None = None) -> LatentKV:
         """A LatentKV over rows [start, start + length), then ``tail``."""
         codes = alias(rows.codes, start, length)
-        self = cls(codec, codes, None, rows, start, tail)
+        positions = None if rows.track is None else rows.track.view(start, length)
+        self = cls(codec, codes, positions, rows, start, tail)
         mark_weak_dynamic(self, codec.decoder.token_dim)
         mark_weak_dynamic(codes, 0)
         return self
