@@ -1,6 +1,8 @@
 """lorc_fx: torch.compile(model, backend="lorc") gives any decoder a compressed KV cache (LoRC, arXiv 2410.03111)."""
 
 from . import schedulers
+from .calibrate import calibrate
+from .calibration import Calibration
 from .errors import LorcError, LorcWarning
 from .latent import LatentKV, cache_nbytes
 from .options import PAPER, Options
@@ -13,6 +15,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "PAPER",
+    "Calibration",
     "LatentKV",
     "LorcError",
     "LorcWarning",
@@ -22,6 +25,7 @@ __all__ = [
     "Plan",
     "Report",
     "cache_nbytes",
+    "calibrate",
     "explain",
     "make_plan",
     "register_rule",

@@ -1,11 +1,15 @@
 """The codec of one site: how a per-token vector y becomes a latent and is read back (DESIGN section 2).
 
-    c = (y - mu) P      stored, model dtype          y_hat = mu + c S
+    j = the nearest mean's index       c = (y - mu_j) P        stored: j, Q(c)        y_hat = mu_j + Q(c) S
 
-``y = W x + b`` has width n. LoRC (arXiv 2410.03111) takes P = U_r, S = U_r^T with U_r the r leading left singular
-vectors of W. The mean mu is the bias b: it is the same for every token and known without data, so keeping it exact
-costs nothing and makes the latent a projection of W x alone. ``P^T W`` replaces W, so y is never formed.
-At full rank (r = n) every orthonormal basis is lossless, so the identity is taken: no decode, no rounding.
+``y = W x + b`` has width n; ``P^T W`` replaces W in the graph, so y is never formed: which mean is nearest follows from
+one more projection row per further mean, since |y - mu_j|^2 = const - 2 (y - mu_0)(mu_j - mu_0) + |mu_j - mu_0|^2.
+Q is the row format of ``packing``: segments of columns in the model's dtype or at 8, 4, 3 or 2 bits.
+
+LoRC (arXiv 2410.03111) is one point of this: P = U_r, S = U_r^T with U_r the r leading left singular vectors of W, all
+columns in the model's dtype, and one mean, the bias b: it is the same for every token and known without data, so keeping
+it exact costs nothing and makes the latent a projection of W x alone. At full rank (r = n) every orthonormal basis is
+lossless, so the identity is taken: no decode, no rounding.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ import torch
 
 from .decoder import Decoder
 from .errors import BadWeight
+from .packing import MODEL, Format, Segment, unpack
 
 CONDITION_FLOOR = 1e-7
 """sigma_min is floored at this fraction of sigma_max, about the epsilon of fp32 weights: what is below it is noise."""
@@ -66,22 +71,56 @@ def condition_number(singular: torch.Tensor) -> float:
     return top / max(float(singular.min()), CONDITION_FLOOR * top)
 
 
+@dataclass(frozen=True)
+class Basis:
+    """In which columns one site is coded: analysis P [n, k] and synthesis S [k, n] fp64, by falling ``energy`` [k] (what
+    a column is expected to hold), around ``means`` [m, n] fp64. ``P = S^T`` where the basis is orthonormal.
+    ``informed``: it knows the data, so a column of little energy may be dropped. ``absolute``: energies are predicted
+    losses, comparable between sites; else only their shares within a site mean something."""
+
+    analysis: torch.Tensor
+    synthesis: torch.Tensor
+    energy: torch.Tensor
+    means: torch.Tensor
+    informed: bool = False
+    absolute: bool = False
+
+
+def prior_basis(factors: Factors, bias: torch.Tensor | None) -> Basis:
+    """LoRC's basis, from the weight alone: left singular vectors, and the bias as the one mean."""
+    u = factors.left
+    mean = torch.zeros(u.shape[0], dtype=torch.float64, device=u.device) if bias is None else bias.detach().double()
+    return Basis(u, u.T, factors.singular**2, mean[None])
+
+
 @dataclass(frozen=True, eq=False)
 class Codec:
     """One site's codec. Compared by identity: a latent is only ever read by the codec that wrote it.
 
-    encode [r, d] model dtype: P^T W.   decode [r, n] model dtype: S, or None at full rank (identity).
-    mean [n] model dtype: mu, or None where it is zero.   consts: the tensors that the decoder's epilogue reads.
+    r columns are stored, and there are m means; k = r + m - 1. All tensors are in the model's dtype.
+    encode [k, d]: P^T W, then a row per further mean that says how near the token is to it.   shift [k] or None (zeros).
+    offsets [m, r] or None (m = 1): what mean j takes off the columns.
+    decode [k, n]: S, then mu_j - mu_0 for each further mean; None for the identity (r = n, m = 1).
+    mean [n]: mu_0, or None where it is zero.   consts: the tensors that the decoder's epilogue reads.
     """
 
     decoder: Decoder
+    format: Format
     encode: torch.Tensor
+    shift: torch.Tensor | None
+    offsets: torch.Tensor | None
     decode: torch.Tensor | None
     mean: torch.Tensor | None
     consts: tuple[torch.Tensor, ...]
 
     @property
     def rank(self) -> int:
+        """Stored columns, at whatever precision."""
+        return self.format.columns
+
+    @property
+    def latent_width(self) -> int:
+        """k: what ``latents`` gives per row."""
         return self.encode.shape[0]
 
     @property
@@ -95,17 +134,25 @@ class Codec:
     @property
     def signature(self) -> tuple[Any, ...]:
         """What a compiled graph depends on: two codecs of equal signature can be swapped as plain inputs."""
-        return (self.rank, self.decode is None, self.mean is None, self.dtype, self.decoder.digest)
+        has = tuple(t is None for t in (self.shift, self.offsets, self.decode, self.mean))
+        return (self.format, self.latent_width, *has, self.dtype, self.decoder.digest)
+
+    def latents(self, rows: torch.Tensor) -> torch.Tensor:
+        """Stored rows [T, B, width] -> [T, B, k] in the model's dtype."""
+        f = self.format
+        return rows if f.plain else unpack(rows, f.spec, f.choices, f.dtype)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The codec's tensors by field name, as inputs for a graph that decodes."""
-        named = {"decode": self.decode, "mean": self.mean}
+        """The codec's tensors by field name, as inputs for a graph."""
+        named: dict[str, torch.Tensor | None] = {
+            name: getattr(self, name) for name in ("encode", "shift", "offsets", "decode", "mean")
+        }
         named.update({f"const{i}": c for i, c in enumerate(self.consts)})
         return {k: v for k, v in named.items() if v is not None}
 
     def nbytes(self) -> int:
         """Bytes of the codec's own matrices (consts belong to the model)."""
-        own = (self.encode, self.decode, self.mean)
+        own = (self.encode, self.shift, self.offsets, self.decode, self.mean)
         return sum(t.untyped_storage().nbytes() for t in own if t is not None)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Codec:
@@ -115,21 +162,46 @@ class Codec:
 def make_codec(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
-    factors: Factors | None,
-    rank: int,
+    basis: Basis,
+    segments: tuple[Segment, ...],
     decoder: Decoder,
     consts: tuple[torch.Tensor, ...],
     dtype: torch.dtype,
 ) -> Codec:
-    """The LoRC codec of rank ``rank`` for the effective ``weight`` [n, d] and ``bias`` [n].
+    """The codec of the effective ``weight`` [n, d] and ``bias`` [n] that stores the first columns of ``basis``."""
+    form = Format(segments, len(basis.means), dtype)
+    n, r = weight.shape[0], form.columns
+    first = basis.means[0]
+    mean = None if not bool(first.any()) else first.to(dtype).contiguous()
+    centred = (torch.zeros_like(first) if bias is None else bias.detach().double()) - first  # b - mu_0
+    if r >= n and form.plain and not bool(centred.any()):
+        return Codec(decoder, form, weight.detach().to(dtype).contiguous(), None, None, None, mean, consts)
+    analysis, synthesis = basis.analysis[:, :r], basis.synthesis[:r]
+    gaps = basis.means[1:] - first  # mu_j - mu_0
+    squares = gaps.square().sum(1)
+    unit = squares.max().clamp_min(torch.finfo(torch.float64).tiny) if len(gaps) else torch.ones(())
+    project = torch.cat([analysis.T, 2 * gaps / unit])  # in units that fp16 holds
+    encode = project @ weight.detach().double()
+    shift = project @ centred
+    shift[r:] -= squares / unit
+    offsets = torch.cat([torch.zeros_like(analysis[:1]), gaps @ analysis]) if len(gaps) else None
+    decode = torch.cat([synthesis, gaps])
 
-    The basis keeps the columns of U of largest singular value (Eckart-Young: no rank-r codec of W x has a smaller
-    worst-case or mean-square error over isotropic x). ``factors`` may be None at full rank.
-    """
-    mean = None if bias is None else bias.detach().to(dtype).contiguous()
-    if rank >= weight.shape[0]:
-        return Codec(decoder, weight.detach().to(dtype).contiguous(), None, mean, consts)
-    assert factors is not None
-    basis = factors.left[:, :rank]
-    encode = (basis.T @ weight.detach().to(torch.float64)).to(dtype).contiguous()
-    return Codec(decoder, encode, basis.T.to(dtype, copy=True).contiguous(), mean, consts)
+    def stored(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(dtype, copy=True).contiguous()
+
+    return Codec(
+        decoder,
+        form,
+        stored(encode),
+        stored(shift) if bool(shift.any()) else None,
+        None if offsets is None else stored(offsets),
+        stored(decode),
+        mean,
+        consts,
+    )
+
+
+def model_segments(rank: int) -> tuple[Segment, ...]:
+    """``rank`` columns in the model's dtype: LoRC's rows."""
+    return (Segment(rank, MODEL),)

@@ -56,21 +56,21 @@ class Decoder:
         return self
 
 
-def decode_vectors(codes: torch.Tensor, decode: torch.Tensor | None, mean: torch.Tensor | None) -> torch.Tensor:
-    """codes [T, B, r] -> y_hat [B, T, n]: c S + mu. Plain torch, so that it traces into any graph."""
-    y = codes if decode is None else codes @ decode
+def decode_vectors(latents: torch.Tensor, decode: torch.Tensor | None, mean: torch.Tensor | None) -> torch.Tensor:
+    """latents [T, B, k] -> y_hat [B, T, n]: c S + mu."""
+    y = latents if decode is None else latents @ decode
     y = y.transpose(0, 1)
     return y if mean is None else y + mean
 
 
 def decode_dense(
     decoder: Decoder,
-    codes: torch.Tensor,
+    latents: torch.Tensor,
     positions: torch.Tensor | None,
     decode: torch.Tensor | None,
     mean: torch.Tensor | None,
     consts: tuple[torch.Tensor, ...],
 ) -> torch.Tensor:
-    """codes [T, B, r], positions [T, B] int32 -> the dense cache value in the decoder's layout."""
-    y = decode_vectors(codes, decode, mean)
+    """latents [T, B, k], positions [T, B] int32 -> the dense cache value in the decoder's layout."""
+    y = decode_vectors(latents, decode, mean)
     return decoder.module(y, None if positions is None else positions.transpose(0, 1), *consts)

@@ -94,6 +94,17 @@ class BadPlan(LorcError, ValueError):
         )
 
 
+class BadCalibration(LorcError, ValueError):
+    """A calibration that cannot be made, read, or used for this model."""
+
+    def __init__(self, what: str, reason: str) -> None:
+        self.what, self.reason = what, reason
+        super().__init__(
+            f"{what} cannot be used to calibrate: {reason}. Allowed: the result of lorc_fx.calibrate(model, batches) "
+            "for the same weights, or the path of a saved one; make it anew, or use calibration='none'."
+        )
+
+
 # ------------------------------------------------------------------------------------------- budget and schedule
 
 

@@ -49,7 +49,7 @@ class LatentKV(torch.Tensor):
     """Cached keys or values of one site, coded.
 
     Logical shape: the dense cache value's (``codec.decoder.layout``, for instance [B, H, T, D]), in the model's dtype.
-    ``codes`` [T, B, r] and ``positions`` [T, B] int32 (None where the epilogue needs none) are the rows it shows of
+    ``codes`` [T, B, width] (rows in the codec's format) and ``positions`` [T, B] int32 (None where the epilogue needs none) are the rows it shows of
     ``rows``; positions are one tensor for all layers that hold the same tokens. ``codec`` wrote the codes. ``tail``
     (None in compiled code) holds tokens that eager code appended after them, dense: they were never projected by the
     codec, and what is coded stays coded.
@@ -144,7 +144,7 @@ class LatentKV(torch.Tensor):
         c = self.codec
         if self.tail is not None and not self.length:
             return self.tail
-        coded = decode_dense(c.decoder, self.codes, self.positions, c.decode, c.mean, c.consts).contiguous()
+        coded = decode_dense(c.decoder, c.latents(self.codes), self.positions, c.decode, c.mean, c.consts).contiguous()
         empty = unwritten(self.codes)
         if bool(empty.any()):  # a dense buffer holds zeros there, whatever the mean
             places = c.decoder.placed(empty)

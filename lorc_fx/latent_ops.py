@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from .compat import is_fake, is_functional
 from .errors import EagerWarning, ForeignCache
 from .latent import LatentKV
-from .rows import UNWRITTEN, Rows, Track
+from .rows import Rows, Track, blank
 
 aten = torch.ops.aten
 
@@ -231,7 +231,7 @@ def _roll(func: Any, args: Any, kwargs: Any) -> Any:
 def _zero_(func: Any, args: Any, kwargs: Any) -> Any:
     latent = args[0]
     latent.own_()
-    latent.codes.fill_(UNWRITTEN)  # positions stay: no token is there, and other layers may share them
+    latent.codes.fill_(blank(latent.codes.dtype))  # positions stay: no token is there, and other layers may share them
     if latent.tail is not None:
         latent.tail.zero_()
     return latent

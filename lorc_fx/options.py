@@ -25,11 +25,15 @@ DEFAULT_RATIO = 0.45
 PROGRESSIVE_KNOBS = ("d_min", "d_max", "protect_first", "protect_last")
 #: option -> (values that work now, documented values that come later)
 CHOICES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "precision": (("model",), ("int8", "int4", "auto")),
+    "precision": (("model", "int8", "int4", "auto"), ()),
     "basis": (("joint",), ("auto", "grouped", "identity")),
     "objective": (("balanced",), ("bytes", "time")),
-    "calibration": (("none",), ("first-prompt",)),
 }
+#: the options that a codec depends on, beside the weights
+CODEC_OPTIONS = (
+    "ratio", "bytes_per_token", "scheduler", "precision", "d_min", "d_max", "protect_first", "protect_last",
+    "calibration", "plan",
+)  # fmt: skip
 
 
 class FrozenOptions(dict[str, Any]):
@@ -84,7 +88,7 @@ class Options:
     basis: str = "joint"
     group_size: int | None = None
     objective: str = "balanced"
-    calibration: str = "none"
+    calibration: Any = "none"
     plan: Any = None
     inner: str | Callable[..., Any] = "inductor"
     strict: bool = False
@@ -124,6 +128,7 @@ class Options:
         self._check_schedule()
         for name in CHOICES:
             object.__setattr__(self, name, _choice(name, getattr(self, name)))
+        object.__setattr__(self, "calibration", _calibration(self.calibration))
         if self.group_size is not None:
             _integer("group_size", self.group_size, 1, None)
             raise NotYet("group_size", self.group_size, "no group_size, with basis='joint'")
@@ -168,11 +173,13 @@ class Options:
             reason = f"d_min={self.d_min} is above d_max={self.d_max}"
             raise ConflictingOptions(("d_min", "d_max"), reason, "Give 1 <= d_min <= d_max <= width")
 
-    def budget(self, group: Sequence[SiteSpec], sites: Sequence[SiteSpec] | None = None) -> int:
+    def budget(
+        self, group: Sequence[SiteSpec], sites: Sequence[SiteSpec] | None = None, fixed: Sequence[int] | None = None
+    ) -> int:
         """Bytes per token that the sites of ``group`` (one window) may use; exact integers.
 
         With ``ratio`` it is floor(ratio * dense bytes of the group); at ratio 1 what the sites store besides columns
-        (positions) comes on top. With ``bytes_per_token`` the group gets its share by dense bytes of all ``sites``
+        (positions: ``fixed``, by default each site's ``fixed_bytes``) comes on top. With ``bytes_per_token`` the group gets its share by dense bytes of all ``sites``
         (default: the group is all). Raises ConflictingOptions where a plan replaces the budget.
         """
         dense = sum(site.dense_bytes for site in group)
@@ -181,8 +188,8 @@ class Options:
             return formulas.budget_bytes(Fraction(self.bytes_per_token, max(total, 1)), dense)
         if self.ratio is None:
             raise ConflictingOptions(("plan", "ratio"), "a plan has no budget", "Use the plan's own bytes")
-        fixed = sum(site.fixed_bytes for site in group) if self.ratio == 1 else 0
-        return formulas.budget_bytes(self.ratio, dense) + fixed
+        extra = [site.fixed_bytes for site in group] if fixed is None else fixed
+        return formulas.budget_bytes(self.ratio, dense) + (sum(extra) if self.ratio == 1 else 0)
 
 
 def _integer(name: str, value: object, low: int, default: object) -> None:
@@ -202,14 +209,22 @@ def _choice(name: str, value: object) -> str:
             return value
         if value in later:
             raise NotYet(name, value, repr(now[0]))
-    if name == "calibration":
-        allowed += ", a Calibration, or the path of a saved one"
-        typo = isinstance(value, str) and bool(difflib.get_close_matches(value, now + later, cutoff=0.7))
-        if isinstance(value, os.PathLike) or (isinstance(value, str) and value and not typo):
-            raise NotYet(name, value, repr(now[0]))
-        if type(value).__name__ == "Calibration":
-            raise NotYet(name, value, repr(now[0]))
     raise BadOption(name, value, allowed, now[0])
+
+
+def _calibration(value: Any) -> Any:
+    """"none", a Calibration, or the one saved under a path. Raises BadCalibration, NotYet for "first-prompt"."""
+    from lorc_fx.calibration import Calibration
+
+    if isinstance(value, Calibration) or value == "none":
+        return value
+    if value == "first-prompt":
+        raise NotYet("calibration", value, "'none'")
+    words = ("none", "first-prompt")
+    typo = isinstance(value, str) and bool(difflib.get_close_matches(value, words, cutoff=0.7))
+    if isinstance(value, os.PathLike) or (isinstance(value, str) and value and not typo):
+        return Calibration.load(value)
+    raise BadOption("calibration", value, "'none', 'first-prompt', a Calibration, or the path of a saved one", "none")
 
 
 def _plan(plan: Any) -> Any:

@@ -8,10 +8,12 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from .errors import BadPlan
+from .packing import BITS, MODEL, Segment
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -64,16 +66,37 @@ class Miss:
 
 @dataclass(frozen=True)
 class PlannedSite:
-    """One line of a plan: the site and the columns and bytes per token (positions included) that it gets."""
+    """One line of a plan: the segments of columns that the site gets, of ``choices`` means, and what they cost in bytes
+    per token (positions included)."""
 
     layer: int
     kind: str
     width: int
-    rank: int
+    segments: tuple[Segment, ...]
+    choices: int
     bytes: int
     dense_bytes: int
     window: int | None
     cond: float
+
+    @property
+    def rank(self) -> int:
+        """Stored columns, at whatever precision."""
+        return sum(s.columns for s in self.segments)
+
+    def line(self) -> dict[str, Any]:
+        segments = [[s.columns, "model" if s.bits == MODEL else s.bits] for s in self.segments]
+        return {**asdict(self), "segments": segments}
+
+    @classmethod
+    def of_line(cls, line: dict[str, Any]) -> PlannedSite:
+        """Raises TypeError, KeyError or ValueError for a line that is none."""
+        segments = []
+        for columns, bits in line["segments"]:
+            if isinstance(columns, bool) or not isinstance(columns, int) or bits not in ("model", *BITS):
+                raise ValueError(f"segment {[columns, bits]} is not [columns, 'model' or one of {BITS}]")
+            segments.append(Segment(columns, MODEL if bits == "model" else bits))
+        return cls(**{**line, "segments": tuple(segments)})
 
 
 @dataclass(frozen=True)
@@ -97,7 +120,7 @@ class Plan:
     def save(self, path: str | Path) -> None:
         """Write the plan as readable JSON (one line per site), atomically."""
         target = Path(path)
-        lines = ",\n".join("  " + json.dumps(asdict(s)) for s in self.sites)
+        lines = ",\n".join("  " + json.dumps(s.line()) for s in self.sites)
         text = f'{{"lorc_fx_plan": {PLAN_VERSION}, "sites": [\n{lines}\n]}}\n'
         partial = target.with_name(target.name + ".part")
         partial.write_text(text)
@@ -110,7 +133,7 @@ class Plan:
             data = json.loads(Path(path).read_text())
             if data.get("lorc_fx_plan") != PLAN_VERSION:
                 raise BadPlan(str(path), f"it is not a plan of version {PLAN_VERSION}")
-            return cls(tuple(PlannedSite(**s) for s in data["sites"]))
+            return cls(tuple(PlannedSite.of_line(s) for s in data["sites"]))
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as why:
             if isinstance(why, BadPlan):
                 raise

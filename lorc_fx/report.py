@@ -16,18 +16,21 @@ from torch.fx import GraphModule
 from .backend import examine
 from .errors import StrictMiss
 from .options import Options
+from .packing import MODEL, Segment
 from .records import Miss, Plan
 
 
 @dataclass(frozen=True)
 class SiteReport:
-    """One site: widths and ranks in columns, bytes per token, ``energy`` the share of the weight's squared singular
-    values that the rank keeps, ``lowering`` how a decode step reads it."""
+    """One site: widths and ranks in columns, ``segments`` how many of them at which precision, bytes per token,
+    ``energy`` the share of the site's energy (without statistics: of its weight's squared singular values) that the
+    stored columns hold, ``lowering`` how a decode step reads it."""
 
     layer: int
     kind: str
     width: int
     rank: int
+    segments: tuple[Segment, ...]
     epilogue: str
     cond: float
     sigma_max: float
@@ -38,6 +41,12 @@ class SiteReport:
     window: int | None
     lowering: str
     codec_bytes: int
+
+    def precision(self) -> str:
+        """The stored columns in words: "115", or "64 x 8 bits + 128 x 4 bits"."""
+        if all(bits == MODEL for _, bits in self.segments):
+            return str(self.rank)
+        return " + ".join(f"{n}" if bits == MODEL else f"{n} x {bits} bits" for n, bits in self.segments)
 
 
 @dataclass(frozen=True)
@@ -68,7 +77,7 @@ class Report:
         for name in ("bytes", "of", "tokens kept", "read by"):
             table.add_column(name, justify="right")
         for s in self.sites:
-            row = [str(s.layer), s.kind, str(s.width), str(s.rank), s.epilogue, f"{s.cond:.3g}", f"{s.energy:.1%}"]
+            row = [str(s.layer), s.kind, str(s.width), s.precision(), s.epilogue, f"{s.cond:.3g}", f"{s.energy:.1%}"]
             table.add_row(*row, str(s.bytes), str(s.dense_bytes), str(s.window or "all"), s.lowering)
         return Group(table, Text(self._summary()))
 

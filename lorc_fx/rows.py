@@ -16,13 +16,16 @@ def capacity(rows: int) -> int:
     return rows + (64 if rows < 512 else rows // 8)
 
 
-UNWRITTEN = -0.0
-"""What rows of a preallocated buffer hold before a token is written: decodes like 0.0, told apart by its sign."""
+def blank(storage: torch.dtype) -> float:
+    """What rows of a preallocated buffer hold before a token is written. Plain rows: -0.0, which decodes like 0.0 and is
+    told apart by its sign. Packed rows: zero bytes, which no written row has (``packing.TINY``)."""
+    return -0.0 if storage.is_floating_point else 0
 
 
 def unwritten(codes: torch.Tensor) -> torch.Tensor:
-    """Which rows of codes [T, B, r] hold no token yet: [T, B] bool."""
-    return ((codes == 0) & torch.signbit(codes)).all(-1)
+    """Which rows of codes [T, B, width] hold no token yet: [T, B] bool."""
+    empty = codes == 0
+    return (empty & torch.signbit(codes) if codes.is_floating_point() else empty).all(-1)
 
 
 def alias(tensor: torch.Tensor, start: int, length: int) -> torch.Tensor:
@@ -106,7 +109,7 @@ class Track:
 class Rows:
     """Token-major storage shared by the LatentKVs that continue one another.
 
-    codes [capacity, B, r] model dtype; ``track`` its positions (None where the epilogue needs none). Rows up to
+    codes [capacity, B, width] as the codec's format stores them; ``track`` its positions (None where the epilogue needs none). Rows up to
     ``used`` are taken by some view, so only a view that ends there may append in place. ``shared``: several views may
     show the same rows.
     """

@@ -135,7 +135,7 @@ def _matrix(r: Rewriter, latent: Latent) -> Node:
     """S as [heads, r, D]."""
     decode = r.codec_input(latent.group, "decode")
     assert decode is not None
-    rank = r.templates[latent.group].rank
+    rank = r.templates[latent.group].latent_width
     columns = _columns(r, latent, decode, 1)
     return r.call(
         aten.transpose.int, r.call(aten.reshape.default, columns, [rank, latent.heads, latent.head_dim]), 0, 1
@@ -162,12 +162,12 @@ def query_latent(r: Rewriter, query: Node, latent: Latent, sizes: tuple[Any, int
     """q [B, H, S, D] -> q K_hat^T [B, H, S, T], with the q mu term where ``shift``."""
     batch, heads, queries = sizes
     each = heads // latent.heads
-    rank = r.templates[latent.group].rank
+    rank = r.templates[latent.group].latent_width
     grouped = r.call(aten.reshape.default, query, [batch, latent.heads, each * queries, latent.head_dim])
     matrix = r.call(aten.transpose.int, _matrix(r, latent), 1, 2)
     moved = r.call(aten.matmul.default, grouped, matrix)
     moved = r.call(aten.reshape.default, moved, [batch, heads * queries, rank])
-    codes = r.call(aten.permute.default, r.cells[latent.cell].codes, [1, 2, 0])
+    codes = r.call(aten.permute.default, r.latents(latent.group, r.cells[latent.cell]), [1, 2, 0])
     scores = r.call(aten.matmul.default, moved, codes)
     scores = r.call(aten.reshape.default, scores, [batch, heads, queries, -1])
     mean = _mean(r, latent, each) if shift else None
@@ -181,9 +181,9 @@ def weights_latent(r: Rewriter, weights: Node, latent: Latent, sizes: tuple[Any,
     """A [B, H, S, T] -> A V_hat [B, H, S, D]; ``partial`` where the weights of a query may not sum to one."""
     batch, heads, queries = sizes
     each = heads // latent.heads
-    rank = r.templates[latent.group].rank
+    rank = r.templates[latent.group].latent_width
     flat = r.call(aten.reshape.default, weights, [batch, heads * queries, -1])
-    codes = r.call(aten.transpose.int, r.cells[latent.cell].codes, 0, 1)
+    codes = r.call(aten.transpose.int, r.latents(latent.group, r.cells[latent.cell]), 0, 1)
     summed = r.call(aten.matmul.default, flat, codes)
     grouped = r.call(aten.reshape.default, summed, [batch, latent.heads, each * queries, rank])
     values = r.call(aten.matmul.default, grouped, _matrix(r, latent))
@@ -297,7 +297,7 @@ def _worth(latent: Latent | None, sizes: tuple[Any, int, int], codecs: Mapping[G
     if latent is None or sizes[1] % latent.heads:
         return None
     codec = codecs[latent.group]
-    return latent if absorbs(sizes[2], sizes[1], latent.head_dim, codec.width, codec.rank) else None
+    return latent if absorbs(sizes[2], sizes[1], latent.head_dim, codec.width, codec.latent_width) else None
 
 
 def _attention(

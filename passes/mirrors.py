@@ -10,7 +10,7 @@ import sympy
 import torch
 from torch.fx import Node
 
-from lorc_fx.rows import UNWRITTEN
+from lorc_fx.rows import blank
 
 from .rules import _arg, shape, tensors
 
@@ -124,7 +124,7 @@ def _copy(r: Rewriter, node: Node) -> Mirror:
 
 def _blank(r: Rewriter, node: Node) -> Mirror:
     """A buffer that this graph allocates. Rows that are never written are masked by attention, as in a dense buffer;
-    they hold negative zeros, which decode like zeros and tell eager code (``rows.unwritten``) that no token is there.
+    they hold what tells eager code (``rows.unwritten``) that no token is there.
     """
     group = r.coded(node)
     assert group is not None
@@ -136,8 +136,9 @@ def _blank(r: Rewriter, node: Node) -> Mirror:
     def emit(lane: str) -> Node:
         if lane == "positions":
             return r.call(aten.zeros.default, [tokens, batch], dtype=torch.int32, device=device)
-        size = [tokens, batch, template.rank]
-        return r.call(aten.full.default, size, UNWRITTEN, dtype=template.dtype, device=device)
+        storage = template.format.storage
+        size = [tokens, batch, template.format.width]
+        return r.call(aten.full.default, size, blank(storage), dtype=storage, device=device)
 
     return Mirror(emit, fresh=True)
 

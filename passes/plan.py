@@ -1,16 +1,15 @@
-"""Sites and a byte budget -> a rank per site."""
+"""Sites and a byte budget -> segments of columns per site."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
-import torch
-
-from lorc_fx.codec import Factors
-from lorc_fx.errors import BadPlan
-from lorc_fx.formulas import rank_of_bytes, row_bytes
+from lorc_fx.allocate import BLOCK, DROPPED, Columns, allocate, least, row_bytes
+from lorc_fx.codec import Basis, Factors
+from lorc_fx.errors import BadPlan, BudgetTooSmall
 from lorc_fx.options import Options
+from lorc_fx.packing import BITS, MODEL, Segment
 from lorc_fx.records import Plan, PlannedSite, SiteSpec
 from lorc_fx.schedulers import depths, schedule
 
@@ -20,68 +19,130 @@ from .sites import Site
 POSITION_BYTES = 4
 """One int32 per token, once for all sites whose epilogues need it and that keep the same tokens."""
 
+LEVELS: dict[str, tuple[int, ...]] = {"model": (MODEL,), "int8": (8,), "int4": (4,), "auto": (MODEL, *BITS)}
+"""Bits that a column may have under each ``precision``."""
 
-def spec_of(site: Site, factors: Factors, keeps_positions: bool) -> SiteSpec:
-    """What the scheduler sees of a site; ``keeps_positions``: it pays for the positions of all that share them."""
+
+@dataclass(frozen=True)
+class Candidate:
+    """A site as the planner sees it: ``columns`` for the allocator, ``spec`` for the scheduler, bytes of positions."""
+
+    columns: Columns
+    spec: SiteSpec
+    fixed: int
+
+    @property
+    def least(self) -> int:
+        return self.fixed + row_bytes(least(self.columns), self.columns)
+
+
+def candidate(site: Site, factors: Factors, basis: Basis, keeps_positions: bool, options: Options) -> Candidate:
+    """``keeps_positions``: the site pays for the positions of all that share them.
+
+    A column's loss is its share of the site's energy, so every key and every value site counts the same (unless the
+    basis knows what it costs). Columns may be
+    dropped where the basis knows the data, and under precision="model", which is the paper's method.
+    """
     decoder = site.decoder
-    element = torch.empty(0, dtype=decoder.dtype).element_size()
+    element = decoder.dtype.itemsize
     dense = element
     for size in decoder.layout:
         dense *= size if isinstance(size, int) else 1
-    return SiteSpec(
+    fixed = POSITION_BYTES if keeps_positions else 0
+    width, only_model = min(factors.rank, len(basis.energy)), options.precision == "model"
+    energy = basis.energy[:width].clamp_min(0)
+    share = (energy if basis.absolute else energy / energy.sum().clamp_min(1e-300)).tolist()
+    droppable = only_model or basis.informed
+    levels = LEVELS[options.precision] + ((DROPPED,) if droppable else ())
+    columns = Columns(tuple(share), levels, element, len(basis.means), 1 if only_model else BLOCK)
+    spec = SiteSpec(
         layer=site.layer,
         kind=site.kind,
-        width=factors.rank,
+        width=width,
         column_bytes=element,
-        fixed_bytes=POSITION_BYTES if keeps_positions else 0,
+        fixed_bytes=fixed,
         dense_bytes=dense,
         cond=factors.condition,
-        spectrum=tuple(factors.singular[: factors.rank].tolist()),
+        spectrum=tuple(energy.sqrt().tolist()),
         window=site.window,
     )
+    if not only_model:  # the scheduler deals in columns' worth of bytes on top of the least that the site can have
+        base = fixed + row_bytes(least(columns), columns)
+        top = max(-(-(fixed + row_bytes({max(levels, key=_precision): width}, columns) - base) // element), 0) + 1
+        spec = replace(spec, fixed_bytes=base - element, width=min(top, width), spectrum=spec.spectrum[:top])
+    return Candidate(columns, spec, fixed)
+
+
+def _precision(level: int) -> int:
+    return 99 if level == MODEL else level
 
 
 def make_plan(
-    sites: Sequence[Site], factors: Mapping[Site, Factors], tracks: Mapping[Group, Group], options: Options
+    sites: Sequence[Site],
+    factors: Mapping[Site, Factors],
+    bases: Mapping[Site, Basis],
+    tracks: Mapping[Group, Group],
+    options: Options,
 ) -> Plan:
-    """Give each site its bytes: sites that keep the same number of tokens meet the budget together.
+    """Give each site its bytes, and spend them: sites that keep the same number of tokens meet the budget together.
 
     So the budget holds at every length, sliding windows too. ``tracks``: who keeps the positions of whom. Raises what
     schedulers raise, and BadPlan where a given plan does not fit the model.
     """
     groups = {site: site.group.find() for site in sites}
-    specs = {site: spec_of(site, factors[site], tracks.get(groups[site]) is groups[site]) for site in sites}
-    places = depths(list(specs.values()))
-    specs = {site: replace(spec, depth=places[spec.layer]) for site, spec in specs.items()}
+    found = {
+        s: candidate(s, factors[s], bases[s], tracks.get(groups[s]) is groups[s], options) for s in sites
+    }
+    places = depths([c.spec for c in found.values()])
+    found = {s: replace(c, spec=replace(c.spec, depth=places[c.spec.layer])) for s, c in found.items()}
     if options.plan is not None:
         given = Plan.load(options.plan) if isinstance(options.plan, str) else options.plan
-        return _checked(given, list(specs.values()))
+        return _checked(given, list(found.values()))
     planned: dict[Site, PlannedSite] = {}
     for window in {site.window for site in sites}:
         group = [site for site in sites if site.window == window]
-        views = [specs[site] for site in group]
-        budget = options.budget(views, list(specs.values()))
-        for site, spec, cost in zip(group, views, schedule(options.scheduler, views, budget, options), strict=True):
-            planned[site] = planned_site(spec, rank_of_bytes(cost, spec.fixed_bytes, spec.column_bytes))
+        views = [found[site] for site in group]
+        budget = options.budget([v.spec for v in views], [c.spec for c in found.values()], [v.fixed for v in views])
+        for site, view, chosen in zip(group, views, _spend(views, budget, options), strict=True):
+            planned[site] = planned_site(view, chosen)
     return Plan(tuple(planned[site] for site in sites))
 
 
-def planned_site(spec: SiteSpec, rank: int) -> PlannedSite:
-    cost = row_bytes(spec.fixed_bytes, spec.column_bytes, rank)
-    return PlannedSite(spec.layer, spec.kind, spec.width, rank, cost, spec.dense_bytes, spec.window, spec.cond)
+def _spend(views: Sequence[Candidate], budget: int, options: Options) -> list[tuple[Segment, ...]]:
+    """All sites together, or each within the bytes that the scheduler gives it."""
+    if options.scheduler == "loss":
+        needed = sum(v.least for v in views)
+        if budget < needed:
+            raise BudgetTooSmall(budget, needed, sum(v.spec.dense_bytes for v in views), len(views))
+        return allocate([v.columns for v in views], budget - sum(v.fixed for v in views))
+    costs = schedule(options.scheduler, [v.spec for v in views], budget, options)
+    return [allocate([v.columns], cost - v.fixed)[0] for v, cost in zip(views, costs, strict=True)]
 
 
-def _checked(plan: Plan, specs: Sequence[SiteSpec]) -> Plan:
+def planned_site(view: Candidate, chosen: tuple[Segment, ...]) -> PlannedSite:
+    spec, counts = view.spec, {s.bits: s.columns for s in chosen}
+    cost = view.fixed + row_bytes(counts, view.columns)
+    width, choices = len(view.columns.loss), view.columns.choices
+    return PlannedSite(
+        spec.layer, spec.kind, width, chosen, choices, cost, spec.dense_bytes, spec.window, spec.cond
+    )
+
+
+def _checked(plan: Plan, views: Sequence[Candidate]) -> Plan:
     """A given plan on this model's sites, in their order."""
+    given = {(s.layer, s.kind): s for s in plan.sites}
     found = []
-    for spec in specs:
-        rank = plan.ranks.get((spec.layer, spec.kind))
-        if rank is None:
+    for view in views:
+        spec, width = view.spec, len(view.columns.loss)
+        line = given.pop((spec.layer, spec.kind), None)
+        if line is None:
             raise BadPlan(plan, f"it has no rank for layer {spec.layer} {spec.kind}")
-        if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= spec.width:
-            raise BadPlan(plan, f"layer {spec.layer} {spec.kind}: rank {rank!r} is not in 1..{spec.width}")
-        found.append(planned_site(spec, rank))
-    extra = set(plan.ranks) - {(s.layer, s.kind) for s in specs}
-    if extra:
-        raise BadPlan(plan, f"it has ranks for sites that this model lacks: {sorted(extra)[:4]}")
+        if any(s.columns < 1 for s in line.segments) or not 1 <= line.rank <= width:
+            raise BadPlan(plan, f"layer {spec.layer} {spec.kind}: rank {line.rank!r} is not in 1..{width}")
+        if line.choices != view.columns.choices:
+            reason = f"layer {spec.layer} {spec.kind} was planned for {line.choices} means, it has {view.columns.choices}"
+            raise BadPlan(plan, f"{reason}: give the calibration that it was made with")
+        found.append(planned_site(view, line.segments))
+    if given:
+        raise BadPlan(plan, f"it has ranks for sites that this model lacks: {sorted(given)[:4]}")
     return Plan(tuple(found))

@@ -26,6 +26,7 @@ from lorc_fx.codec import Codec
 from lorc_fx.compat import size_expr
 from lorc_fx.errors import GraphInvariant
 from lorc_fx.kernels import ops as _ops  # noqa: F401  (registers lorc::table)
+from lorc_fx.packing import pack, unpack
 
 from .caches import Group, viewed, written
 from .lower import Absorption, absorb, readings
@@ -301,10 +302,16 @@ class Rewriter:
         return self.codec_nodes[key]
 
     def _encode(self, index: int, site: Site) -> Node:
-        """New rows: x [.., d] -> codes [S, B, r] by the factorised projection."""
-        weight = self._codec_tensor(("site", index), "encode", self.codecs[site].encode)
-        latent = self.call(aten.linear.default, self.env_value(site.rows.x), weight)
-        return self._token_major(latent, site.rows.x_axes, *self._extent(site), [self.codecs[site].rank])
+        """New rows: x [.., d] -> codes [S, B, width] by the factorised projection, packed as the codec's format says."""
+        codec, owner = self.codecs[site], ("site", index)
+        weight = self._codec_tensor(owner, "encode", codec.encode)
+        shift = [] if codec.shift is None else [self._codec_tensor(owner, "shift", codec.shift)]
+        codes = self.call(aten.linear.default, self.env_value(site.rows.x), weight, *shift)
+        form = codec.format
+        if not form.plain:
+            offsets = None if codec.offsets is None else self._codec_tensor(owner, "offsets", codec.offsets)
+            codes = self.call(pack, codes, offsets, form.spec, form.choices)
+        return self._token_major(codes, site.rows.x_axes, *self._extent(site), [form.width])
 
     def _positions(self, site: Site) -> Node | None:
         """The positions [S, B] int32 of new rows, where the epilogue needs them."""
@@ -379,9 +386,17 @@ class Rewriter:
             self.reads[key] = self._decode(group, self.cells[node])
         return self.reads[key]
 
+    def latents(self, group: Group, cell: Cell) -> Node:
+        """What a cell's rows hold now: [T, B, k] in the model's dtype."""
+        form = self.templates[group].format
+        if form.plain:
+            return cell.codes
+        version = self.writes.get(group, 0)
+        return self.once(version, unpack, (cell.codes, form.spec, form.choices, form.dtype), {})
+
     def vectors(self, group: Group, cell: Cell) -> Node:
         """y_hat [B, T, n]."""
-        y, decode, mean = cell.codes, self.codec_input(group, "decode"), self.codec_input(group, "mean")
+        y, decode, mean = self.latents(group, cell), self.codec_input(group, "decode"), self.codec_input(group, "mean")
         if decode is not None:
             y = self.call(aten.matmul.default, y, decode)
         y = self.call(aten.transpose.int, y, 0, 1)

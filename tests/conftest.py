@@ -25,5 +25,5 @@ def many_shapes():
 
     With Dynamo's own patch: pytest's monkeypatch leaves the config without the attribute.
     """
-    with torch._dynamo.config.patch(recompile_limit=64):
+    with torch._dynamo.config.patch(recompile_limit=512, accumulated_recompile_limit=4096):
         yield

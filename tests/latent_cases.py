@@ -5,9 +5,10 @@ import copy
 import torch
 from torch import nn
 
-from lorc_fx.codec import Codec
+from lorc_fx.codec import Codec, model_segments
 from lorc_fx.decoder import Decoder
 from lorc_fx.latent import LatentKV
+from lorc_fx.packing import Format
 
 HEADS, DIM, RANK = 2, 3, 4
 LAYOUTS = {
@@ -39,7 +40,9 @@ def codec_of(layout="BHTD", positions=True, seed=0, dtype=torch.float32):
     decoder = Decoder(traced, HEADS * DIM, LAYOUTS[layout], dtype, positions, "adds positions")
     g = torch.Generator().manual_seed(seed)
     encode, decode = torch.randn(RANK, 5, generator=g), torch.randn(RANK, HEADS * DIM, generator=g)
-    return Codec(decoder, encode.to(dtype), decode.to(dtype), torch.randn(HEADS * DIM, generator=g).to(dtype), ())
+    mean = torch.randn(HEADS * DIM, generator=g).to(dtype)
+    form = Format(model_segments(RANK), 1, dtype)
+    return Codec(decoder, form, encode.to(dtype), None, None, decode.to(dtype), mean, ())
 
 
 def latent_of(codec, tokens=5, batch=2, seed=1, start=0):

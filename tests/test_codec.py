@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lorc_fx.codec import CONDITION_FLOOR, Codec, condition_number, factorise, make_codec
+from lorc_fx.codec import CONDITION_FLOOR, Codec, condition_number, factorise, make_codec, model_segments, prior_basis
 from lorc_fx.decoder import Decoder, decode_dense, decode_vectors
 from lorc_fx.errors import BadWeight
 
@@ -25,8 +25,8 @@ def decoder(width, dtype=FP64):
 
 
 def codec_of(weight, rank, bias=None, dtype=FP64):
-    factors = factorise(weight, "a site")
-    return make_codec(weight, bias, factors, rank, decoder(weight.shape[0], dtype), (), dtype)
+    basis = prior_basis(factorise(weight, "a site"), bias)
+    return make_codec(weight, bias, basis, model_segments(rank), decoder(weight.shape[0], dtype), (), dtype)
 
 
 def matrix(n, d, seed):
@@ -102,7 +102,8 @@ def test_singular_values_and_vectors(weight):
 @pytest.mark.parametrize(("n", "d"), [(1, 1), (7, 63), (63, 7), (16, 16)])
 def test_full_rank_is_the_weight_bit_by_bit(n, d, dtype):
     weight, bias = matrix(n, d, 1).to(dtype), matrix(n, 1, 2)[:, 0].to(dtype)
-    codec = make_codec(weight, bias, None, n, decoder(n, dtype), (), dtype)
+    basis = prior_basis(factorise(weight, "a site"), bias)
+    codec = make_codec(weight, bias, basis, model_segments(n), decoder(n, dtype), (), dtype)
     assert codec.decode is None and codec.rank == n
     assert torch.equal(codec.encode, weight) and torch.equal(codec.mean, bias)
 
@@ -183,7 +184,8 @@ def test_signatures_tell_apart_what_a_graph_depends_on():
     shared = decoder(8)
 
     def made(rank, bias, dtype=FP64):
-        return make_codec(weight, bias, factorise(weight, "a site"), rank, shared, (), dtype)
+        basis = prior_basis(factorise(weight, "a site"), bias)
+        return make_codec(weight, bias, basis, model_segments(rank), shared, (), dtype)
 
     assert made(3, bias).signature == made(3, bias * 2).signature
     kinds = [made(3, bias), made(4, bias), made(3, None), made(8, bias), made(3, bias, torch.float32)]
@@ -194,4 +196,4 @@ def test_signatures_tell_apart_what_a_graph_depends_on():
 def test_nbytes_counts_each_matrix_once():
     codec = codec_of(matrix(8, 12, 1), 3, matrix(8, 1, 2)[:, 0])
     assert codec.nbytes() == 8 * (3 * 12 + 3 * 8 + 8)
-    assert isinstance(codec, Codec) and set(codec.tensors()) == {"decode", "mean"}
+    assert isinstance(codec, Codec) and set(codec.tensors()) == {"encode", "decode", "mean"}

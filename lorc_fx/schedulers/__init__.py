@@ -6,6 +6,7 @@ column_bytes`` for 1 <= k <= width, together at most the budget. ``@register_sch
 """
 
 from lorc_fx.schedulers.energy import energy
+from lorc_fx.schedulers.loss import loss
 from lorc_fx.schedulers.progressive import depths, progressive, progressive_ranks
 from lorc_fx.schedulers.registry import (
     Scheduler,
@@ -21,6 +22,7 @@ __all__ = [
     "depths",
     "energy",
     "get_scheduler",
+    "loss",
     "progressive",
     "progressive_ranks",
     "register_scheduler",

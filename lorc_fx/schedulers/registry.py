@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
-from lorc_fx.errors import AlreadyRegistered, BadOption, BadSchedule, BudgetTooSmall, NotYet, UnknownScheduler
+from lorc_fx.errors import AlreadyRegistered, BadOption, BadSchedule, BudgetTooSmall, UnknownScheduler
 from lorc_fx.schedulers.common import least_bytes
 
 if TYPE_CHECKING:
@@ -28,9 +28,6 @@ class Scheduler(Protocol):
 
 S = TypeVar("S", bound=Callable[..., list[int]])
 
-#: documented names that exist later: nobody may register them, and asking for one says so
-LATER = {"loss": "'progressive', 'uniform', 'energy' or a registered name"}
-
 _REGISTRY: dict[str, Scheduler] = {}
 
 
@@ -41,8 +38,6 @@ def register_scheduler(name: str) -> Callable[[S], S]:
     """
     if not isinstance(name, str) or not name.strip():
         raise BadOption("name", name, "a non-empty string")
-    if name in LATER:
-        raise AlreadyRegistered("scheduler", name, "a scheduler of lorc_fx to come")
 
     def register(function: S) -> S:
         if name in _REGISTRY:
@@ -61,11 +56,9 @@ def registered_schedulers() -> tuple[str, ...]:
 
 
 def get_scheduler(name: str) -> Scheduler:
-    """The scheduler registered under ``name``. Raises UnknownScheduler, or NotYet for a documented later one."""
+    """The scheduler registered under ``name``. Raises UnknownScheduler."""
     found = _REGISTRY.get(name) if isinstance(name, str) else None
     if found is None:
-        if isinstance(name, str) and name in LATER:
-            raise NotYet("scheduler", name, LATER[name])
         raise UnknownScheduler(name, _REGISTRY)
     return found
 

@@ -1,0 +1,173 @@
+"""From a matched graph to codecs and an inner callable, for the weights at hand."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from . import compat
+from .calibration import Calibration
+from .codec import Basis, Codec, Factors, factorise, make_codec, prior_basis
+from .errors import QualityWarning
+from .options import CODEC_OPTIONS, Options
+from .passes.check import check_rewritten
+from .passes.epilogue import effective_weight
+from .passes.normalise import placeholders
+from .passes.plan import make_plan
+from .passes.rewrite import Sharing, rewrite
+from .passes.sites import Matched, Site
+from .passes.tracks import shared_tracks
+from .records import Plan, PlannedSite
+from .runtime import Binding, size_reader
+from .store import STORE
+from .timing import COUNTS, timed
+
+Callee = Callable[..., Any]
+
+
+def compile_inner(gm: GraphModule, examples: Sequence[Any], options: Options) -> Callee:
+    """The inner compiler on a plain graph."""
+    COUNTS["inner_compiles"] += 1
+    with timed("inner_s"):
+        if options.inner == "inductor":
+            return compat.compile_with_inductor(gm, examples, options.mode)
+        if callable(options.inner):
+            return options.inner(gm, list(examples))
+        return torch._dynamo.lookup_backend(options.inner)(gm, list(examples))
+
+
+def _content(constant: torch.Tensor) -> tuple[Any, ...]:
+    """A constant of the graph by value: each trace makes its own copy."""
+    raw = constant.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    return (constant.dtype, tuple(constant.shape), hashlib.sha256(raw).digest())
+
+
+ENERGY_WARNING = 0.99
+"""Share of a site's energy below which a plan is said to cost quality."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What is known of a site before it gets its bytes."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    factors: Factors
+    basis: Basis
+
+    def kept(self, planned: PlannedSite) -> float:
+        """Share of the site's energy in the stored columns (1.0 for an all-zero weight)."""
+        total = float(self.basis.energy.sum())
+        return float(self.basis.energy[: planned.rank].sum()) / total if total else 1.0
+
+
+def _warn_of_loss(sites: dict[Site, Prepared], plan: Plan) -> None:
+    """Codecs that know nothing of the data: say what the plan drops of the weights, and what to do."""
+    kept = {s: p.kept(line) for (s, p), line in zip(sites.items(), plan.sites, strict=True) if not p.basis.informed}
+    worst = min(kept, key=kept.__getitem__, default=None)
+    if worst is not None and kept[worst] < ENERGY_WARNING:
+        text = (
+            f"this plan keeps {plan.bytes_per_token} of {plan.bytes_per_token_dense} bytes per token and only "
+            f"{kept[worst]:.1%} of a projection's energy ({worst.name}); rank-only compression can cost much quality: "
+            "measure it with `lorc demo --model PATH`, give a calibration (lorc_fx.calibrate), or raise `ratio`"
+        )
+        warnings.warn(text, QualityWarning, stacklevel=2)
+
+
+class Builder:
+    """Plans, codecs and inner callables for one canonical graph; called again where weights changed."""
+
+    def __init__(self, canonical: GraphModule, matched: Matched, options: Options) -> None:
+        self.canonical, self.matched, self.options = canonical, matched, options
+        self.attributes = {n: getattr(canonical, str(n.target)) for n in canonical.graph.nodes if n.op == "get_attr"}
+        self.index = {n: i for i, n in enumerate(placeholders(canonical))}
+        self.places = {
+            s: tuple(self.index[n] for n in (*s.weights, *s.consts) if n in self.index) for s in matched.sites
+        }
+        self.constants = {
+            s: tuple(_content(self.attributes[n]) for n in (*s.weights, *s.consts) if n in self.attributes)
+            for s in matched.sites
+        }
+
+    def weights(self, site: Site, arguments: Sequence[Any]) -> list[torch.Tensor]:
+        """The model's tensors that a site's codec is made from: chain weights, then the epilogue's constants."""
+        return [arguments[i] for i in self.places[site]]
+
+    def real(self, node: Any, arguments: Sequence[Any]) -> torch.Tensor:
+        return self.attributes[node] if node in self.attributes else arguments[self.index[node]]
+
+    def codecs(self, arguments: Sequence[Any]) -> list[Codec]:
+        """A codec for each site, from the store or made now (all that are missing are planned together)."""
+        found = [self._find(site, arguments) for site in self.matched.sites]
+        missing = [s for s, c in zip(self.matched.sites, found, strict=True) if c is None]
+        if missing:
+            made = dict(zip(missing, self._make(missing, arguments), strict=True))
+            found = [c or made[s] for s, c in zip(self.matched.sites, found, strict=True)]
+        return found  # type: ignore[return-value]
+
+    def _key(self, site: Site) -> tuple[Any, ...]:
+        o = self.options
+        budget = tuple(getattr(o, name) for name in CODEC_OPTIONS)
+        stored = site.group.find().in_place  # such sites store their own positions, which a budget must count
+        return (budget, site.kind, site.ordinal, stored, self.constants[site])
+
+    def _find(self, site: Site, arguments: Sequence[Any]) -> Codec | None:
+        return STORE.find(self._key(site), self.weights(site, arguments))
+
+    def planned(self, sites: Sequence[Site], arguments: Sequence[Any]) -> tuple[dict[Site, Prepared], Plan]:
+        """Effective weights with their factors and bases, and the plan."""
+        with timed("factorise_s"), torch.no_grad():
+            prepared = {s: self._prepared(s, arguments) for s in sites}
+        with timed("plan_s"):
+            tracks = shared_tracks(self.canonical, self.matched)
+            factors = {s: p.factors for s, p in prepared.items()}
+            bases = {s: p.basis for s, p in prepared.items()}
+            return prepared, make_plan(sites, factors, bases, tracks, self.options)
+
+    def effective(self, site: Site, arguments: Sequence[Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The site's effective weight [n, d] and bias [n] (None where zero)."""
+        return effective_weight(site.rows, {n: self.real(n, arguments) for n in site.weights})
+
+    def _prepared(self, site: Site, arguments: Sequence[Any]) -> Prepared:
+        weight, bias = self.effective(site, arguments)
+        factors, calibration = factorise(weight, site.name), self.options.calibration
+        basis = prior_basis(factors, bias)
+        if isinstance(calibration, Calibration):
+            basis = calibration.basis(site.name, site.kind, weight, bias)
+        return Prepared(weight, bias, factors, basis)
+
+    def _make(self, sites: Sequence[Site], arguments: Sequence[Any]) -> list[Codec]:
+        prepared, plan = self.planned(sites, arguments)
+        _warn_of_loss(prepared, plan)
+        made = self.made(prepared, plan, arguments)
+        for site, codec in made.items():
+            STORE.add(self._key(site), self.weights(site, arguments), codec)
+        return list(made.values())
+
+    def made(self, prepared: dict[Site, Prepared], plan: Plan, arguments: Sequence[Any]) -> dict[Site, Codec]:
+        """Codecs as planned."""
+        made = {}
+        with timed("factorise_s"), torch.no_grad():
+            for (site, p), line in zip(prepared.items(), plan.sites, strict=True):
+                consts = tuple(STORE.snapshot(self.real(n, arguments)) for n in site.consts)
+                dtype = site.rows.y.meta["val"].dtype
+                made[site] = make_codec(p.weight, p.bias, p.basis, line.segments, site.decoder, consts, dtype)
+        return made
+
+    def build(self, codecs: Sequence[Codec], joined: dict[int, int], sharing: Sharing) -> Binding:
+        """rewrite -> check -> inner compiler, for codecs of one signature and one pattern of sharing."""
+        with timed("rewrite_s"):
+            made = rewrite(self.canonical, self.matched, dict(zip(self.matched.sites, codecs, strict=True)), sharing)
+            check_rewritten(made)
+        mode = compat.fake_mode_of([n.meta["val"] for n in placeholders(self.canonical)])
+        examples = [compat.to_fake(n.meta["val"], mode) for n in placeholders(made.module)]
+        sizes = size_reader(self.canonical, made)
+        with compat.tracing_context(mode):
+            inner = compile_inner(made.module, examples, self.options)
+        return Binding(inner, made, sizes, joined)

@@ -1,0 +1,205 @@
+"""What one forward pass says about each site: means and cov(y), sinks apart, and bases made from them.
+
+    C = cov(y) + lambda s W W^T        s = tr cov(y) / tr W W^T
+
+The SVD of W A^(1/2), A = E[x x^T], has the eigenvectors of W A W^T = E[y y^T], so n x n statistics of y are enough;
+LoRC's own basis (W W^T) is the prior. With the second moment G of the loss gradient at y the basis is taken in that
+metric: R = G^(1/2), R C R = U L U^T, P = R U, S = U^T R^-1; dropping column i then costs about L_i / 2 nats per token.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .codec import Basis
+from .errors import BadCalibration, QualityWarning
+
+VERSION = 1
+PRIOR = 0.02
+"""lambda: the share of the weight's own spectrum in C. Flat between 0.01 and 0.1, and 0 overfits (DESIGN section 2)."""
+
+FLATTEN = 0.03
+"""The share of tr(G)/n I in the gradient metric: without it, G of few tokens overfits."""
+
+SINK_DISTANCE, SINK_SPREAD = 4.0, 0.05
+"""First tokens get a mean of their own where they lie far from the others (squared distance, in units of tr cov(y)), or
+where they hardly differ among themselves (a BOS token): attention leans on them, so they must be exact."""
+
+TOLERANCE = 0.01
+"""Two fingerprints are those of the same weights within this share: bf16 rounding moves them by a few tenths of it."""
+
+
+def fingerprint(weight: torch.Tensor) -> torch.Tensor:
+    """Up to 17 numbers [m] fp64 that tell weights apart and hardly depend on their dtype: W v for a fixed v, its first
+    16 entries, and its norm."""
+    v = torch.cos(torch.arange(weight.shape[1], dtype=torch.float64) * 0.7391 + 0.3)
+    product = weight.detach().to("cpu", torch.float64) @ v
+    return torch.cat([product[:16], product.norm()[None]])
+
+
+@dataclass(frozen=True, eq=False)
+class SiteStatistics:
+    """Sums over tokens at one site, fp64. ``total`` [n] and ``outer`` [n, n] = sum y y^T leave out each row's first
+    token, which ``sinks``, ``sink_total`` [n] and ``sink_square`` (sum |y|^2) hold; ``gradient`` [n, n] = sum g g^T over ``gradients`` tokens."""
+
+    layer: int
+    kind: str
+    mark: torch.Tensor
+    tokens: int
+    total: torch.Tensor
+    outer: torch.Tensor
+    sinks: int
+    sink_total: torch.Tensor
+    sink_square: float
+    gradients: int = 0
+    gradient: torch.Tensor | None = None
+
+    def merged(self, other: SiteStatistics) -> SiteStatistics:
+        """Statistics of both: equal to gathering them together."""
+        gradient = self.gradient
+        if other.gradient is not None:
+            gradient = other.gradient if gradient is None else gradient + other.gradient
+        return SiteStatistics(
+            self.layer,
+            self.kind,
+            self.mark,
+            self.tokens + other.tokens,
+            self.total + other.total,
+            self.outer + other.outer,
+            self.sinks + other.sinks,
+            self.sink_total + other.sink_total,
+            self.sink_square + other.sink_square,
+            self.gradients + other.gradients,
+            gradient,
+        )
+
+    def is_of(self, kind: str, width: int, mark: torch.Tensor) -> bool:
+        """Whether these are statistics of the weight with that fingerprint."""
+        same = self.kind == kind and len(self.total) == width and self.mark.shape == mark.shape
+        return same and float((self.mark - mark).norm()) <= TOLERANCE * float(mark.norm())
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """Statistics of all sites of a model. Compared by identity; give it as ``options={"calibration": ...}``."""
+
+    sites: tuple[SiteStatistics, ...]
+
+    def merge(self, other: Calibration) -> Calibration:
+        """Both together. Raises BadCalibration where they are of different weights."""
+        if len(self.sites) != len(other.sites):
+            raise BadCalibration("two calibrations", f"they have {len(self.sites)} and {len(other.sites)} sites")
+        for a, b in zip(self.sites, other.sites, strict=True):
+            if not a.is_of(b.kind, len(b.total), b.mark):
+                raise BadCalibration("two calibrations", f"they are of different weights (layer {a.layer} {a.kind})")
+        return Calibration(tuple(a.merged(b) for a, b in zip(self.sites, other.sites, strict=True)))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write safetensors, atomically: fp64 sums, one set of tensors per site."""
+        from safetensors.torch import save_file
+
+        tensors: dict[str, torch.Tensor] = {}
+        for i, s in enumerate(self.sites):
+            counts = torch.tensor([s.layer, s.kind == "key", s.tokens, s.sinks, s.gradients], dtype=torch.int64)
+            named = {"mark": s.mark, "total": s.total, "outer": s.outer, "sink_total": s.sink_total, "counts": counts}
+            named["sink_square"] = torch.tensor(s.sink_square, dtype=torch.float64)
+            if s.gradient is not None:
+                named["gradient"] = s.gradient
+            tensors.update({f"{i}.{name}": t.contiguous() for name, t in named.items()})
+        target = Path(path)
+        partial = target.with_name(target.name + ".part")
+        save_file(tensors, partial, metadata={"lorc_fx_calibration": str(VERSION), "sites": str(len(self.sites))})
+        partial.replace(target)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Calibration:
+        """Read a saved calibration. Raises BadCalibration where the file is missing or is none."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(os.fspath(path), "pt") as file:
+                about = file.metadata() or {}
+                if about.get("lorc_fx_calibration") != str(VERSION):
+                    raise BadCalibration(str(path), f"it is no calibration of version {VERSION}")
+                names = set(file.keys())
+                sites = []
+                for i in range(int(about["sites"])):
+                    counts = file.get_tensor(f"{i}.counts").tolist()
+                    part = {n: file.get_tensor(f"{i}.{n}") for n in ("mark", "total", "outer", "sink_total")}
+                    gradient = file.get_tensor(f"{i}.gradient") if f"{i}.gradient" in names else None
+                    sites.append(
+                        SiteStatistics(
+                            layer=counts[0],
+                            kind="key" if counts[1] else "value",
+                            tokens=counts[2],
+                            sinks=counts[3],
+                            sink_square=float(file.get_tensor(f"{i}.sink_square")),
+                            gradients=counts[4],
+                            gradient=gradient,
+                            **part,
+                        )
+                    )
+                return cls(tuple(sites))
+        except (OSError, SafetensorError, KeyError, ValueError) as why:
+            if isinstance(why, BadCalibration):
+                raise
+            raise BadCalibration(str(path), f"it cannot be read ({why})") from None
+
+    def basis(self, name: str, kind: str, weight: torch.Tensor, bias: torch.Tensor | None) -> Basis:
+        """The basis of a site's effective ``weight`` [n, d] and ``bias`` [n]. Raises BadCalibration where there are no
+        statistics of that weight."""
+        mark = fingerprint(weight)
+        for site in self.sites:
+            if site.is_of(kind, weight.shape[0], mark):
+                return basis_of(site, weight.detach().double(), name)
+        raise BadCalibration("this calibration", f"it has no statistics of {name}: it was made for other weights")
+
+
+def basis_of(site: SiteStatistics, weight: torch.Tensor, name: str = "") -> Basis:
+    """C = cov + lambda s W W^T, its eigenvectors (in the metric of the gradients where they are known), and the means."""
+    n = len(site.total)
+    if site.tokens < n:
+        text = f"{name}: statistics of {site.tokens} tokens for {n} columns; the weight's own spectrum fills in"
+        warnings.warn(f"{text}, more calibration text is better", QualityWarning, stacklevel=2)
+    device = weight.device
+    count = max(site.tokens, 1)
+    mean = (site.total / count).to(device)
+    cov = (site.outer / count).to(device) - torch.outer(mean, mean)
+    gram = weight @ weight.T
+    size, own = float(cov.trace()), float(gram.trace())
+    scale = size / own if own > 0 and size > 0 else 1.0
+    c = cov + PRIOR * scale * gram
+    c = (c + c.T) / 2
+    means = [mean]
+    if site.sinks:
+        sink = (site.sink_total / site.sinks).to(device)
+        spread = site.sink_square / site.sinks - float(sink.square().sum())
+        if float((sink - mean).square().sum()) > SINK_DISTANCE * size or spread < SINK_SPREAD * size:
+            means.append(sink)
+    stacked = torch.stack(means)
+    if site.gradient is None:
+        energy, u = torch.linalg.eigh(c)
+        return Basis(u.flip(1), u.flip(1).T, energy.flip(0).clamp_min(0), stacked, informed=True)
+    g = (site.gradient / max(site.gradients, 1)).to(device)
+    g = (1 - FLATTEN) * g + FLATTEN * g.trace() / n * torch.eye(n, dtype=g.dtype, device=device)
+    values, vectors = torch.linalg.eigh((g + g.T) / 2)
+    values = values.clamp_min(float(values.max()) * 1e-9 + 1e-300)
+    root, inverse = (vectors * values.sqrt()) @ vectors.T, (vectors / values.sqrt()) @ vectors.T
+    energy, u = torch.linalg.eigh(root @ c @ root)
+    u = u.flip(1)
+    energy = energy.flip(0).clamp_min(0)
+    return Basis(root @ u, u.T @ inverse, energy, stacked, informed=True, absolute=True)
+
+
+def merged(parts: Iterable[Calibration]) -> Calibration:
+    """All parts together, in order."""
+    total: Calibration | None = None
+    for part in parts:
+        total = part if total is None else total.merge(part)
+    return total if total is not None else Calibration(())
