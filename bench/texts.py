@@ -1,6 +1,6 @@
 """Text to calibrate on and to score: the English pages of the Debian handbook, from its Debian package.
 
-    apt-get download debian-handbook && dpkg -x debian-handbook_*.deb FOLDER
+apt-get download debian-handbook && dpkg -x debian-handbook_*.deb FOLDER
 """
 
 from __future__ import annotations

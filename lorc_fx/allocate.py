@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .packing import BITS, MODEL, SCALE_BYTES, Segment, index_bytes, dequantise, quantise, segment_bytes
+from .packing import BITS, MODEL, SCALE_BYTES, Segment, dequantise, index_bytes, quantise, segment_bytes
 
 BLOCK = 16
 """Columns that climb together where precision is mixed."""
@@ -68,8 +68,10 @@ def _order(level: int) -> int:
 
 def _steps(site: Columns) -> tuple[list[int], list[tuple[int, int]]]:
     """The levels on the lower convex hull of (bytes, loss) of one column, and each step between them."""
-    points = [(0.0 if b == DROPPED else site.element * 8.0 if b == MODEL else float(b), distortion(b), b) for b in
-              sorted(site.levels, key=_order)]
+    points = [
+        (0.0 if b == DROPPED else site.element * 8.0 if b == MODEL else float(b), distortion(b), b)
+        for b in sorted(site.levels, key=_order)
+    ]
     hull: list[tuple[float, float, int]] = []
     for point in points:
         if hull and point[0] <= hull[-1][0]:

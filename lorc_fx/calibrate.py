@@ -124,9 +124,18 @@ class _Sums:
 
     def statistics(self) -> SiteStatistics:
         return SiteStatistics(
-            self.layer, self.kind, self.mark, self.tokens, self.total, self.outer, self.sinks, self.sink_total, self.sink_square,
-            self.gradients, self.gradient,
-        )  # fmt: skip
+            layer=self.layer,
+            kind=self.kind,
+            mark=self.mark,
+            tokens=self.tokens,
+            total=self.total,
+            outer=self.outer,
+            sinks=self.sinks,
+            sink_total=self.sink_total,
+            sink_square=self.sink_square,
+            gradients=self.gradients,
+            gradient=self.gradient,
+        )
 
 
 def _parted(values: torch.Tensor, real: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -145,8 +154,9 @@ def calibrate(
 
     ``batches``: token tensors [T] or [B, T]; or mappings of the model's own inputs (with a 2-d ``attention_mask``,
     padding does not count); or ``"self"``: text that the model writes from its BOS token. Each row is a text from its
-    start. ``gradients`` also gathers the second moment of the loss gradient, with labels sampled from the model: better,
-    and as dear as training on the text. Raises BadCalibration for no text, no sites, or activations that are not finite.
+    start. ``gradients`` also gathers the second moment of the loss gradient, with labels sampled from the model:
+    better, and as dear as training on the text. Raises BadCalibration for no text, no sites, or activations that are
+    not finite.
     """
     from .report import _uncompiled
 
@@ -194,11 +204,11 @@ def _inputs(batch: Any, model: Any) -> dict[str, Any]:
     if not isinstance(batch, Mapping):
         raise BadCalibration(f"a {type(batch).__name__}", "a batch is a tensor of token ids or a mapping of inputs")
     inputs = dict(batch)
-    ids = inputs.get("input_ids")
+    given = inputs.get("input_ids")
     config = getattr(model, "config", None)
     vocabulary = getattr(config.get_text_config(), "vocab_size", None) if config is not None else None
-    if isinstance(ids, torch.Tensor) and vocabulary and ids.numel():
-        low, high = int(ids.min()), int(ids.max())
+    if isinstance(given, torch.Tensor) and vocabulary and given.numel():
+        low, high = int(given.min()), int(given.max())
         if low < 0 or high >= vocabulary:
             raise BadCalibration(f"token id {low if low < 0 else high}", f"the model has 0..{vocabulary - 1}")
     if config is not None:

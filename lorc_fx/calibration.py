@@ -46,7 +46,8 @@ def fingerprint(weight: torch.Tensor) -> torch.Tensor:
 @dataclass(frozen=True, eq=False)
 class SiteStatistics:
     """Sums over tokens at one site, fp64. ``total`` [n] and ``outer`` [n, n] = sum y y^T leave out each row's first
-    token, which ``sinks``, ``sink_total`` [n] and ``sink_square`` (sum |y|^2) hold; ``gradient`` [n, n] = sum g g^T over ``gradients`` tokens."""
+    token, which ``sinks``, ``sink_total`` [n] and ``sink_square`` (sum |y|^2) hold; ``gradient`` [n, n] = sum g g^T over
+    ``gradients`` tokens. ``mark`` is the weight's fingerprint."""
 
     layer: int
     kind: str
@@ -162,7 +163,7 @@ class Calibration:
 
 
 def basis_of(site: SiteStatistics, weight: torch.Tensor, name: str = "") -> Basis:
-    """C = cov + lambda s W W^T, its eigenvectors (in the metric of the gradients where they are known), and the means."""
+    """C = cov + lambda s W W^T, its eigenvectors (in the metric of the gradients, where known), and the means."""
     n = len(site.total)
     if site.tokens < n:
         text = f"{name}: statistics of {site.tokens} tokens for {n} columns; the weight's own spectrum fills in"

@@ -7,8 +7,8 @@ one more projection row per further mean, since |y - mu_j|^2 = const - 2 (y - mu
 Q is the row format of ``packing``: segments of columns in the model's dtype or at 8, 4, 3 or 2 bits.
 
 LoRC (arXiv 2410.03111) is one point of this: P = U_r, S = U_r^T with U_r the r leading left singular vectors of W, all
-columns in the model's dtype, and one mean, the bias b: it is the same for every token and known without data, so keeping
-it exact costs nothing and makes the latent a projection of W x alone. At full rank (r = n) every orthonormal basis is
+columns in the model's dtype, and one mean, the bias b: it is the same for every token and known without data, so
+keeping it exact costs nothing and makes the latent a projection of W x alone. At full rank (r = n) every orthonormal basis is
 lossless, so the identity is taken: no decode, no rounding.
 """
 
@@ -73,8 +73,8 @@ def condition_number(singular: torch.Tensor) -> float:
 
 @dataclass(frozen=True)
 class Basis:
-    """In which columns one site is coded: analysis P [n, k] and synthesis S [k, n] fp64, by falling ``energy`` [k] (what
-    a column is expected to hold), around ``means`` [m, n] fp64. ``P = S^T`` where the basis is orthonormal.
+    """In which columns one site is coded: analysis P [n, k] and synthesis S [k, n] fp64, by falling ``energy`` [k]
+    (what a column is expected to hold), around ``means`` [m, n] fp64. ``P = S^T`` where the basis is orthonormal.
     ``informed``: it knows the data, so a column of little energy may be dropped. ``absolute``: energies are predicted
     losses, comparable between sites; else only their shares within a site mean something."""
 
@@ -98,7 +98,7 @@ class Codec:
     """One site's codec. Compared by identity: a latent is only ever read by the codec that wrote it.
 
     r columns are stored, and there are m means; k = r + m - 1. All tensors are in the model's dtype.
-    encode [k, d]: P^T W, then a row per further mean that says how near the token is to it.   shift [k] or None (zeros).
+    encode [k, d]: P^T W, then a row per further mean that says how near the token is to it.   shift [k] or None.
     offsets [m, r] or None (m = 1): what mean j takes off the columns.
     decode [k, n]: S, then mu_j - mu_0 for each further mean; None for the identity (r = n, m = 1).
     mean [n]: mu_0, or None where it is zero.   consts: the tensors that the decoder's epilogue reads.

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lorc_fx.latent import cache_nbytes
+from lorc_fx.latent import LatentKV
 
 #: called with (done, total)
 Progress = Callable[[int, int], None]
@@ -170,10 +170,17 @@ def cache_bytes(cache: Any) -> int:
 
 
 def bytes_per_token(cache: Any) -> float:
-    """What one more token costs: over all cached tensors, used bytes divided by the tokens each one keeps, batch 1."""
+    """What one more token costs: over all cached tensors, used bytes divided by the tokens each one keeps, batch 1.
+    Positions that layers share count once."""
     total = 0.0
+    seen: set[tuple[Any, ...]] = set()
     for layer in getattr(cache, "layers", ()):
         for value in (getattr(layer, "keys", None), getattr(layer, "values", None)):
-            if isinstance(value, torch.Tensor) and value.numel():
-                total += cache_nbytes(value, used=True) / (value.shape[0] * value.shape[-2])
+            if not isinstance(value, torch.Tensor) or not value.numel():
+                continue
+            for part in value.parts() if isinstance(value, LatentKV) else [value]:
+                key = (part.untyped_storage().data_ptr(), part.storage_offset())
+                if key not in seen:
+                    seen.add(key)
+                    total += part.numel() * part.element_size() / (value.shape[0] * value.shape[-2])
     return total

@@ -49,8 +49,9 @@ class LatentKV(torch.Tensor):
     """Cached keys or values of one site, coded.
 
     Logical shape: the dense cache value's (``codec.decoder.layout``, for instance [B, H, T, D]), in the model's dtype.
-    ``codes`` [T, B, width] (rows in the codec's format) and ``positions`` [T, B] int32 (None where the epilogue needs none) are the rows it shows of
-    ``rows``; positions are one tensor for all layers that hold the same tokens. ``codec`` wrote the codes. ``tail``
+    ``codes`` [T, B, width] (rows in the codec's format) and ``positions`` [T, B] int32 (None where the epilogue needs
+    none) are the rows it shows of ``rows``; positions are one tensor for all layers that hold the same tokens. ``codec``
+    wrote the codes. ``tail``
     (None in compiled code) holds tokens that eager code appended after them, dense: they were never projected by the
     codec, and what is coded stays coded.
 
@@ -92,8 +93,8 @@ class LatentKV(torch.Tensor):
 
     @property
     def positions(self) -> torch.Tensor | None:
-        """[T, B] int32: the same tensor object in all LatentKVs that are in step. Asked of the rows each time, because a
-        write to another view may have made them stop sharing."""
+        """[T, B] int32: the same tensor object in all LatentKVs that are in step. Asked of the rows each time, because
+        a write to another view may have made them stop sharing."""
         if self.rows is not None and self.rows.track is not None:
             self._positions = self.rows.track.view(self.start, self.length)
         return self._positions

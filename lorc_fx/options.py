@@ -179,8 +179,9 @@ class Options:
         """Bytes per token that the sites of ``group`` (one window) may use; exact integers.
 
         With ``ratio`` it is floor(ratio * dense bytes of the group); at ratio 1 what the sites store besides columns
-        (positions: ``fixed``, by default each site's ``fixed_bytes``) comes on top. With ``bytes_per_token`` the group gets its share by dense bytes of all ``sites``
-        (default: the group is all). Raises ConflictingOptions where a plan replaces the budget.
+        (positions: ``fixed``, by default each site's ``fixed_bytes``) comes on top. With ``bytes_per_token`` the group
+        gets its share by dense bytes of all ``sites`` (default: the group is all). Raises ConflictingOptions where a
+        plan replaces the budget.
         """
         dense = sum(site.dense_bytes for site in group)
         if self.bytes_per_token is not None:
@@ -213,7 +214,7 @@ def _choice(name: str, value: object) -> str:
 
 
 def _calibration(value: Any) -> Any:
-    """"none", a Calibration, or the one saved under a path. Raises BadCalibration, NotYet for "first-prompt"."""
+    """ "none", a Calibration, or the one saved under a path. Raises BadCalibration, NotYet for "first-prompt"."""
     from lorc_fx.calibration import Calibration
 
     if isinstance(value, Calibration) or value == "none":

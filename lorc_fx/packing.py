@@ -4,7 +4,7 @@ A row is one token of one batch row. It holds, in this order: the columns kept i
 quantised segment; the quantised columns, bit-packed; and, where a codec has several means, which one: of two means the
 sign of the first scale says it, else one byte.
 
-A column of ``b`` bits has 2^b levels at odd multiples of half a step s: value = (q + 1/2) s, q in -2^(b-1) .. 2^(b-1)-1.
+A column of ``b`` bits has 2^b levels at odd multiples of half a step s: value = (q + 1/2) s, -2^(b-1) <= q < 2^(b-1).
 s is the segment's scale for this token: of a few clipped candidates the one with the least squared error.
 """
 
@@ -22,13 +22,18 @@ MODEL = 0
 BITS = (8, 4, 3, 2)
 """Bits that a quantised column can have."""
 
-CLIPS: dict[int, tuple[float, ...]] = {8: (1.0,), 4: (1.0, 0.85, 0.7), 3: (1.0, 0.8, 0.65, 0.5), 2: (0.9, 0.7, 0.55, 0.4)}
+CLIPS: dict[int, tuple[float, ...]] = {
+    8: (1.0,),
+    4: (1.0, 0.85, 0.7),
+    3: (1.0, 0.8, 0.65, 0.5),
+    2: (0.9, 0.7, 0.55, 0.4),
+}
 """Candidate scales of a token, as fractions of the one that clips nothing."""
 
 SCALE_BYTES = 2
 INDEX_BYTES = 1
 TINY = 2.0**-24
-"""The least scale: fp16's smallest number. No written row is all zero bytes, so rows without a token can be told apart."""
+"""The least scale: fp16's smallest number. No written row is all zero bytes, so rows without a token stand out."""
 
 
 class Segment(NamedTuple):
@@ -117,21 +122,15 @@ def quantise(values: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tenso
     """
     half = 1 << (bits - 1)
     largest = values.abs().amax(-1, keepdim=True)
-    best_scale = best_error = None
-    for clip in CLIPS[bits]:
-        scale = (largest * (clip / half)).clamp(TINY, 65504.0).to(torch.float16)
-        if len(CLIPS[bits]) == 1:
-            best_scale = scale
-            break
+    scales = [(largest * (clip / half)).clamp(TINY, 65504.0).to(torch.float16) for clip in CLIPS[bits]]
+    best = scales[0]
+    least: torch.Tensor | None = None
+    for scale in scales if len(scales) > 1 else ():
         step = scale.float()
         error = (dequantise(_levels(values, step, half), step, bits) - values).square().sum(-1, keepdim=True)
-        if best_error is None:
-            best_scale, best_error = scale, error
-        else:
-            better = error < best_error
-            best_scale, best_error = torch.where(better, scale, best_scale), torch.where(better, error, best_error)
-    assert best_scale is not None
-    return _levels(values, best_scale.float(), half), best_scale
+        best = best if least is None else torch.where(error < least, scale, best)
+        least = error if least is None else torch.minimum(error, least)
+    return _levels(values, best.float(), half), best
 
 
 def _levels(values: torch.Tensor, step: torch.Tensor, half: int) -> torch.Tensor:
@@ -192,7 +191,9 @@ def pack(
         index = near.argmax(-1)
         values = values - offsets.float()[index]
     signed = choices == 2 and form.scales > 0
-    exact, scales, levels = [], [], []
+    exact: list[torch.Tensor] = []
+    scales: list[torch.Tensor] = []
+    levels: list[torch.Tensor] = []
     at = 0
     for columns, bits in form.segments:
         part = values[..., at : at + columns]
@@ -213,9 +214,7 @@ def pack(
     return F.pad(row, (0, form.nbytes - row.shape[-1]))
 
 
-def unpack(
-    rows: torch.Tensor, segments: tuple[tuple[int, int], ...], choices: int, dtype: torch.dtype
-) -> torch.Tensor:
+def unpack(rows: torch.Tensor, segments: tuple[tuple[int, int], ...], choices: int, dtype: torch.dtype) -> torch.Tensor:
     """rows [.., nbytes] uint8 -> [.., r + choices - 1] in the model's dtype: the columns, then for each further mean
     1 where it is this token's and 0 where not."""
     form = Format(tuple(Segment(*s) for s in segments), choices, dtype)

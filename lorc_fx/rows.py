@@ -17,8 +17,8 @@ def capacity(rows: int) -> int:
 
 
 def blank(storage: torch.dtype) -> float:
-    """What rows of a preallocated buffer hold before a token is written. Plain rows: -0.0, which decodes like 0.0 and is
-    told apart by its sign. Packed rows: zero bytes, which no written row has (``packing.TINY``)."""
+    """What rows of a preallocated buffer hold before a token is written. Plain rows: -0.0, which decodes like 0.0 and
+    is told apart by its sign. Packed rows: zero bytes, which no written row has (``packing.TINY``)."""
     return -0.0 if storage.is_floating_point else 0
 
 
@@ -109,9 +109,9 @@ class Track:
 class Rows:
     """Token-major storage shared by the LatentKVs that continue one another.
 
-    codes [capacity, B, width] as the codec's format stores them; ``track`` its positions (None where the epilogue needs none). Rows up to
-    ``used`` are taken by some view, so only a view that ends there may append in place. ``shared``: several views may
-    show the same rows.
+    codes [capacity, B, width] as the codec's format stores them; ``track``: its positions (None where the epilogue needs
+    none). Rows up to ``used`` are taken by some view, so only a view that ends there may append in place. ``shared``:
+    several views may show the same rows.
     """
 
     __slots__ = ("codes", "shared", "track", "used")

@@ -55,21 +55,21 @@ def candidate(site: Site, factors: Factors, basis: Basis, keeps_positions: bool,
     droppable = only_model or basis.informed
     levels = LEVELS[options.precision] + ((DROPPED,) if droppable else ())
     columns = Columns(tuple(share), levels, element, len(basis.means), 1 if only_model else BLOCK)
+    # The scheduler deals in columns' worth of bytes on top of the least that the site can have.
+    base = fixed + row_bytes(least(columns), columns)
+    full = fixed + row_bytes({max(levels, key=_precision): width}, columns)
+    worth = min(-(-(full - base) // element) + 1, width)
     spec = SiteSpec(
         layer=site.layer,
         kind=site.kind,
-        width=width,
+        width=worth,
         column_bytes=element,
-        fixed_bytes=fixed,
+        fixed_bytes=base - element,
         dense_bytes=dense,
         cond=factors.condition,
-        spectrum=tuple(energy.sqrt().tolist()),
+        spectrum=tuple(energy.sqrt()[:worth].tolist()),
         window=site.window,
     )
-    if not only_model:  # the scheduler deals in columns' worth of bytes on top of the least that the site can have
-        base = fixed + row_bytes(least(columns), columns)
-        top = max(-(-(fixed + row_bytes({max(levels, key=_precision): width}, columns) - base) // element), 0) + 1
-        spec = replace(spec, fixed_bytes=base - element, width=min(top, width), spectrum=spec.spectrum[:top])
     return Candidate(columns, spec, fixed)
 
 
@@ -90,9 +90,7 @@ def make_plan(
     schedulers raise, and BadPlan where a given plan does not fit the model.
     """
     groups = {site: site.group.find() for site in sites}
-    found = {
-        s: candidate(s, factors[s], bases[s], tracks.get(groups[s]) is groups[s], options) for s in sites
-    }
+    found = {s: candidate(s, factors[s], bases[s], tracks.get(groups[s]) is groups[s], options) for s in sites}
     places = depths([c.spec for c in found.values()])
     found = {s: replace(c, spec=replace(c.spec, depth=places[c.spec.layer])) for s, c in found.items()}
     if options.plan is not None:
@@ -123,9 +121,7 @@ def planned_site(view: Candidate, chosen: tuple[Segment, ...]) -> PlannedSite:
     spec, counts = view.spec, {s.bits: s.columns for s in chosen}
     cost = view.fixed + row_bytes(counts, view.columns)
     width, choices = len(view.columns.loss), view.columns.choices
-    return PlannedSite(
-        spec.layer, spec.kind, width, chosen, choices, cost, spec.dense_bytes, spec.window, spec.cond
-    )
+    return PlannedSite(spec.layer, spec.kind, width, chosen, choices, cost, spec.dense_bytes, spec.window, spec.cond)
 
 
 def _checked(plan: Plan, views: Sequence[Candidate]) -> Plan:
@@ -140,7 +136,9 @@ def _checked(plan: Plan, views: Sequence[Candidate]) -> Plan:
         if any(s.columns < 1 for s in line.segments) or not 1 <= line.rank <= width:
             raise BadPlan(plan, f"layer {spec.layer} {spec.kind}: rank {line.rank!r} is not in 1..{width}")
         if line.choices != view.columns.choices:
-            reason = f"layer {spec.layer} {spec.kind} was planned for {line.choices} means, it has {view.columns.choices}"
+            reason = (
+                f"layer {spec.layer} {spec.kind} was planned for {line.choices} means, it has {view.columns.choices}"
+            )
             raise BadPlan(plan, f"{reason}: give the calibration that it was made with")
         found.append(planned_site(view, line.segments))
     if given:

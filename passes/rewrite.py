@@ -302,7 +302,7 @@ class Rewriter:
         return self.codec_nodes[key]
 
     def _encode(self, index: int, site: Site) -> Node:
-        """New rows: x [.., d] -> codes [S, B, width] by the factorised projection, packed as the codec's format says."""
+        """New rows: x [.., d] -> codes [S, B, width] by the factorised projection, packed in the codec's format."""
         codec, owner = self.codecs[site], ("site", index)
         weight = self._codec_tensor(owner, "encode", codec.encode)
         shift = [] if codec.shift is None else [self._codec_tensor(owner, "shift", codec.shift)]

@@ -21,6 +21,10 @@ CASES = {
         errors.UnknownBackend("inductr", ["inductor", "eager"]),
         ["'inductr'", "Did you mean 'inductor'?", "eager, inductor"],
     ),
+    "BadCalibration": (
+        errors.BadCalibration("a.safetensors", "it is too old"),
+        ["a.safetensors", "too old", "lorc_fx.calibrate"],
+    ),
     "BadPlan": (errors.BadPlan(7, "a int is neither"), ["plan=7", "made for this model", "lorc_fx.make_plan"]),
     "BudgetTooSmall": (errors.BudgetTooSmall(3, 12, 1024, 6), ["3 bytes", "12 bytes", "0.011719", "bytes_per_token"]),
     "KnobsDoNotFit": (

@@ -202,8 +202,8 @@ def test_the_cover_has_every_pair_and_only_possible_cases():
 
 @pytest.mark.matrix
 def test_the_full_product(setup, clean, many_shapes):
-    """All ways of running one setup through one compiled model (with as few layers as show each layer type), so graphs for
-    other shapes are about as well."""
+    """All ways of running one setup through one compiled model (with as few layers as show each layer type), so graphs
+    for other shapes are about as well."""
     models, failed = Models(setup, FAMILIES[setup.family].fewest), []
     for way in ways(setup):
         try:

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorc_fx import errors
+from lorc_fx import Calibration, errors
 from lorc_fx.options import CHOICES, PAPER, Options
 from lorc_fx.records import SiteSpec
 
@@ -21,10 +21,6 @@ from lorc_fx.records import SiteSpec
 @dataclasses.dataclass(frozen=True)
 class FakePlan:
     ranks: tuple[int, ...] = (1, 2)
-
-
-class Calibration:
-    """Stands for lorc_fx.calibrate's result."""
 
 
 def site(layer=0, dense=512, fixed=4, window=None):
@@ -63,6 +59,9 @@ GOOD = [
     {"plan": "plan.json"},
     {"plan": Path("plan.json")},
     {"strict": True},
+    {"scheduler": "loss"},
+    *[{"precision": p} for p in ("int8", "int4", "auto")],
+    {"calibration": Calibration(())},
 ]
 
 
@@ -83,14 +82,11 @@ BAD = [
     ({"scheduler": "progresive"}, errors.UnknownScheduler, "Did you mean 'progressive'"),
     ({"scheduler": backend}, errors.BadOption, "register_scheduler"),
     ({"scheduler": None}, errors.BadOption, "registered"),
-    ({"scheduler": "loss"}, errors.NotYet, "'uniform'"),
-    *[({"precision": p}, errors.NotYet, "'model'") for p in ("int8", "int4", "auto")],
     *[({"basis": b}, errors.NotYet, "'joint'") for b in ("auto", "grouped", "identity", ("joint", "identity"))],
     *[({"objective": o}, errors.NotYet, "'balanced'") for o in ("bytes", "time")],
-    *[
-        ({"calibration": c}, errors.NotYet, "'none'")
-        for c in ("first-prompt", "wiki.calib", Path("/tmp/x"), Calibration())
-    ],
+    ({"calibration": "first-prompt"}, errors.NotYet, "'none'"),
+    *[({"calibration": c}, errors.BadCalibration, "cannot be read") for c in ("wiki.calib", Path("/no/such/file"))],
+    ({"calibration": 3}, errors.BadOption, "calibration=3"),
     ({"group_size": 2}, errors.NotYet, "group_size"),
     *[({name: "nonsense"}, errors.BadOption, "nonsense") for name in ("precision", "basis", "objective")],
     *[({name: 3}, errors.BadOption, f"{name}=3") for name in CHOICES],

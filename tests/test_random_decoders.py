@@ -11,6 +11,7 @@ from torch import nn
 
 from helpers import assert_close, options
 from lorc_fx.latent import LatentKV
+from lorc_fx.packing import MODEL, Segment
 from lorc_fx.records import Plan, PlannedSite
 
 VOCAB, LOW = 40, 3
@@ -167,7 +168,7 @@ def test_low_rank_weights_are_lossless_at_their_rank(s):
         layer.make_low_rank(LOW)
     fixed = 4 if s.rope and int(s.dim * s.rope) // 2 * 2 else 0
     sites = [
-        PlannedSite(i, kind, n, LOW, 4 * LOW + (fixed if kind == "key" else 0), 4 * n, None, 1.0)
+        PlannedSite(i, kind, n, (Segment(LOW, MODEL),), 1, 4 * LOW + (fixed if kind == "key" else 0), 4 * n, None, 1.0)
         for i in range(s.layers)
         for kind in ("key", "value")
     ]

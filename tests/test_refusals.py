@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from helpers import assert_close, options
-from lorc_fx import errors, latent_ops
+from lorc_fx import Calibration, errors, latent_ops
 from lorc_fx.latent import LatentKV
+from lorc_fx.packing import MODEL, Segment
 from lorc_fx.records import Plan, PlannedSite
 
 VOCAB, WIDTH, HEADS, DIM = 40, 24, 2, 8
@@ -56,7 +57,11 @@ def compiled(model, **given):
 
 
 def plan(rank=4, kinds=("key", "value"), layers=1):
-    sites = [PlannedSite(i, k, N, rank, 4 * rank, 4 * N, None, 1.0) for i in range(layers) for k in kinds]
+    sites = [
+        PlannedSite(i, k, N, (Segment(rank, MODEL),), 1, 4 * rank, 4 * N, None, 1.0)
+        for i in range(layers)
+        for k in kinds
+    ]
     return Plan(tuple(sites))
 
 
@@ -73,7 +78,8 @@ BAD = {
     "unknown inner": ({"inner": "inductr"}, errors.UnknownBackend, "Did you mean 'inductor'"),
     "itself inside": ({"inner": "lorc"}, errors.UnknownBackend, "'lorc'"),
     "unknown mode": ({"mode": "fastest"}, errors.BadOption, "mode='fastest'"),
-    "later precision": ({"precision": "int8"}, errors.NotYet, "precision='int8'"),
+    "later basis": ({"basis": "grouped"}, errors.NotYet, "basis='grouped'"),
+    "a calibration of no model": ({"calibration": Calibration(())}, errors.BadCalibration, "made for other weights"),
     "knobs that do not fit": ({"ratio": 0.2, "d_min": 12, "d_max": 12}, errors.KnobsDoNotFit, "d_max=12"),
     "a plan that is none": ({"plan": 7}, errors.BadPlan, "neither a Plan nor a path"),
     "a plan that is missing": ({"plan": "/no/such/plan.json"}, errors.BadPlan, "cannot be read"),

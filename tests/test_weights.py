@@ -177,11 +177,12 @@ def test_a_cache_of_another_model():
 
 
 def test_going_back_to_weights_already_seen_factorises_nothing(monkeypatch):
-    from lorc_fx import backend
+
+    from lorc_fx import builder
 
     made = []
-    factorise = backend.factorise
-    monkeypatch.setattr(backend, "factorise", lambda *args: made.append(args) or factorise(*args))
+    factorise = builder.factorise
+    monkeypatch.setattr(builder, "factorise", lambda *args: made.append(args) or factorise(*args))
     model, other = decoder(), decoder(3)
     call = compiled(model)
     mine = model.k
