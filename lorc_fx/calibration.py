@@ -45,9 +45,12 @@ def fingerprint(weight: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True, eq=False)
 class SiteStatistics:
-    """Sums over tokens at one site, fp64. ``total`` [n] and ``outer`` [n, n] = sum y y^T leave out each row's first
-    token, which ``sinks``, ``sink_total`` [n] and ``sink_square`` (sum |y|^2) hold; ``gradient`` [n, n] = sum g g^T over
-    ``gradients`` tokens. ``mark`` is the weight's fingerprint."""
+    """Sums over tokens at one site, fp64.
+
+    ``total`` [n] and ``outer`` [n, n] = sum y y^T leave out each row's first token, which ``sinks``, ``sink_total`` [n]
+    and ``sink_square`` (sum |y|^2) hold; ``gradient`` [n, n] = sum g g^T over ``gradients`` tokens; ``mark`` is the
+    weight's fingerprint.
+    """
 
     layer: int
     kind: str

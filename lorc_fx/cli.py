@@ -1,4 +1,4 @@
-"""The command line: ``lorc demo`` and ``lorc explain``.
+"""The command line: ``lorc demo``, ``lorc explain`` and ``lorc calibrate``.
 
 Results go to stdout, progress to stderr. Exit codes: 0 done, 1 a model or file that cannot be used, 2 an option that is
 refused, 130 Ctrl-C. Typed errors are one red message without a traceback.
@@ -121,7 +121,7 @@ def demo(
     model: Annotated[Path | None, typer.Option(help="Local checkpoint: a folder, or a GGUF file.")] = None,
     ratio: Annotated[float | None, typer.Option(help="Cache bytes kept, as a fraction of the dense cache.")] = None,
     bytes_per_token: Annotated[int | None, typer.Option(help="The same budget in bytes, instead of --ratio.")] = None,
-    scheduler: Annotated[str | None, typer.Option(help="progressive (LoRC), uniform, energy.")] = None,
+    scheduler: Annotated[str | None, typer.Option(help="progressive (LoRC), uniform, energy, loss.")] = None,
     d_min: Annotated[int | None, typer.Option(help="Smallest rank of the progressive schedule.")] = None,
     d_max: Annotated[int | None, typer.Option(help="Largest rank of the progressive schedule.")] = None,
     protect_first: Annotated[int | None, typer.Option(help="First layers that stay at full rank.")] = None,
@@ -165,7 +165,9 @@ def explain(
     model: Annotated[Path | None, typer.Option(help="Local checkpoint: a folder, or a GGUF file.")] = None,
     ratio: Annotated[float | None, typer.Option(help="Cache bytes kept, as a fraction of the dense cache.")] = None,
     bytes_per_token: Annotated[int | None, typer.Option(help="The same budget in bytes, instead of --ratio.")] = None,
-    scheduler: Annotated[str | None, typer.Option(help="progressive (LoRC), uniform, energy.")] = None,
+    scheduler: Annotated[str | None, typer.Option(help="progressive (LoRC), uniform, energy, loss.")] = None,
+    precision: Annotated[str | None, typer.Option(help="model (LoRC), int8, int4, auto.")] = None,
+    calibration: Annotated[Path | None, typer.Option(help="What `lorc calibrate` wrote for this model.")] = None,
     dtype: Annotated[DType, typer.Option(help="What the model runs in.")] = DType.bf16,
     tokens: Annotated[int, typer.Option(min=2, help="Length of the example prompt.")] = 16,
 ) -> None:
@@ -179,11 +181,58 @@ def explain(
             from lorc_fx.options import Options
             from lorc_fx.report import examined
 
-            options = Options.parse({}, ratio=ratio, bytes_per_token=bytes_per_token, scheduler=scheduler)
+            knobs = {"precision": precision, "calibration": calibration}
+            options = Options.parse({}, ratio=ratio, bytes_per_token=bytes_per_token, scheduler=scheduler, **knobs)
             loaded, _ = load_model(model, dtype.torch(), show.stage)
             show.stage("Reading the graph")
             report = examined(loaded, (torch.arange(1, tokens + 1).unsqueeze(0),), {}, options)
         (out if out.is_terminal else Console(width=140)).print(report)
+
+
+# -------------------------------------------------------------------------------------------------------- calibrate
+
+
+@app.command()
+def calibrate(
+    output: Annotated[Path, typer.Argument(help="The safetensors file to write.")],
+    text: Annotated[Path | None, typer.Option(help="Text to calibrate on (default: the model writes its own).")] = None,
+    model: Annotated[Path | None, typer.Option(help="Local checkpoint: a folder, or a GGUF file.")] = None,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens of the text to use, at most.")] = 8192,
+    gradients: Annotated[bool, typer.Option(help="Weigh columns by the loss gradient: better, and slow.")] = False,
+    dtype: Annotated[DType, typer.Option(help="What the model runs in.")] = DType.fp32,
+) -> None:
+    """Gather what codecs need to know of a model from some text; use it as options={"calibration": OUTPUT}."""
+    with reported():
+        with Show() as show:
+            show.stage("Importing torch and transformers")
+            from lorc_fx.calibrate import calibrate as gather
+            from lorc_fx.models import load_model
+
+            loaded, tokenizer = load_model(model, dtype.torch(), show.stage)
+            show.stage("Calibrating")
+            rows = "self" if text is None else _rows(text, tokenizer, tokens)
+            found = gather(loaded, rows, gradients=gradients, progress=False)
+            found.save(output)
+        least = min(site.tokens for site in found.sites)
+        out.print(f"{output}: {len(found.sites)} sites, {least} tokens", soft_wrap=True)
+
+
+ROW_TOKENS = 1024
+
+
+def _rows(path: Path, tokenizer: Any, tokens: int) -> Any:
+    """The text as rows of ROW_TOKENS that begin as the tokenizer begins a text. Raises BadOption, BadModel."""
+    try:
+        written = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadOption("text", str(path), f"a text file in UTF-8 ({error})") from error
+    if tokenizer is None:
+        raise BadModel(str(path), "the model has no tokenizer to read it with")
+    ids = tokenizer(written, return_tensors="pt").input_ids[0, :tokens]
+    begins = tokenizer.bos_token_id is not None and len(ids) and int(ids[0]) == tokenizer.bos_token_id
+    if not begins:
+        return list(ids.split(ROW_TOKENS))
+    return [ids.new_tensor([int(ids[0]), *part.tolist()]) for part in ids[1:].split(ROW_TOKENS - 1)]
 
 
 def main() -> None:

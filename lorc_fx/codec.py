@@ -6,10 +6,10 @@
 one more projection row per further mean, since |y - mu_j|^2 = const - 2 (y - mu_0)(mu_j - mu_0) + |mu_j - mu_0|^2.
 Q is the row format of ``packing``: segments of columns in the model's dtype or at 8, 4, 3 or 2 bits.
 
-LoRC (arXiv 2410.03111) is one point of this: P = U_r, S = U_r^T with U_r the r leading left singular vectors of W, all
-columns in the model's dtype, and one mean, the bias b: it is the same for every token and known without data, so
-keeping it exact costs nothing and makes the latent a projection of W x alone. At full rank (r = n) every orthonormal basis is
-lossless, so the identity is taken: no decode, no rounding.
+LoRC (arXiv 2410.03111) is one point of this: P = U_r, S = U_r^T with U_r the r leading left singular vectors of W,
+all columns in the model's dtype, and one mean, the bias b: it is the same for every token and known without data, so
+keeping it exact costs nothing and makes the latent a projection of W x alone. At full rank (r = n) every orthonormal
+basis is lossless, so the identity is taken: no decode, no rounding.
 """
 
 from __future__ import annotations

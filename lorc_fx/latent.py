@@ -50,10 +50,9 @@ class LatentKV(torch.Tensor):
 
     Logical shape: the dense cache value's (``codec.decoder.layout``, for instance [B, H, T, D]), in the model's dtype.
     ``codes`` [T, B, width] (rows in the codec's format) and ``positions`` [T, B] int32 (None where the epilogue needs
-    none) are the rows it shows of ``rows``; positions are one tensor for all layers that hold the same tokens. ``codec``
-    wrote the codes. ``tail``
-    (None in compiled code) holds tokens that eager code appended after them, dense: they were never projected by the
-    codec, and what is coded stays coded.
+    none) are the rows it shows of ``rows``; positions are one tensor for all layers that hold the same tokens.
+    ``codec`` wrote the codes. ``tail`` (None in compiled code) holds tokens that eager code appended after them, dense:
+    they were never projected by the codec, and what is coded stays coded.
 
     Slices of tokens or batch rows are views, as of a dense tensor. What needs decoding (single elements, heads,
     features) is a decoded copy: writing into that copy does not reach the cache.

@@ -109,9 +109,9 @@ class Track:
 class Rows:
     """Token-major storage shared by the LatentKVs that continue one another.
 
-    codes [capacity, B, width] as the codec's format stores them; ``track``: its positions (None where the epilogue needs
-    none). Rows up to ``used`` are taken by some view, so only a view that ends there may append in place. ``shared``:
-    several views may show the same rows.
+    codes [capacity, B, width] as the codec's format stores them; ``track``: its positions (None where the epilogue
+    needs none). Rows up to ``used`` are taken by some view, so only a view that ends there may append in place.
+    ``shared``: several views may show the same rows.
     """
 
     __slots__ = ("codes", "shared", "track", "used")
