@@ -3,8 +3,8 @@
     python -m bench.quality --handbook FOLDER [--ratios 0.5 0.25] [--gradients] [--out bench/results/quality.json]
 
 The text is the English pages of the Debian handbook (``bench.texts``): statistics come from its first tokens, the loss
-from ``--tokens`` others, in one piece (results do not depend on the pieces: tests/test_calibration.py). The model runs in
-bf16, so ratios are of the 16-bit dense cache.
+from ``--tokens`` others, in one piece (results do not depend on the pieces: tests/test_calibration.py). The model runs
+in bf16, so ratios are of the 16-bit dense cache.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from .passes.rules import Mixes, register_rule
 from .records import Miss, Plan
 from .report import Report, explain, make_plan
 from .schedulers import register_scheduler
+from .store import reset
 
 __version__ = "0.1.0"
 
@@ -30,5 +31,6 @@ __all__ = [
     "make_plan",
     "register_rule",
     "register_scheduler",
+    "reset",
     "schedulers",
 ]

@@ -12,15 +12,16 @@ import torch
 from torch.fx import GraphModule
 
 from . import compat
-from .calibration import Calibration
+from .calibration import Calibration, fingerprint
 from .codec import Basis, Codec, Factors, factorise, make_codec, prior_basis
 from .errors import QualityWarning
-from .options import CODEC_OPTIONS, Options
+from .gather import Sums, Walker
+from .options import CODEC_OPTIONS, FIRST_PROMPT, FIRST_PROMPT_TOKENS, Options
 from .passes.check import check_rewritten
 from .passes.epilogue import effective_weight
 from .passes.normalise import placeholders
 from .passes.plan import make_plan
-from .passes.rewrite import Sharing, rewrite
+from .passes.rewrite import Sharing, rewrite, writes_to
 from .passes.sites import Matched, Site
 from .passes.tracks import shared_tracks
 from .records import Plan, PlannedSite
@@ -111,19 +112,61 @@ class Builder:
             found = [c or made[s] for s, c in zip(self.matched.sites, found, strict=True)]
         return found  # type: ignore[return-value]
 
+    def holds(self, site: Site, arguments: Sequence[Any], codec: Codec) -> bool:
+        """Whether a cache coded by ``codec`` goes on: it was made of these weights, perhaps before statistics."""
+        return STORE.holds(self._key(site), self.weights(site, arguments), codec)
+
+    def informs(self) -> bool:
+        """Whether this graph's first call may give the statistics: it begins its caches, and such are asked for."""
+        fresh = all(n.meta.get("latent") is None and not n.meta.get("decode") for n in self.index)
+        return self.options.calibration == FIRST_PROMPT and fresh and bool(self.matched.sites)
+
+    def inform(self, arguments: Sequence[Any]) -> None:
+        """Run the prompt once as it is, and make codecs of what was seen, if it is long enough and none are there."""
+        sites = self.matched.sites
+        if all(self._informed(site, arguments) is not None for site in sites):
+            return
+        sums = {}
+        for site in sites:
+            weight = self.effective(site, arguments)[0]
+            sums[site] = Sums(site.layer, site.kind, fingerprint(weight), weight.shape[0])
+        with timed("statistics_s"), torch.no_grad():
+            Walker(self.canonical, sums).walk(self._untouched(arguments))
+        if min(s.tokens + s.sinks for s in sums.values()) < FIRST_PROMPT_TOKENS:
+            return
+        known = Calibration(tuple(s.statistics() for s in sums.values()))
+        prepared, plan = self.planned(sites, arguments, known)
+        for site, codec in self.made(prepared, plan, arguments).items():
+            STORE.add((self._key(site), True), self.weights(site, arguments), codec)
+        STORE.turn()
+
+    def _untouched(self, arguments: Sequence[Any]) -> list[Any]:
+        """Copies of what the graph writes into, so that it can run again."""
+        nodes = list(self.canonical.graph.nodes)
+        written = {i for n, i in self.index.items() if any(writes_to(node, n) for node in nodes)}
+        return [a.clone() if i in written else a for i, a in enumerate(arguments)]
+
     def _key(self, site: Site) -> tuple[Any, ...]:
         o = self.options
         budget = tuple(getattr(o, name) for name in CODEC_OPTIONS)
         stored = site.group.find().in_place  # such sites store their own positions, which a budget must count
         return (budget, site.kind, site.ordinal, stored, self.constants[site])
 
-    def _find(self, site: Site, arguments: Sequence[Any]) -> Codec | None:
-        return STORE.find(self._key(site), self.weights(site, arguments))
+    def _informed(self, site: Site, arguments: Sequence[Any]) -> Codec | None:
+        return STORE.find((self._key(site), True), self.weights(site, arguments))
 
-    def planned(self, sites: Sequence[Site], arguments: Sequence[Any]) -> tuple[dict[Site, Prepared], Plan]:
-        """Effective weights with their factors and bases, and the plan."""
+    def _find(self, site: Site, arguments: Sequence[Any]) -> Codec | None:
+        found = self._informed(site, arguments)
+        return found or STORE.find((self._key(site), False), self.weights(site, arguments))
+
+    def planned(
+        self, sites: Sequence[Site], arguments: Sequence[Any], known: Calibration | None = None
+    ) -> tuple[dict[Site, Prepared], Plan]:
+        """Effective weights with their factors and bases (of ``known``, else of the calibration in the options), and
+        the plan."""
+        known = self.options.calibration if known is None else known
         with timed("factorise_s"), torch.no_grad():
-            prepared = {s: self._prepared(s, arguments) for s in sites}
+            prepared = {s: self._prepared(s, arguments, known) for s in sites}
         with timed("plan_s"):
             tracks = shared_tracks(self.canonical, self.matched)
             factors = {s: p.factors for s, p in prepared.items()}
@@ -134,9 +177,9 @@ class Builder:
         """The site's effective weight [n, d] and bias [n] (None where zero)."""
         return effective_weight(site.rows, {n: self.real(n, arguments) for n in site.weights})
 
-    def _prepared(self, site: Site, arguments: Sequence[Any]) -> Prepared:
+    def _prepared(self, site: Site, arguments: Sequence[Any], calibration: Any) -> Prepared:
         weight, bias = self.effective(site, arguments)
-        factors, calibration = factorise(weight, site.name), self.options.calibration
+        factors = factorise(weight, site.name)
         basis = prior_basis(factors, bias)
         if isinstance(calibration, Calibration):
             basis = calibration.basis(site.name, site.kind, weight, bias)
@@ -147,7 +190,7 @@ class Builder:
         _warn_of_loss(prepared, plan)
         made = self.made(prepared, plan, arguments)
         for site, codec in made.items():
-            STORE.add(self._key(site), self.weights(site, arguments), codec)
+            STORE.add((self._key(site), False), self.weights(site, arguments), codec)
         return list(made.values())
 
     def made(self, prepared: dict[Site, Prepared], plan: Plan, arguments: Sequence[Any]) -> dict[Site, Codec]:

@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import GraphModule
 
 from .builder import Builder
-from .calibration import Calibration, SiteStatistics, fingerprint
+from .calibration import Calibration, fingerprint
 from .errors import BadCalibration, QualityWarning
+from .gather import Sums, Walker
 from .options import Options
 from .passes.check import check_canonical
 from .passes.normalise import normalise
@@ -27,7 +28,7 @@ class Gatherer:
 
     def __init__(self, gradients: bool) -> None:
         self.gradients = gradients
-        self.sites: dict[tuple[str, tuple[float, ...]], _Sums] = {}
+        self.sites: dict[tuple[str, tuple[float, ...]], Sums] = {}
         self.real: torch.Tensor | None = None
         self.misses: list[str] = []
         self.failed: list[BaseException] = []
@@ -44,107 +45,26 @@ class Gatherer:
         if not matched.sites:
             return gm.forward
         builder = Builder(canonical, matched, Options())
-        walker = _Walker(canonical, matched.sites, builder, self)
-        return walker.call
+        walker: list[Walker] = []
 
+        def run(*arguments: Any) -> Any:
+            if not walker:
+                walker.append(
+                    Walker(canonical, {s: self._sums(builder, s, arguments) for s in matched.sites}, self.gradients)
+                )
+            return walker[0].walk(arguments, self.real)
 
-class _Walker(Interpreter):
-    """Runs one canonical graph; ``watched`` y nodes are looked at as they come up, so memory does not grow."""
+        return run
 
-    def __init__(self, gm: GraphModule, sites: Sequence[Site], builder: Builder, owner: Gatherer) -> None:
-        super().__init__(gm)
-        self.owner, self.builder, self.sites = owner, builder, sites
-        self.watched: dict[Node, list[Site]] = {}
-        for site in sites:
-            self.watched.setdefault(site.rows.y, []).append(site)
-        self.slots: dict[Site, _Sums] = {}
-
-    def call(self, *arguments: Any) -> Any:
-        for site in self.sites:  # by weights, so that graphs for other lengths add to the same sums
-            weight = self.builder.effective(site, arguments)[0]
-            mark = fingerprint(weight)
-            key = (site.kind, tuple(mark.tolist()))
-            if key not in self.owner.sites:
-                layer = sum(1 for kind, _ in self.owner.sites if kind == site.kind)
-                self.owner.sites[key] = _Sums(layer, site.kind, mark, weight.shape[0])
-            self.slots[site] = self.owner.sites[key]
-        return self.run(*arguments)
-
-    def run_node(self, n: Node) -> Any:
-        value = super().run_node(n)
-        for site in self.watched.get(n, ()):
-            if self.owner.gradients:
-                probe = torch.zeros_like(value, requires_grad=True)
-                value = value + probe
-                probe.register_hook(lambda g, s=site: self._gradient(s, g))
-            self.slots[site].add(_tokens(value.detach(), site), self.owner.real, site.name)
-        return value
-
-    def _gradient(self, site: Site, gradient: torch.Tensor) -> None:
-        self.slots[site].add_gradient(_tokens(gradient, site), self.owner.real)
-
-
-def _tokens(value: torch.Tensor, site: Site) -> torch.Tensor:
-    """y in its own layout -> [B, T, n]."""
-    axes = site.rows.y_axes
-    assert axes.token is not None
-    if axes.batch is None or axes.batch == axes.token:
-        return value.movedim(axes.token, 0).flatten(1)[None]
-    return value.movedim((axes.batch, axes.token), (0, 1)).flatten(2)
-
-
-class _Sums:
-    """Running sums of one site, in fp64 on the CPU."""
-
-    def __init__(self, layer: int, kind: str, mark: torch.Tensor, width: int) -> None:
-        self.layer, self.kind, self.mark = layer, kind, mark
-        self.tokens = self.sinks = self.gradients = 0
-        self.total, self.sink_total = (torch.zeros(width, dtype=torch.float64) for _ in range(2))
-        self.sink_square = 0.0
-        self.outer = torch.zeros(width, width, dtype=torch.float64)
-        self.gradient: torch.Tensor | None = None
-
-    def add(self, y: torch.Tensor, real: torch.Tensor | None, name: str) -> None:
-        """``y`` [B, T, n]; ``real`` [B, T] bool, None where all tokens are. Each row's first real token is a sink."""
-        if not bool(torch.isfinite(y).all()):
-            raise BadCalibration(name, "its activations are not finite on this text")
-        first, rest = _parted(y, real)
-        self.sinks += len(first)
-        self.sink_total += first.sum(0)
-        self.sink_square += float(first.square().sum())
-        self.tokens += len(rest)
-        self.total += rest.sum(0)
-        self.outer += rest.T @ rest
-
-    def add_gradient(self, gradient: torch.Tensor, real: torch.Tensor | None) -> None:
-        _, rest = _parted(gradient, real)
-        outer = rest.T @ rest
-        self.gradients += len(rest)
-        self.gradient = outer if self.gradient is None else self.gradient + outer
-
-    def statistics(self) -> SiteStatistics:
-        return SiteStatistics(
-            layer=self.layer,
-            kind=self.kind,
-            mark=self.mark,
-            tokens=self.tokens,
-            total=self.total,
-            outer=self.outer,
-            sinks=self.sinks,
-            sink_total=self.sink_total,
-            sink_square=self.sink_square,
-            gradients=self.gradients,
-            gradient=self.gradient,
-        )
-
-
-def _parted(values: torch.Tensor, real: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """[B, T, n] -> each row's first real token, and all other real tokens, [*, n] fp64 on the CPU."""
-    values = values.to("cpu", torch.float64)
-    if real is None or real.shape != values.shape[:2]:
-        return values[:, 0], values[:, 1:].flatten(0, 1)
-    first = real & (real.cumsum(1) == 1)
-    return values[first], values[real & ~first]
+    def _sums(self, builder: Builder, site: Site, arguments: Sequence[Any]) -> Sums:
+        """By weights, so that graphs for other lengths add to the same sums."""
+        weight = builder.effective(site, arguments)[0]
+        mark = fingerprint(weight)
+        key = (site.kind, tuple(mark.tolist()))
+        if key not in self.sites:
+            layer = sum(1 for kind, _ in self.sites if kind == site.kind)
+            self.sites[key] = Sums(layer, site.kind, mark, weight.shape[0])
+        return self.sites[key]
 
 
 def calibrate(

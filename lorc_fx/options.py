@@ -29,6 +29,10 @@ CHOICES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "basis": (("joint",), ("auto", "grouped", "identity")),
     "objective": (("balanced",), ("bytes", "time")),
 }
+#: the ``calibration`` that waits for the first long enough prompt
+FIRST_PROMPT = "first-prompt"
+#: real tokens, over all rows, that such a prompt must have
+FIRST_PROMPT_TOKENS = 256
 #: the options that a codec depends on, beside the weights
 CODEC_OPTIONS = (
     "ratio", "bytes_per_token", "scheduler", "precision", "d_min", "d_max", "protect_first", "protect_last",
@@ -73,13 +77,14 @@ class Options:
     """All options, validated on construction. Budgets are bytes per token, ranks are columns.
 
     Raises BadOption, ConflictingOptions, NotYet, UnknownScheduler, UnknownBackend or BadPlan. ``ratio`` is 0.45 where
-    neither it nor ``bytes_per_token`` nor ``plan`` is given, else None.
+    neither it nor ``bytes_per_token`` nor ``plan`` is given, else None. Where the data is known (``calibration``), the
+    default ``scheduler`` is "loss" and ``precision`` "auto"; else they are the paper's, "progressive" and "model".
     """
 
     ratio: float | Fraction | None = None
     bytes_per_token: int | None = None
-    scheduler: str = "progressive"
-    precision: str = "model"
+    scheduler: str | None = None
+    precision: str | None = None
     d_min: int | None = None
     d_max: int | None = None
     protect_first: int = 0
@@ -121,14 +126,22 @@ class Options:
         """The options that differ from their defaults, for reports and for ``parse``."""
         standard = {field.name: field.default for field in fields(self)} | {"ratio": DEFAULT_RATIO}
         values = {field.name: getattr(self, field.name) for field in fields(self)}
+        implied = Options(calibration=self.calibration, **{name: values[name] for name in PROGRESSIVE_KNOBS})
+        standard |= {"scheduler": implied.scheduler, "precision": implied.precision}
         return {name: value for name, value in values.items() if value is not None and value != standard[name]}
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "calibration", _calibration(self.calibration))
+        informed = self.calibration != "none"
+        knobs = any(getattr(self, name) for name in PROGRESSIVE_KNOBS)
+        if self.scheduler is None:
+            object.__setattr__(self, "scheduler", "loss" if informed and not knobs else "progressive")
+        if self.precision is None:
+            object.__setattr__(self, "precision", "auto" if informed else "model")
         self._check_budget()
         self._check_schedule()
         for name in CHOICES:
             object.__setattr__(self, name, _choice(name, getattr(self, name)))
-        object.__setattr__(self, "calibration", _calibration(self.calibration))
         if self.group_size is not None:
             _integer("group_size", self.group_size, 1, None)
             raise NotYet("group_size", self.group_size, "no group_size, with basis='joint'")
@@ -217,11 +230,9 @@ def _calibration(value: Any) -> Any:
     """ "none", a Calibration, or the one saved under a path. Raises BadCalibration, NotYet for "first-prompt"."""
     from lorc_fx.calibration import Calibration
 
-    if isinstance(value, Calibration) or value == "none":
+    words = ("none", FIRST_PROMPT)
+    if isinstance(value, Calibration) or value in words:
         return value
-    if value == "first-prompt":
-        raise NotYet("calibration", value, "'none'")
-    words = ("none", "first-prompt")
     typo = isinstance(value, str) and bool(difflib.get_close_matches(value, words, cutoff=0.7))
     if isinstance(value, os.PathLike) or (isinstance(value, str) and value and not typo):
         return Calibration.load(value)

@@ -14,20 +14,23 @@ import torch
 from torch.fx import GraphModule
 
 from .codec import Codec
-from .compat import size_expr
+from .compat import is_fake, size_expr
 from .errors import EagerWarning, ForeignCache
 from .latent import LatentKV, extend, in_step
 from .passes.normalise import placeholders
 from .passes.rewrite import Output, Rewritten, Sharing, writes_to
 from .passes.sites import Matched, Site
 from .rows import Track, alone
-from .store import WeightState
+from .store import STORE, WeightState
 
 
 class Builder(Protocol):
     places: dict[Site, tuple[int, ...]]
 
     def codecs(self, arguments: Sequence[Any]) -> list[Codec]: ...
+    def holds(self, site: Site, arguments: Sequence[Any], codec: Codec) -> bool: ...
+    def informs(self) -> bool: ...
+    def inform(self, arguments: Sequence[Any]) -> None: ...
     def build(self, codecs: Sequence[Codec], joined: dict[int, int], sharing: Sharing) -> Binding: ...
 
 
@@ -172,6 +175,11 @@ def size_reader(canonical: GraphModule, made: Rewritten) -> Callable[[Sequence[A
     return sizes
 
 
+def _is_symbolic(example: Any) -> bool:
+    """Whether an example input stands for values that are only there at the call."""
+    return isinstance(example, torch.SymInt) or (isinstance(example, torch.Tensor) and is_fake(example))
+
+
 def _note(sources: dict[sympy.Symbol, tuple[int, int | None]], size: Any, argument: int, dim: int | None) -> None:
     expr = size_expr(size)
     if isinstance(expr, sympy.Symbol) and (expr not in sources or dim is None):
@@ -193,6 +201,7 @@ class Compiled:
         self.codecs: list[Codec] = []
         self.binding: Binding | None = None
         self.steps: tuple[tuple[int, int], ...] = ()
+        self.epoch, self.uninformed = STORE.epoch, builder.informs()
         arguments = placeholders(canonical)
         latents = {n: i for i, n in enumerate(arguments) if n.meta.get("latent") is not None}
         self.templates = {i: n.meta["latent"].codec for n, i in latents.items()}
@@ -201,13 +210,20 @@ class Compiled:
         ]
 
     def first(self, examples: Sequence[Any]) -> Compiled:
-        """Make codecs and the inner callable at compile time, on the real weights."""
+        """Make codecs and the inner callable at compile time, on the real weights (and of the prompt in hand)."""
+        if self.uninformed and not any(_is_symbolic(e) for e in examples):
+            self.builder.inform(examples)
         self._prepare(examples)
         return self
 
     def _prepare(self, arguments: Sequence[Any]) -> None:
         sites = self.matched.sites
+        self.epoch = STORE.epoch
         self.codecs = self.builder.codecs(arguments)
+        for a, s in self.joined:  # a cache goes on with the codec that it began with
+            codec = arguments[a].codec
+            if codec is not self.codecs[s] and self.builder.holds(sites[s], arguments, codec):
+                self.codecs[s] = codec
         places = sorted({place for site in sites for place in self.builder.places[site]})
         self.states = tuple((place, WeightState.of(arguments[place])) for place in places)
         sharing = self._sharing(arguments)
@@ -221,6 +237,10 @@ class Compiled:
         self.binding = self.bindings[signature]
         self.binding.set_codecs(self.codecs)
         self.steps = sharing.tracks
+
+    def _foreign(self, arguments: Sequence[Any]) -> bool:
+        """Whether a cache that comes in was written by other codecs than those in hand."""
+        return self.binding is None or any(arguments[a].codec is not self.codecs[s] for a, s in self.joined)
 
     def _sharing(self, arguments: Sequence[Any]) -> Sharing:
         tracks = []
@@ -238,16 +258,19 @@ class Compiled:
         return Sharing(tuple(tracks), tuple(consts))
 
     def __call__(self, *arguments: Any) -> Any:
-        for place, state in self.states:
-            if not state.still(arguments[place]):
-                self._prepare(arguments)
-                break
-        if self.binding is None or any(arguments[a].codec is not self.codecs[s] for a, s in self.joined):
-            return self._dense(arguments)
+        if self.uninformed:
+            self.builder.inform(arguments)
+        if self.epoch != STORE.epoch or not all(state.still(arguments[place]) for place, state in self.states):
+            self._prepare(arguments)
+        if self._foreign(arguments):
+            self._prepare(arguments)
+            if self._foreign(arguments):
+                return self._dense(arguments)
         for i, j in self.steps:
             if not in_step(arguments[i], arguments[j]):
                 self._prepare(arguments)
                 break
+        assert self.binding is not None
         return self.binding(arguments, self.codecs)
 
     def _dense(self, arguments: Sequence[Any]) -> Any:

@@ -7,7 +7,7 @@ guard parameters by identity). So codecs are looked up by the weights at hand: t
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,10 +47,12 @@ class Entry:
 
 
 class CodecStore:
-    """Codecs by (options, kind, ordinal, weights). Entries of weights that died are dropped as their ids come up."""
+    """Codecs by (options, kind, ordinal, weights). Entries of weights that died are dropped as their ids come up.
+    ``epoch`` counts when codecs changed though the weights did not (statistics came in, or were forgotten)."""
 
     def __init__(self) -> None:
         self._entries: dict[tuple[Any, ...], Entry] = {}
+        self.epoch = 0
         self._copies: dict[int, tuple[WeightState, torch.Tensor]] = {}
 
     def find(self, key: tuple[Any, ...], weights: Sequence[torch.Tensor]) -> Codec | None:
@@ -63,6 +65,21 @@ class CodecStore:
         self._entries[full] = entry
         for weight in weights:
             weakref.finalize(weight, self._drop, full, entry)
+
+    def holds(self, key: tuple[Any, ...], weights: Sequence[torch.Tensor], codec: Codec) -> bool:
+        """Whether ``codec`` was made for these weights, unchanged since, under this key: now, or before statistics."""
+        return any(self.find((key, informed), weights) is codec for informed in (True, False))
+
+    def turn(self) -> None:
+        """Codecs that were made for the same weights have changed: whoever holds some must look again."""
+        self.epoch += 1
+
+    def forget(self, weights: Iterable[torch.Tensor]) -> None:
+        """Drop every codec made from one of these weights."""
+        known = set(map(id, weights))
+        for full in [f for f in self._entries if known & set(f[1:])]:
+            del self._entries[full]
+        self.turn()
 
     def snapshot(self, tensor: torch.Tensor) -> torch.Tensor:
         """A copy of a small tensor of the model (norm weights, rotary frequencies) as it is now, shared by all codecs
@@ -83,3 +100,9 @@ class CodecStore:
 
 
 STORE = CodecStore()
+
+
+def reset(model: torch.nn.Module) -> None:
+    """Forget the codecs of ``model``, and with them the statistics of its first prompt: the next prompt counts as the
+    first again. Caches in use go on decoded: right, dense, and with a warning."""
+    STORE.forget(model.parameters())

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from lorc_fx.allocate import BLOCK, DROPPED, Columns, allocate, least, row_bytes
+from lorc_fx.allocate import BLOCK, DROPPED, Columns, allocate, least, row_bytes, segments
 from lorc_fx.codec import Basis, Factors
-from lorc_fx.errors import BadPlan, BudgetTooSmall
-from lorc_fx.options import Options
+from lorc_fx.errors import BadPlan, BudgetTooSmall, QualityWarning
+from lorc_fx.options import FIRST_PROMPT, FIRST_PROMPT_TOKENS, Options
 from lorc_fx.packing import BITS, MODEL, Segment
 from lorc_fx.records import Plan, PlannedSite, SiteSpec
 from lorc_fx.schedulers import depths, schedule
@@ -21,6 +22,9 @@ POSITION_BYTES = 4
 
 LEVELS: dict[str, tuple[int, ...]] = {"model": (MODEL,), "int8": (8,), "int4": (4,), "auto": (MODEL, *BITS)}
 """Bits that a column may have under each ``precision``."""
+
+SAFE = 4
+"""The fewest bits of a column where the data is not known: then nobody can tell which columns may have less."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +44,7 @@ def candidate(site: Site, factors: Factors, basis: Basis, keeps_positions: bool,
     """``keeps_positions``: the site pays for the positions of all that share them.
 
     A column's loss is its share of the site's energy, so every key and every value site counts the same (unless the
-    basis knows what it costs). Columns may be
-    dropped where the basis knows the data, and under precision="model", which is the paper's method.
+    basis knows what it costs). Columns may be dropped where the basis knows the data, and in the paper's method.
     """
     decoder = site.decoder
     element = decoder.dtype.itemsize
@@ -52,8 +55,10 @@ def candidate(site: Site, factors: Factors, basis: Basis, keeps_positions: bool,
     width, only_model = min(factors.rank, len(basis.energy)), options.precision == "model"
     energy = basis.energy[:width].clamp_min(0)
     share = (energy if basis.absolute else energy / energy.sum().clamp_min(1e-300)).tolist()
-    droppable = only_model or basis.informed
-    levels = LEVELS[options.precision] + ((DROPPED,) if droppable else ())
+    paper = only_model and options.calibration == "none"
+    levels = LEVELS[str(options.precision)] + ((DROPPED,) if paper or basis.informed else ())
+    if not basis.informed:
+        levels = tuple(b for b in levels if b in (MODEL, DROPPED) or b >= SAFE)
     columns = Columns(tuple(share), levels, element, len(basis.means), 1 if only_model else BLOCK)
     # The scheduler deals in columns' worth of bytes on top of the least that the site can have.
     base = fixed + row_bytes(least(columns), columns)
@@ -108,8 +113,15 @@ def make_plan(
 
 def _spend(views: Sequence[Candidate], budget: int, options: Options) -> list[tuple[Segment, ...]]:
     """All sites together, or each within the bytes that the scheduler gives it."""
+    needed = sum(v.least for v in views)
+    if budget < needed and options.calibration == FIRST_PROMPT:
+        text = (
+            f"until a prompt of {FIRST_PROMPT_TOKENS} tokens gives statistics, the cache keeps {needed} bytes per "
+            f"token instead of {budget}: the least that is safe without them"
+        )
+        warnings.warn(text, QualityWarning, stacklevel=2)
+        return [segments(least(v.columns)) for v in views]
     if options.scheduler == "loss":
-        needed = sum(v.least for v in views)
         if budget < needed:
             raise BudgetTooSmall(budget, needed, sum(v.spec.dense_bytes for v in views), len(views))
         return allocate([v.columns for v in views], budget - sum(v.fixed for v in views))

@@ -62,6 +62,8 @@ GOOD = [
     {"scheduler": "loss"},
     *[{"precision": p} for p in ("int8", "int4", "auto")],
     {"calibration": Calibration(())},
+    {"calibration": "first-prompt"},
+    {"scheduler": None},
 ]
 
 
@@ -81,10 +83,8 @@ BAD = [
     ({"ratio": 0.5, "bytes_per_token": 100}, errors.ConflictingOptions, "ratio and bytes_per_token"),
     ({"scheduler": "progresive"}, errors.UnknownScheduler, "Did you mean 'progressive'"),
     ({"scheduler": backend}, errors.BadOption, "register_scheduler"),
-    ({"scheduler": None}, errors.BadOption, "registered"),
     *[({"basis": b}, errors.NotYet, "'joint'") for b in ("auto", "grouped", "identity", ("joint", "identity"))],
     *[({"objective": o}, errors.NotYet, "'balanced'") for o in ("bytes", "time")],
-    ({"calibration": "first-prompt"}, errors.NotYet, "'none'"),
     *[({"calibration": c}, errors.BadCalibration, "cannot be read") for c in ("wiki.calib", Path("/no/such/file"))],
     ({"calibration": 3}, errors.BadOption, "calibration=3"),
     ({"group_size": 2}, errors.NotYet, "group_size"),

@@ -1,0 +1,160 @@
+"""Looking at y while a canonical graph runs: the sums that codecs are made from, and which tokens are real."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Interpreter, Node
+
+from .calibration import SiteStatistics
+from .errors import BadCalibration
+from .passes.caches import Reader
+from .passes.rules import _arg
+from .passes.sites import Site
+
+aten = torch.ops.aten
+
+
+class Walker(Interpreter):
+    """Runs a canonical graph as it is and hands y of each site to ``sums[site]`` on the way, a layer at a time.
+
+    ``real`` [B, T] bool says which tokens count; where it is None, attention does: a token is real if its reader's mask
+    lets it attend to itself. With ``gradients`` the gradient of whatever is back-propagated later is summed too.
+    """
+
+    def __init__(self, gm: GraphModule, sums: Mapping[Site, Sums], gradients: bool = False) -> None:
+        super().__init__(gm)
+        self.sums, self.gradients = sums, gradients
+        self.real: torch.Tensor | None = None
+        self.watched: dict[Node, list[Site]] = {}
+        self.masks: dict[Node, Node | None] = {}
+        self.waiting: dict[Site, torch.Tensor] = {}
+        for site in sums:
+            self.watched.setdefault(site.rows.y, []).append(site)
+            if site.reader is not None and site.kind == "key":
+                node, mask = mask_of(site.reader)
+                self.masks[node] = mask
+
+    def walk(self, arguments: Sequence[Any], real: torch.Tensor | None = None) -> Any:
+        self.real = real
+        out = self.run(*arguments)
+        self._flush(None)
+        return out
+
+    def run_node(self, n: Node) -> Any:
+        if n in self.masks:
+            mask = self.masks[n]
+            self._flush(None if mask is None else self.env.get(mask))
+        value = super().run_node(n)
+        for site in self.watched.get(n, ()):
+            if self.gradients:
+                probe = torch.zeros_like(value, requires_grad=True)
+                value = value + probe
+                real = self.real
+                probe.register_hook(lambda g, s=site, r=real: self.sums[s].add_gradient(_tokens(g, s), r))
+            self.waiting[site] = _tokens(value.detach(), site)
+        return value
+
+    def _flush(self, mask: Any) -> None:
+        """Sum up the sites whose y is there: those of the layer whose attention comes now."""
+        for site, y in self.waiting.items():
+            real = self.real
+            if real is None and isinstance(mask, torch.Tensor):
+                real = _attends_itself(mask, y)
+            self.sums[site].add(y, real, site.name)
+        self.waiting.clear()
+
+
+def mask_of(reader: Reader, limit: int = 12) -> tuple[Node, Node | None]:
+    """The node where attention applies its mask to the scores of these keys, and the mask (None: it has none)."""
+    if reader.node.target is aten.scaled_dot_product_attention.default:
+        mask = _arg(reader.node, 3, "attn_mask")
+        return reader.node, mask if isinstance(mask, Node) else None
+    queue = [reader.node]
+    while queue and limit:
+        limit -= 1
+        node = queue.pop(0)
+        for user in node.users:
+            if user.target is aten.add.Tensor and isinstance(user.args[1], Node):
+                other = user.args[1] if user.args[0] is node else user.args[0]
+                value = other.meta.get("val") if isinstance(other, Node) else None
+                full = isinstance(value, torch.Tensor) and value.dim() == 4 and value.is_floating_point()
+                if isinstance(other, Node) and full:
+                    return user, other
+            queue.append(user)
+    return reader.node, None
+
+
+def _attends_itself(mask: torch.Tensor, y: torch.Tensor) -> torch.Tensor | None:
+    """[B, T] bool from a mask [B or 1, heads or 1, S, T..] of a fresh cache (token i is in row and column i)."""
+    batch, tokens = y.shape[:2]
+    if mask.dim() != 4 or mask.shape[2] != tokens or mask.shape[3] < tokens:
+        return None
+    diagonal = mask[:, 0].diagonal(dim1=1, dim2=2)
+    real = diagonal if mask.dtype == torch.bool else diagonal > -1e4
+    return real.expand(batch, tokens).cpu()
+
+
+def _tokens(value: torch.Tensor, site: Site) -> torch.Tensor:
+    """y in its own layout -> [B, T, n]."""
+    axes = site.rows.y_axes
+    assert axes.token is not None
+    if axes.batch is None or axes.batch == axes.token:
+        return value.movedim(axes.token, 0).flatten(1)[None]
+    return value.movedim((axes.batch, axes.token), (0, 1)).flatten(2)
+
+
+class Sums:
+    """Running sums of one site, in fp64 on the CPU."""
+
+    def __init__(self, layer: int, kind: str, mark: torch.Tensor, width: int) -> None:
+        self.layer, self.kind, self.mark = layer, kind, mark
+        self.tokens = self.sinks = self.gradients = 0
+        self.total, self.sink_total = (torch.zeros(width, dtype=torch.float64) for _ in range(2))
+        self.sink_square = 0.0
+        self.outer = torch.zeros(width, width, dtype=torch.float64)
+        self.gradient: torch.Tensor | None = None
+
+    def add(self, y: torch.Tensor, real: torch.Tensor | None, name: str) -> None:
+        """``y`` [B, T, n]; ``real`` [B, T] bool, None where all tokens are. Each row's first real token is a sink."""
+        if not bool(torch.isfinite(y).all()):
+            raise BadCalibration(name, "its activations are not finite on this text")
+        first, rest = _parted(y, real)
+        self.sinks += len(first)
+        self.sink_total += first.sum(0)
+        self.sink_square += float(first.square().sum())
+        self.tokens += len(rest)
+        self.total += rest.sum(0)
+        self.outer += rest.T @ rest
+
+    def add_gradient(self, gradient: torch.Tensor, real: torch.Tensor | None) -> None:
+        _, rest = _parted(gradient, real)
+        outer = rest.T @ rest
+        self.gradients += len(rest)
+        self.gradient = outer if self.gradient is None else self.gradient + outer
+
+    def statistics(self) -> SiteStatistics:
+        return SiteStatistics(
+            layer=self.layer,
+            kind=self.kind,
+            mark=self.mark,
+            tokens=self.tokens,
+            total=self.total,
+            outer=self.outer,
+            sinks=self.sinks,
+            sink_total=self.sink_total,
+            sink_square=self.sink_square,
+            gradients=self.gradients,
+            gradient=self.gradient,
+        )
+
+
+def _parted(values: torch.Tensor, real: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """[B, T, n] -> each row's first real token, and all other real tokens, [*, n] fp64 on the CPU."""
+    values = values.to("cpu", torch.float64)
+    if real is None or real.shape != values.shape[:2]:
+        return values[:, 0], values[:, 1:].flatten(0, 1)
+    first = real & (real.cumsum(1) == 1)
+    return values[first], values[real & ~first]

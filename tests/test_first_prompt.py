@@ -1,0 +1,125 @@
+"""``calibration="first-prompt"``: the first long enough prompt gives the statistics, and is coded with them."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+from families import FAMILIES
+from oracle import coded_oracle
+from test_calibration import quiet, text
+
+import lorc_fx
+from helpers import assert_close, compiled, generate, latents, new_cache, piecewise
+from lorc_fx.errors import EagerWarning, QualityWarning
+
+pytestmark = pytest.mark.usefixtures("clean", "many_shapes")
+ASKED = {"calibration": "first-prompt", "ratio": 0.12}
+LONG = text(rows=8, tokens=40)
+
+
+def codes(cache):
+    return [x.codes for pair in latents(cache) for x in pair]
+
+
+def fill(model, ids, cuts=None, kind="dynamic"):
+    cache = new_cache(model, kind, ids.shape[1])
+    return piecewise(model, ids, cache, cuts or [ids.shape[1]]), cache
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "gpt2", "gemma3"])
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_the_first_prompt_is_coded_with_its_own_statistics(name, kind):
+    """Twice the same prompt, and a second model of the same weights: bit-equal caches, and the function that the codecs
+    say."""
+    family = FAMILIES[name]
+    model = family.build(layers=family.fewest)
+    again, truth = copy.deepcopy(model), copy.deepcopy(model)
+    compiled(model, **ASKED)
+    got, cache = fill(model, LONG, kind=kind)
+    assert any(x.codec.rank < x.codec.width for pair in latents(cache) for x in pair)
+    _, second = fill(model, LONG, kind=kind)
+    assert all(torch.equal(a, b) for a, b in zip(codes(cache), codes(second), strict=True))
+    compiled(again, **ASKED)
+    _, third = fill(again, LONG, kind=kind)
+    assert all(torch.equal(a, b) for a, b in zip(codes(cache), codes(third), strict=True))
+    want, _ = fill(coded_oracle(family, truth, latents(cache), LONG), LONG, kind=kind)
+    assert_close("logits", got, want, 2e-3)
+
+
+def test_it_is_the_calibration_of_that_prompt():
+    model = FAMILIES["llama-gqa"].build()
+    known = quiet(copy.deepcopy(model), [LONG])
+    one, other = compiled(copy.deepcopy(model), **ASKED), copy.deepcopy(model)
+    _, cache = fill(one, LONG)
+    _, given = fill(compiled(other, ratio=0.12, calibration=known), LONG)
+    for (a, b), (c, d) in zip(latents(cache), latents(given), strict=True):
+        for x, y in ((a, c), (b, d)):
+            assert x.codec.format == y.codec.format
+            assert_close("mean", x.codec.mean, y.codec.mean, 1e-4)
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+def test_padding_does_not_count(attn):
+    """Half the rows padded on the left: the statistics are those of the real tokens, whatever lies in the padding."""
+    model = FAMILIES["llama-gqa"].build(attn=attn)
+    mask = torch.ones_like(LONG)
+    mask[:4, :6] = 0
+    found = []
+    for padding in (0, 7):
+        ids = LONG.clone()
+        ids[:4, :6] = padding
+        run = generate(compiled(copy.deepcopy(model), **ASKED), ids, mask, new=2)
+        found.append([x.codec for pair in latents(run.cache) for x in pair])
+    for a, b in zip(*found, strict=True):
+        assert a.format == b.format and torch.equal(a.decode, b.decode) and torch.equal(a.mean, b.mean)
+
+
+def test_a_short_prompt_drops_nothing_and_goes_on_as_it_began():
+    """Its cache keeps its codec after statistics came in, and goes on right."""
+    family = FAMILIES["llama-gqa"]
+    model = family.build()
+    truth = copy.deepcopy(model)
+    compiled(model, **ASKED)
+    ids = text(rows=2, tokens=14, seed=5)
+    cache = new_cache(model, "dynamic", 14)
+    first = piecewise(model, ids[:, :9], cache, [9])
+    early = [x.codec for pair in latents(cache) for x in pair]
+    assert all(c.rank == c.width for c in early)
+    _, late = fill(model, LONG)
+    assert all(x.codec is not c for x, c in zip((x for p in latents(late) for x in p), early, strict=True))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", EagerWarning)
+        rest = piecewise(model, ids[:, 9:], cache, [1, 5])
+    assert [x.codec for pair in latents(cache) for x in pair] == early
+    want, _ = fill(coded_oracle(family, truth, latents(cache), ids), ids)
+    assert_close("logits", torch.cat([first, rest], 1), want, 2e-3)
+
+
+def test_too_small_a_budget_is_said_and_safe():
+    model = FAMILIES["llama-gqa"].build(layers=1)
+    compiled(model, calibration="first-prompt", ratio=0.07)
+    with pytest.warns(QualityWarning, match="until a prompt of 256 tokens"):
+        _, cache = fill(model, text(rows=1, tokens=9))
+    assert {s.bits for pair in latents(cache) for x in pair for s in x.codec.format.segments} == {4}
+    _, cache = fill(model, LONG)
+    dense = 2 * 4 * latents(cache)[0][0].codec.width
+    assert lorc_fx.cache_nbytes(cache, used=True) <= 0.07 * dense * LONG.numel()
+
+
+def test_reset_forgets_and_a_live_cache_goes_on_right():
+    model = FAMILIES["llama-gqa"].build()
+    plain = copy.deepcopy(model)
+    compiled(model, calibration="first-prompt", ratio=1.0)
+    _, cache = fill(model, LONG)
+    before = latents(cache)[0][0].codec
+    lorc_fx.reset(model)
+    more = text(rows=8, tokens=3, seed=9)
+    with pytest.warns(EagerWarning, match="goes on uncompressed"):
+        got = piecewise(model, more, cache, [3])
+    want = piecewise(plain, torch.cat([LONG, more], 1), new_cache(plain, "dynamic", 43), [43])[:, 40:]
+    assert_close("logits", got, want, 1e-2)
+    _, fresh = fill(model, text(rows=8, tokens=40, seed=11))
+    assert latents(fresh)[0][0].codec is not before
