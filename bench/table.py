@@ -1,8 +1,9 @@
-"""The README's tables, in markdown, from the JSON that bench.run and bench.memory wrote.
+"""The README's tables, in markdown, from the JSON that bench.run, bench.memory and bench.quality wrote.
 
-python -m bench.table [bench/results/cpu.json] [bench/results/memory.json] [--write README.md]
+python -m bench.table [--write README.md] [bench/results/cpu.json ...]
 
-With ``--write`` the tables replace what stands between ``<!-- bench -->`` and ``<!-- /bench -->`` in that file.
+With ``--write`` the tables replace what stands between ``<!-- bench -->`` and ``<!-- /bench -->`` (times, memory) and
+between ``<!-- quality -->`` and ``<!-- /quality -->`` in that file.
 """
 
 from __future__ import annotations
@@ -85,6 +86,18 @@ def memory(result: dict[str, Any]) -> str:
     return markdown(["peak of a prefill", "resident", "ratio", "above the loaded model", "cache held"], lines)
 
 
+def quality(result: dict[str, Any]) -> str:
+    """Added loss in percent of the dense model's, a row per share of the bytes, a column per method."""
+    added = {(row["method"], row["ratio"]): row["added"] for row in result["rows"]}
+    methods = list(dict.fromkeys(method for method, _ in added))
+    ratios = sorted({ratio for _, ratio in added}, reverse=True)
+    lines = [
+        [f"{ratio:g}", *(f"{100 * added[m, ratio]:+.2f} %" if (m, ratio) in added else "–" for m in methods)]
+        for ratio in ratios
+    ]
+    return markdown(["bytes kept", *methods], lines)
+
+
 def rendered(paths: Sequence[Path]) -> str:
     """The tables of all result files, each after a line that says where it was measured."""
     parts = []
@@ -95,7 +108,8 @@ def rendered(paths: Sequence[Path]) -> str:
         parts.append(
             f"`{path.name}`: {where['cpu']}, {where['threads']} threads, {versions}, {result['dtype']}, {where['date']}"
         )
-        parts += [table(result) for table in ([memory] if "tokens" in result else [times, compiles])]
+        tables = [quality] if "dense_nats" in result else [memory] if "tokens" in result else [times, compiles]
+        parts += [table(result) for table in tables]
     return "\n\n".join(parts)
 
 
@@ -104,14 +118,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("results", nargs="*", type=Path)
     parser.add_argument("--write", type=Path, help="a Markdown file with <!-- bench --> markers")
     given = parser.parse_args(argv)
-    paths = given.results or [p for p in (RESULTS / "cpu.json", RESULTS / "memory.json") if p.exists()]
-    text = rendered(paths)
-    if given.write is None:
-        print(text)
-        return
-    before, _, rest = given.write.read_text().partition("<!-- bench -->")
-    _, _, after = rest.partition("<!-- /bench -->")
-    given.write.write_text(f"{before}<!-- bench -->\n{text}\n<!-- /bench -->{after}")
+    sections = {"bench": ("cpu.json", "memory.json"), "quality": ("quality.json",)}
+    for name, files in sections.items():
+        paths = given.results or [path for file in files if (path := RESULTS / file).exists()]
+        text = rendered(paths)
+        if given.write is None:
+            print(text)
+        elif paths:
+            _replace(given.write, name, text)
+        if given.results:
+            return
+
+
+def _replace(path: Path, name: str, text: str) -> None:
+    """Put ``text`` between the markers of that name."""
+    before, _, rest = path.read_text().partition(f"<!-- {name} -->")
+    _, _, after = rest.partition(f"<!-- /{name} -->")
+    path.write_text(f"{before}<!-- {name} -->\n{text}\n<!-- /{name} -->{after}")
 
 
 if __name__ == "__main__":

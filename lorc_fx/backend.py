@@ -19,6 +19,7 @@ from .errors import (
     NoSites,
     NoSitesWarning,
     StrictMiss,
+    UnreadableGraph,
 )
 from .latent import LatentKV
 from .options import Options
@@ -57,11 +58,16 @@ def compile_graph(gm: GraphModule, example_inputs: Sequence[Any], options: Optio
     """One graph of Dynamo's -> a callable over latents, or the inner compiler on the untouched graph."""
     if torch.is_grad_enabled() and any(isinstance(e, torch.Tensor) and e.requires_grad for e in example_inputs):
         return _untouched(gm, example_inputs, options, GradRequired())
-    with timed("normalise_s"):
-        canonical = normalise(gm, example_inputs)
-        check_canonical(canonical)
-    with timed("match_s"):
-        matched = match(canonical)
+    try:
+        with timed("normalise_s"):
+            canonical = normalise(gm, example_inputs)
+            check_canonical(canonical)
+        with timed("match_s"):
+            matched = match(canonical)
+    except LorcError:
+        raise
+    except Exception as error:  # whatever torch's tracer says: the graph stays right, and it is said
+        return _untouched(gm, example_inputs, options, UnreadableGraph(f"{type(error).__name__}: {error}"))
     _report(matched, options)
     if not matched.sites and not any(n.meta.get("latent") is not None for n in placeholders(canonical)):
         return _plain(gm, options)

@@ -216,6 +216,17 @@ class GradRequired(LorcError):
         )
 
 
+class UnreadableGraph(LorcError):
+    """A graph that cannot be traced to its canonical form (an op that needs data to know its shape, say)."""
+
+    def __init__(self, detail: str) -> None:
+        super().__init__(
+            f"This graph cannot be read: {detail}. Allowed is whatever torch can trace on fake tensors; "
+            "lorc_fx.explain(model, ...) shows where. With torch.compile(dynamic=True), leave `dynamic` out: lengths "
+            "are dynamic anyway."
+        )
+
+
 class ForeignCache(LorcError):
     """A LatentKV where it cannot be read or written: of another model or plan, or outside of the compiled graphs."""
 

@@ -30,6 +30,10 @@ CLIPS: dict[int, tuple[float, ...]] = {
 }
 """Candidate scales of a token, as fractions of the one that clips nothing."""
 
+SNAP = 4
+"""A token this near to a further mean (in roundings of the mean's own size) lies on it: what is left is the rounding of
+a product far larger than other tokens', and would be stored as if it meant something. So a constant sink is exact."""
+
 SCALE_BYTES = 2
 INDEX_BYTES = 1
 TINY = 2.0**-24
@@ -189,7 +193,10 @@ def pack(
     if choices > 1 and offsets is not None:
         near = F.pad(latent[..., form.columns :].float(), (1, 0))
         index = near.argmax(-1)
-        values = values - offsets.float()[index]
+        gap = offsets.float()[index]
+        values = values - gap
+        noise = SNAP * torch.finfo(latent.dtype).eps * gap.norm(dim=-1, keepdim=True)
+        values = torch.where(values.norm(dim=-1, keepdim=True) <= noise, 0.0, values)
     signed = choices == 2 and form.scales > 0
     exact: list[torch.Tensor] = []
     scales: list[torch.Tensor] = []

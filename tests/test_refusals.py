@@ -111,6 +111,29 @@ def test_a_good_plan_is_followed():
     assert [t.codec.rank for t in cache] == [5, 5]
 
 
+class Doubled(nn.Module):
+    def forward(self, x):
+        return x * 2
+
+
+def test_a_graph_that_cannot_be_read_runs_as_it_is(monkeypatch):
+    """Never a crash: the inner compiler gets the untouched graph, with a warning; an error under strict."""
+    from lorc_fx import backend
+
+    def broken(gm, examples):
+        raise RuntimeError("no tracing today")
+
+    monkeypatch.setattr(backend, "normalise", broken)
+    model, x = Doubled(), torch.ones(3)
+    model.compile(backend="lorc", options=options())
+    with pytest.warns(errors.LorcWarning, match="cannot be read: RuntimeError: no tracing today"):
+        assert torch.equal(model(x), x * 2)
+    strict = Doubled()
+    strict.compile(backend="lorc", options=options(strict=True))
+    with pytest.raises(errors.UnreadableGraph):
+        strict(x)
+
+
 def test_no_sites_is_a_warning():
     model = decoder(cached=False)
     want = model(IDS)
