@@ -19,9 +19,10 @@ from .gather import Sums, Walker
 from .options import CODEC_OPTIONS, FIRST_PROMPT, FIRST_PROMPT_TOKENS, Options
 from .passes.check import check_rewritten
 from .passes.epilogue import effective_weight
+from .passes.interface import Sharing
 from .passes.normalise import placeholders
 from .passes.plan import make_plan
-from .passes.rewrite import Sharing, rewrite, writes_to
+from .passes.rewrite import rewrite, writes_to
 from .passes.sites import Matched, Site
 from .passes.tracks import shared_tracks
 from .records import Plan, PlannedSite

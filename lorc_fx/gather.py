@@ -10,7 +10,7 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from .calibration import SiteStatistics
 from .errors import BadCalibration
-from .passes.caches import Reader
+from .passes.readers import Reader
 from .passes.rules import _arg
 from .passes.sites import Site
 

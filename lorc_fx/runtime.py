@@ -17,8 +17,9 @@ from .codec import Codec
 from .compat import is_fake, size_expr
 from .errors import EagerWarning, ForeignCache
 from .latent import LatentKV, extend, in_step
+from .passes.interface import Output, Rewritten, Sharing
 from .passes.normalise import placeholders
-from .passes.rewrite import Output, Rewritten, Sharing, writes_to
+from .passes.rewrite import writes_to
 from .passes.sites import Matched, Site
 from .rows import Track, alone
 from .store import STORE, WeightState

@@ -7,7 +7,7 @@ from torch.fx import GraphModule
 
 from lorc_fx.errors import GraphInvariant
 
-from .rewrite import Rewritten
+from .interface import Rewritten
 
 
 def check_canonical(gm: GraphModule) -> None:

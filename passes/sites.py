@@ -10,9 +10,10 @@ from torch.fx import GraphModule, Node
 from lorc_fx.decoder import Decoder
 from lorc_fx.records import Miss
 
-from .caches import Caches, Group, Reader, find_reader
+from .caches import Caches, Group
 from .epilogue import make_decoder
 from .facts import Facts, NoSite, Rows
+from .readers import Reader, find_reader
 from .rules import rule_of
 
 aten = torch.ops.aten

@@ -1,0 +1,106 @@
+"""Which attention reads a cached value, as keys or as values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Node
+
+from .rules import Axes, Mixes, rule_of, shape
+
+aten = torch.ops.aten
+
+CACHE_OPS = frozenset(
+    {
+        aten.cat.default,
+        aten.slice.Tensor,
+        aten.roll.default,
+        aten.clone.default,
+        aten.contiguous.default,
+        aten.index_copy_.default,
+        aten.index_put_.default,
+        aten.copy_.default,
+    }
+)
+"""What moves cached tokens about: the ops that ``caches.PROGRAMS`` has a program for."""
+
+
+@dataclass(frozen=True)
+class Reader:
+    """The attention that reads a cache: ``kind`` is "key" or "value", ``node`` the product (or SDPA) that reads it,
+    ``token`` the token axis of the cached value, ``path`` the ops between."""
+
+    node: Node
+    kind: str
+    token: int
+    path: tuple[Node, ...]
+
+
+_PRODUCTS = {aten.matmul.default, aten.bmm.default, aten.baddbmm.default}
+
+
+def find_reader(node: Node, limit: int = 64) -> Reader | None:
+    """The first attention product that reads ``node`` through token-wise ops, breadth first."""
+    queue: list[tuple[Node, tuple[Node, ...]]] = [(node, ())]
+    seen = {node}
+    while queue and limit:
+        limit -= 1
+        current, path = queue.pop(0)
+        for user in current.users:
+            found = _reads(user, current)
+            if found is not None:
+                kind, axis = found
+                return Reader(user, kind, _axis_before(axis, (*path,), node), path)
+            if user in seen or not _carries(user):
+                continue
+            seen.add(user)
+            queue.append((user, (*path, user)))
+    return None
+
+
+def _carries(user: Node) -> bool:
+    """Whether what a node makes of a cached value is still keys or values: any token-wise op, or a cache write."""
+    rule = rule_of(user)
+    return user.target in CACHE_OPS or (rule is not None and rule.role != "contract")
+
+
+def _reads(user: Node, value: Node) -> tuple[str, int] | None:
+    """("key" or "value", token axis of ``value``) where ``user`` is attention's product with ``value``."""
+    rank = len(shape(value)) if isinstance(value.meta.get("val"), torch.Tensor) else 0
+    if user.target is aten.scaled_dot_product_attention.default:
+        if user.args[1] is value:
+            return "key", rank - 2
+        return ("value", rank - 2) if user.args[2] is value else None
+    if user.target in _PRODUCTS and rank >= 3:
+        right = user.args[2] if user.target is aten.baddbmm.default else user.args[1]
+        if right is value:  # [.., S, X] @ [.., X, Y]: over features it is q k^T, over tokens it is weights v
+            scores = _feeds_softmax(user)
+            return ("key", rank - 1) if scores else ("value", rank - 2)
+    return None
+
+
+def _feeds_softmax(node: Node, limit: int = 24) -> bool:
+    queue, seen = [node], {node}
+    while queue and limit:
+        limit -= 1
+        for user in queue.pop(0).users:
+            if user.target in (aten.softmax.int, aten._softmax.default):
+                return True
+            if user not in seen and user.target not in _PRODUCTS and user.target is not aten.linear.default:
+                seen.add(user)
+                queue.append(user)
+    return False
+
+
+def _axis_before(axis: int, path: tuple[Node, ...], start: Node) -> int:
+    """Follow an axis of the last value in ``path`` back to ``start`` with the matcher's own rules."""
+    for node in reversed(path):
+        rule = rule_of(node)
+        if rule is None:
+            continue
+        try:
+            axis = next((a.token for _, a in rule.back(node, Axes(None, axis)) if a.token is not None), axis)
+        except Mixes:
+            continue
+    return axis
