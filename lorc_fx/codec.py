@@ -97,7 +97,9 @@ def prior_basis(factors: Factors, bias: torch.Tensor | None) -> Basis:
 class Codec:
     """One site's codec. Compared by identity: a latent is only ever read by the codec that wrote it.
 
-    r columns are stored, and there are m means; k = r + m - 1. All tensors are in the model's dtype.
+    r columns are stored, and there are m means; k = r + m - 1. Tensors are in the model's dtype; those that encode are
+    in fp32 where rows are packed: activations have channels a hundred times larger than others, so P^T W rounded to 16
+    bits (unlike W, which the model has in 16 bits anyway) would cost more than the quantiser.
     encode [k, d]: P^T W, then a row per further mean that says how near the token is to it.   shift [k] or None.
     offsets [m, r] or None (m = 1): what mean j takes off the columns.
     decode [k, n]: S, then mu_j - mu_0 for each further mean; None for the identity (r = n, m = 1).
@@ -129,7 +131,7 @@ class Codec:
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.encode.dtype
+        return self.format.dtype
 
     @property
     def signature(self) -> tuple[Any, ...]:
@@ -187,15 +189,17 @@ def make_codec(
     offsets = torch.cat([torch.zeros_like(analysis[:1]), gaps @ analysis]) if len(gaps) else None
     decode = torch.cat([synthesis, gaps])
 
-    def stored(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.to(dtype, copy=True).contiguous()
+    exact = dtype if form.plain else torch.promote_types(dtype, torch.float32)
+
+    def stored(tensor: torch.Tensor, kind: torch.dtype = dtype) -> torch.Tensor:
+        return tensor.to(kind, copy=True).contiguous()
 
     return Codec(
         decoder,
         form,
-        stored(encode),
-        stored(shift) if bool(shift.any()) else None,
-        None if offsets is None else stored(offsets),
+        stored(encode, exact),
+        stored(shift, exact) if bool(shift.any()) else None,
+        None if offsets is None else stored(offsets, exact),
         stored(decode),
         mean,
         consts,

@@ -180,14 +180,18 @@ def _unpack_bits(data: torch.Tensor, columns: int, bits: int) -> torch.Tensor:
 
 
 def pack(
-    latent: torch.Tensor, offsets: torch.Tensor | None, segments: tuple[tuple[int, int], ...], choices: int
+    latent: torch.Tensor,
+    offsets: torch.Tensor | None,
+    segments: tuple[tuple[int, int], ...],
+    choices: int,
+    dtype: torch.dtype,
 ) -> torch.Tensor:
-    """latent [.., r + choices - 1] in the model's dtype -> rows [.., nbytes] uint8.
+    """latent [.., r + choices - 1] fp32 -> rows [.., nbytes] uint8 of a model in ``dtype``.
 
     The last ``choices - 1`` entries say how near the token is to each further mean (2 t_j - |mu_j - mu_0|^2, against 0
     for mu_0); ``offsets`` [choices, r] is what the nearest mean takes off the columns (None where there is one mean).
     """
-    form = Format(tuple(Segment(*s) for s in segments), choices, latent.dtype)
+    form = Format(tuple(Segment(*s) for s in segments), choices, dtype)
     values = latent[..., : form.columns].float()
     index = None
     if choices > 1 and offsets is not None:
@@ -195,7 +199,7 @@ def pack(
         index = near.argmax(-1)
         gap = offsets.float()[index]
         values = values - gap
-        noise = SNAP * torch.finfo(latent.dtype).eps * gap.norm(dim=-1, keepdim=True)
+        noise = SNAP * torch.finfo(dtype).eps * gap.norm(dim=-1, keepdim=True)
         values = torch.where(values.norm(dim=-1, keepdim=True) <= noise, 0.0, values)
     signed = choices == 2 and form.scales > 0
     exact: list[torch.Tensor] = []
@@ -206,7 +210,7 @@ def pack(
         part = values[..., at : at + columns]
         at += columns
         if bits == MODEL:
-            exact.append(part.to(latent.dtype).contiguous().view(torch.uint8))
+            exact.append(part.to(dtype).contiguous().view(torch.uint8))
         elif columns:
             packed, scale = quantise(part, bits)
             if signed and not scales:

@@ -243,11 +243,13 @@ class Rewriter:
         codec, owner = self.codecs[site], ("site", index)
         weight = self._codec_tensor(owner, "encode", codec.encode)
         shift = [] if codec.shift is None else [self._codec_tensor(owner, "shift", codec.shift)]
-        codes = self.call(aten.linear.default, self.env_value(site.rows.x), weight, *shift)
-        form = codec.format
+        x, form = self.env_value(site.rows.x), codec.format
+        if codec.encode.dtype != form.dtype:
+            x = self.call(aten.to.dtype, x, codec.encode.dtype)
+        codes = self.call(aten.linear.default, x, weight, *shift)
         if not form.plain:
             offsets = None if codec.offsets is None else self._codec_tensor(owner, "offsets", codec.offsets)
-            codes = self.call(pack, codes, offsets, form.spec, form.choices)
+            codes = self.call(pack, codes, offsets, form.spec, form.choices, form.dtype)
         return self._token_major(codes, site.rows.x_axes, *self._extent(site), [form.width])
 
     def _positions(self, site: Site) -> Node | None:

@@ -38,7 +38,7 @@ def nearest(latent, form):
 @given(form=formats(), seed=st.integers(0, 2**31), scale=st.sampled_from([1e-3, 1.0, 300.0]))
 def test_rows_hold_what_they_promise(form, seed, scale):
     latent, offsets = latent_of(form, seed, scale)
-    rows = pack(latent, offsets, form.spec, form.choices)
+    rows = pack(latent, offsets, form.spec, form.choices, form.dtype)
     assert rows.dtype == torch.uint8 and rows.shape == (3, 2, form.nbytes)
     found = unpack(rows, form.spec, form.choices, form.dtype)
     assert found.shape == latent.shape and found.dtype == form.dtype
@@ -69,7 +69,7 @@ def test_every_level_survives_packing(bits):
     levels = torch.arange(1 << bits).repeat(3)[: (1 << bits) + 3]
     values = dequantise(levels, torch.tensor(0.5), bits)[None]
     form = Format((Segment(values.shape[-1], bits),), 1, torch.float32)
-    found = unpack(pack(values, None, form.spec, 1), form.spec, 1, torch.float32)
+    found = unpack(pack(values, None, form.spec, 1, form.dtype), form.spec, 1, torch.float32)
     if bits == 8:
         assert torch.allclose(found, values, rtol=0, atol=0.5 / 2)
     assert len(found.unique()) <= 1 << bits
@@ -94,7 +94,7 @@ def test_a_written_row_is_never_taken_for_an_empty_one(segments, choices, dtype)
         return
     latent = torch.zeros(2, 1, form.columns + choices - 1, dtype=dtype)
     offsets = torch.zeros(choices, form.columns, dtype=dtype) if choices > 1 else None
-    rows = pack(latent, offsets, form.spec, choices)
+    rows = pack(latent, offsets, form.spec, choices, form.dtype)
     assert not bool(unwritten(rows).any())
     assert bool(unwritten(torch.zeros_like(rows)).all())
     assert bool((unpack(rows, form.spec, choices, dtype).abs() <= 128 * TINY).all())
@@ -108,10 +108,10 @@ def test_a_token_on_a_mean_is_stored_as_lying_there(dtype):
     offsets = torch.stack([torch.zeros(16), mean]).to(dtype)
     rounded = offsets[1].float() * (1 + torch.finfo(dtype).eps)
     latent = torch.cat([rounded, torch.ones(1)]).to(dtype)[None]
-    found = unpack(pack(latent, offsets, form.spec, 2), form.spec, 2, dtype)
+    found = unpack(pack(latent, offsets, form.spec, 2, form.dtype), form.spec, 2, dtype)
     assert bool((found[..., :16].abs() <= 8 * TINY).all()) and float(found[0, 16]) == 1
     far = torch.cat([rounded * 1.5, torch.ones(1)]).to(dtype)[None]
-    assert float(unpack(pack(far, offsets, form.spec, 2), form.spec, 2, dtype)[..., :16].abs().max()) > 1
+    assert float(unpack(pack(far, offsets, form.spec, 2, form.dtype), form.spec, 2, dtype)[..., :16].abs().max()) > 1
 
 
 def test_more_bits_lose_less():
