@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 from . import compat
 from .calibration import Calibration, fingerprint
 from .codec import Basis, Codec, Factors, factorise, make_codec, prior_basis
-from .errors import QualityWarning
+from .errors import BadCalibration, QualityWarning
 from .gather import Sums, Walker
 from .options import CODEC_OPTIONS, FIRST_PROMPT, FIRST_PROMPT_TOKENS, Options
 from .passes.check import check_rewritten
@@ -125,14 +125,18 @@ class Builder:
     def inform(self, arguments: Sequence[Any]) -> None:
         """Run the prompt once as it is, and make codecs of what was seen, if it is long enough and none are there."""
         sites = self.matched.sites
-        if all(self._informed(site, arguments) is not None for site in sites):
+        if all(self._informed(site, arguments) is not None for site in sites) or self._too_short(arguments):
             return
         sums = {}
         for site in sites:
             weight = self.effective(site, arguments)[0]
             sums[site] = Sums(site.layer, site.kind, fingerprint(weight), weight.shape[0])
         with timed("statistics_s"), torch.no_grad():
-            Walker(self.canonical, sums).walk(self._untouched(arguments))
+            try:
+                Walker(self.canonical, sums).walk(self._untouched(arguments))
+            except BadCalibration as error:  # the prompt is at fault, not the model: it runs all the same
+                warnings.warn(f"this prompt gives no statistics: {error.reason}", QualityWarning, stacklevel=2)
+                return
         if min(s.tokens + s.sinks for s in sums.values()) < FIRST_PROMPT_TOKENS:
             return
         known = Calibration(tuple(s.statistics() for s in sums.values()))
@@ -140,6 +144,11 @@ class Builder:
         for site, codec in self.made(prepared, plan, arguments).items():
             STORE.add((self._key(site), True), self.weights(site, arguments), codec)
         STORE.turn()
+
+    def _too_short(self, arguments: Sequence[Any]) -> bool:
+        """Whether no input has an element for each of enough tokens: then the prompt need not run to be counted."""
+        inputs = (arguments[i] for n, i in self.index.items() if not n.meta.get("state"))
+        return all(a.numel() < FIRST_PROMPT_TOKENS for a in inputs if isinstance(a, torch.Tensor))
 
     def _untouched(self, arguments: Sequence[Any]) -> list[Any]:
         """Copies of what the graph writes into, so that it can run again."""

@@ -30,7 +30,6 @@ class Gatherer:
         self.gradients = gradients
         self.sites: dict[tuple[str, tuple[float, ...]], Sums] = {}
         self.real: torch.Tensor | None = None
-        self.misses: list[str] = []
         self.failed: list[BaseException] = []
 
     def __call__(self, gm: GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
@@ -41,7 +40,6 @@ class Gatherer:
         except Exception as error:  # raised again by ``calibrate``, as its own class instead of torch's wrapper
             self.failed.append(error)
             return gm.forward
-        self.misses += [str(m) for m in matched.misses]
         if not matched.sites:
             return gm.forward
         builder = Builder(canonical, matched, Options())

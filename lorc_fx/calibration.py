@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -199,11 +198,3 @@ def basis_of(site: SiteStatistics, weight: torch.Tensor, name: str = "") -> Basi
     u = u.flip(1)
     energy = energy.flip(0).clamp_min(0)
     return Basis(root @ u, u.T @ inverse, energy, stacked, informed=True, absolute=True)
-
-
-def merged(parts: Iterable[Calibration]) -> Calibration:
-    """All parts together, in order."""
-    total: Calibration | None = None
-    for part in parts:
-        total = part if total is None else total.merge(part)
-    return total if total is not None else Calibration(())

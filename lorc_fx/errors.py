@@ -66,7 +66,7 @@ class NotYet(LorcError, NotImplementedError):
     def __init__(self, option: str, value: object, works_now: str) -> None:
         self.option, self.value = option, value
         super().__init__(
-            f"{option}={value!r} is documented but not in this version, whose only codec is rank-only LoRC. "
+            f"{option}={value!r} is documented but not in this version. "
             f"What works now: {works_now}. Leave {option} out, or start from lorc_fx.PAPER."
         )
 

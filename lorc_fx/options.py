@@ -1,7 +1,7 @@
 """Options: every option of ``torch.compile(model, backend="lorc", options={...})``, validated in one place.
 
-``Options`` is frozen and hashable, so it can be part of a cache key. In this version the only codec is rank-only LoRC
-(``PAPER``); values that the docs promise for later raise NotYet, all others BadOption.
+``Options`` is frozen and hashable, so it can be part of a cache key. The defaults are the paper's (``PAPER``); values
+that the docs promise for later raise NotYet, all others BadOption.
 """
 
 from __future__ import annotations
@@ -227,7 +227,7 @@ def _choice(name: str, value: object) -> str:
 
 
 def _calibration(value: Any) -> Any:
-    """ "none", a Calibration, or the one saved under a path. Raises BadCalibration, NotYet for "first-prompt"."""
+    """What ``calibration`` says, a path read. Raises BadCalibration where it cannot be, BadOption for anything else."""
     from lorc_fx.calibration import Calibration
 
     words = ("none", FIRST_PROMPT)

@@ -98,6 +98,17 @@ def test_a_short_prompt_drops_nothing_and_goes_on_as_it_began():
     assert_close("logits", torch.cat([first, rest], 1), want, 2e-3)
 
 
+def test_a_prompt_of_nan_gives_no_statistics_and_runs():
+    model = FAMILIES["llama-gqa"].build(layers=1)
+    model.model.embed_tokens.weight.data[5] = float("nan")
+    compiled(model, **ASKED)
+    ids = LONG.clone()
+    ids[0, 3] = 5
+    with pytest.warns(QualityWarning, match="no statistics: its activations are not finite"):
+        _, cache = fill(model, ids)
+    assert all(x.codec.rank == x.codec.width for x in latents(cache)[0])
+
+
 def test_too_small_a_budget_is_said_and_safe():
     model = FAMILIES["llama-gqa"].build(layers=1)
     compiled(model, calibration="first-prompt", ratio=0.07)
