@@ -10,7 +10,7 @@ import torch
 from torch.fx import GraphModule
 
 from . import compat
-from .builder import Builder, compile_inner
+from .builder import Builder, compile_inner, complete
 from .errors import (
     DenseCacheWarning,
     GradRequired,
@@ -106,7 +106,17 @@ def examine(
                 codec_bytes=codecs[site].nbytes(),
             )
         )
-    return found, matched.misses, plan
+    return found, matched.misses, complete(prepared, plan)
+
+
+def plans(gm: GraphModule, example_inputs: Sequence[Any], many: Sequence[Options]) -> list[Plan]:
+    """A plan for each of ``many`` options that differ in how bytes are given and spent only: weights are factorised
+    once. Raises what planning raises."""
+    canonical = normalise(gm, example_inputs)
+    matched = match(canonical)
+    builder = Builder(canonical, matched, many[0])
+    prepared = builder.prepared(matched.sites, example_inputs)
+    return [complete(prepared, builder.plan(prepared, options)) for options in many]
 
 
 def _untouched(gm: GraphModule, example_inputs: Sequence[Any], options: Options, why: LorcError) -> Callee:

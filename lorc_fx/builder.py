@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 from . import compat
 from .calibration import Calibration, fingerprint
 from .codec import Basis, Codec, Factors, factorise, make_codec, prior_basis
-from .errors import BadCalibration, QualityWarning
+from .errors import BadCalibration, BadPlan, QualityWarning
 from .gather import Sums, Walker
 from .options import CODEC_OPTIONS, FIRST_PROMPT, FIRST_PROMPT_TOKENS, Options
 from .passes.check import check_rewritten
@@ -25,6 +25,7 @@ from .passes.plan import make_plan
 from .passes.rewrite import rewrite, writes_to
 from .passes.sites import Matched, Site
 from .passes.tracks import shared_tracks
+from .plan_data import SiteBasis, kept
 from .records import Plan, PlannedSite
 from .runtime import Binding, size_reader
 from .store import STORE
@@ -67,6 +68,14 @@ class Prepared:
         """Share of the site's energy in the stored columns (1.0 for an all-zero weight)."""
         total = float(self.basis.energy.sum())
         return float(self.basis.energy[: planned.rank].sum()) / total if total else 1.0
+
+
+def complete(prepared: dict[Site, Prepared], plan: Plan) -> Plan:
+    """``plan`` with what its codecs need of the data, where they need any: it can then be saved and used alone."""
+    if not all(p.basis.informed for p in prepared.values()):
+        return plan
+    parts = zip(prepared.values(), plan.sites, strict=True)
+    return replace(plan, bases=tuple(SiteBasis.of(p.weight, p.factors, p.basis, line.rank) for p, line in parts))
 
 
 def _warn_of_loss(sites: dict[Site, Prepared], plan: Plan) -> None:
@@ -172,16 +181,36 @@ class Builder:
     def planned(
         self, sites: Sequence[Site], arguments: Sequence[Any], known: Calibration | None = None
     ) -> tuple[dict[Site, Prepared], Plan]:
-        """Effective weights with their factors and bases (of ``known``, else of the calibration in the options), and
-        the plan."""
-        known = self.options.calibration if known is None else known
+        """Effective weights with their factors and bases (of ``known``, else of the plan or the calibration in the
+        options), and the plan."""
+        prepared = self.prepared(sites, arguments, known)
+        return prepared, self.plan(prepared, self.options)
+
+    def prepared(
+        self, sites: Sequence[Site], arguments: Sequence[Any], known: Calibration | None = None
+    ) -> dict[Site, Prepared]:
+        """The first half of ``planned``."""
+        given = self.options.plan
+        bases = {} if known is not None or given is None or not given.bases else given.places()
         with timed("factorise_s"), torch.no_grad():
-            prepared = {s: self._prepared(s, arguments, known) for s in sites}
+            return {
+                s: self._given(s, arguments, given, bases[s.layer, s.kind])
+                if (s.layer, s.kind) in bases
+                else self._prepared(s, arguments, self.options.calibration if known is None else known)
+                for s in sites
+            }
+
+    def plan(self, prepared: dict[Site, Prepared], options: Options) -> Plan:
+        """The second half: what each site gets under ``options``. Raises BadPlan where a given plan has other sites."""
+        if options.plan is not None:
+            lacking = sorted(options.plan.ranks.keys() - {(s.layer, s.kind) for s in self.matched.sites})
+            if lacking:
+                raise BadPlan(options.plan, f"it has ranks for sites that this model lacks: {lacking[:4]}")
         with timed("plan_s"):
             tracks = shared_tracks(self.canonical, self.matched)
             factors = {s: p.factors for s, p in prepared.items()}
             bases = {s: p.basis for s, p in prepared.items()}
-            return prepared, make_plan(sites, factors, bases, tracks, self.options)
+            return make_plan(list(prepared), factors, bases, tracks, options)
 
     def effective(self, site: Site, arguments: Sequence[Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The site's effective weight [n, d] and bias [n] (None where zero)."""
@@ -194,6 +223,13 @@ class Builder:
         if isinstance(calibration, Calibration):
             basis = calibration.basis(site.name, site.kind, weight, bias)
         return Prepared(weight, bias, factors, basis)
+
+    def _given(self, site: Site, arguments: Sequence[Any], plan: Plan, index: int) -> Prepared:
+        """From the plan itself: nothing is factorised. Raises BadPlan for other weights."""
+        weight, bias = self.effective(site, arguments)
+        if not plan.bases[index].fits(weight):
+            raise BadPlan(plan, f"{site.name} has other weights than the plan was made for")
+        return Prepared(weight, bias, *plan.bases[index].on(weight.device))
 
     def _make(self, sites: Sequence[Site], arguments: Sequence[Any]) -> list[Codec]:
         prepared, plan = self.planned(sites, arguments)
@@ -210,7 +246,8 @@ class Builder:
             for (site, p), line in zip(prepared.items(), plan.sites, strict=True):
                 consts = tuple(STORE.snapshot(self.real(n, arguments)) for n in site.consts)
                 dtype = site.rows.y.meta["val"].dtype
-                made[site] = make_codec(p.weight, p.bias, p.basis, line.segments, site.decoder, consts, dtype)
+                basis = kept(p.basis, line.rank)
+                made[site] = make_codec(p.weight, p.bias, basis, line.segments, site.decoder, consts, dtype)
         return made
 
     def build(self, codecs: Sequence[Codec], joined: dict[int, int], sharing: Sharing) -> Binding:

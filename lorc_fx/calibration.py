@@ -42,6 +42,11 @@ def fingerprint(weight: torch.Tensor) -> torch.Tensor:
     return torch.cat([product[:16], product.norm()[None]])
 
 
+def same_weight(mark: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two fingerprints are those of the same weight, in whatever dtypes it was."""
+    return mark.shape == other.shape and float((mark - other).norm()) <= TOLERANCE * float(other.norm())
+
+
 @dataclass(frozen=True, eq=False)
 class SiteStatistics:
     """Sums over tokens at one site, fp64.
@@ -84,8 +89,7 @@ class SiteStatistics:
 
     def is_of(self, kind: str, width: int, mark: torch.Tensor) -> bool:
         """Whether these are statistics of the weight with that fingerprint."""
-        same = self.kind == kind and len(self.total) == width and self.mark.shape == mark.shape
-        return same and float((self.mark - mark).norm()) <= TOLERANCE * float(mark.norm())
+        return self.kind == kind and len(self.total) == width and same_weight(self.mark, mark)
 
 
 @dataclass(frozen=True, eq=False)

@@ -132,6 +132,9 @@ class Options:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "calibration", _calibration(self.calibration))
+        object.__setattr__(self, "plan", _plan(self.plan))
+        if self.plan is not None:
+            self._check_plan()
         informed = self.calibration != "none"
         knobs = any(getattr(self, name) for name in PROGRESSIVE_KNOBS)
         if self.scheduler is None:
@@ -147,16 +150,22 @@ class Options:
             raise NotYet("group_size", self.group_size, "no group_size, with basis='joint'")
         if not isinstance(self.strict, bool):
             raise BadOption("strict", self.strict, "True or False", False)
-        object.__setattr__(self, "plan", _plan(self.plan))
-        if self.plan is not None:
-            names = [name for name in ("ratio", "bytes_per_token", *PROGRESSIVE_KNOBS) if getattr(self, name)]
-            if names:
-                reason = "a plan already says what each site gets"
-                raise ConflictingOptions(("plan", *names), reason, "Give the plan alone, or make a new one")
         _check_inner(self.inner)
         _check_mode(self.mode, self.inner)
         if self.ratio is None and self.bytes_per_token is None and self.plan is None:
             object.__setattr__(self, "ratio", DEFAULT_RATIO)
+
+    def _check_plan(self) -> None:
+        """A plan says what each site gets, and may bring what its codecs need of the data: no prompt changes that."""
+        names = [name for name in ("ratio", "bytes_per_token", *PROGRESSIVE_KNOBS) if getattr(self, name)]
+        if names:
+            reason = "a plan already says what each site gets"
+            raise ConflictingOptions(("plan", *names), reason, "Give the plan alone, or make a new one")
+        if self.calibration == FIRST_PROMPT:
+            object.__setattr__(self, "calibration", "none")
+        if self.calibration != "none" and getattr(self.plan, "bases", ()):
+            reason = "this plan already holds what its calibration said"
+            raise ConflictingOptions(("plan", "calibration"), reason, "Give the plan alone, or make a new one")
 
     def _check_budget(self) -> None:
         if self.ratio is not None:
@@ -240,12 +249,15 @@ def _calibration(value: Any) -> Any:
 
 
 def _plan(plan: Any) -> Any:
-    """None, a plan (has ``ranks`` and is hashable), or a path as str. Raises BadPlan."""
+    """None, or a plan (has ``ranks`` and is hashable), a path read: codecs follow its content, not its name. Raises
+    BadPlan."""
     if isinstance(plan, (str, os.PathLike)):
+        from lorc_fx.records import Plan
+
         path = os.fsdecode(plan)
         if not path:
             raise BadPlan(plan, "the path is empty")
-        return path
+        return Plan.load(path)
     if plan is not None and not hasattr(plan, "ranks"):
         raise BadPlan(plan, f"a {type(plan).__name__} is neither a Plan nor a path")
     try:

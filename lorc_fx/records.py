@@ -5,15 +5,17 @@ Axis letters everywhere in the project: B batch, T cached tokens, S query tokens
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from . import plan_file
 from .errors import BadPlan
 from .packing import BITS, MODEL, Segment
-
-PLAN_VERSION = 2
+from .plan_data import SiteBasis
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,8 @@ class Miss:
 @dataclass(frozen=True)
 class PlannedSite:
     """One line of a plan: the segments of columns that the site gets, of ``choices`` means, and what they cost in bytes
-    per token (positions included)."""
+    per token (positions included). ``predicted`` is the loss that is expected of that: in nats per token (``nats``), or
+    as a share of the site's energy; None in old plans."""
 
     layer: int
     kind: str
@@ -78,6 +81,12 @@ class PlannedSite:
     dense_bytes: int
     window: int | None
     cond: float
+    predicted: float | None = None
+    nats: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"layer {self.layer} {self.kind}"
 
     @property
     def rank(self) -> int:
@@ -101,9 +110,17 @@ class PlannedSite:
 
 @dataclass(frozen=True)
 class Plan:
-    """What each site gets. ``ranks`` maps (layer, kind) to columns."""
+    """What each site gets. ``ranks`` maps (layer, kind) to columns.
+
+    ``bases`` is what the codecs need of the data, one per site in their order: then the plan serves its model alone. It
+    is empty where the plan was made without statistics. Plans are compared by content.
+    """
 
     sites: tuple[PlannedSite, ...]
+    bases: tuple[SiteBasis, ...] = ()
+
+    def __repr__(self) -> str:
+        return f"Plan({len(self.sites)} sites, {self.bytes_per_token} of {self.bytes_per_token_dense} bytes per token)"
 
     @property
     def ranks(self) -> dict[tuple[int, str], int]:
@@ -117,24 +134,56 @@ class Plan:
     def bytes_per_token_dense(self) -> int:
         return sum(s.dense_bytes for s in self.sites)
 
+    @property
+    def predicted(self) -> float | None:
+        """Over all sites: nats per token where ``nats``, else a sum of shares of energy. None where a site has none."""
+        known = [s.predicted for s in self.sites if s.predicted is not None]
+        return sum(known) if len(known) == len(self.sites) else None
+
+    @property
+    def nats(self) -> bool:
+        """Whether ``predicted`` is in nats per token (the statistics had gradients)."""
+        return bool(self.sites) and all(s.nats for s in self.sites)
+
+    @classmethod
+    def joined(cls, plans: Iterable[Plan]) -> Plan:
+        """The plans of a model's graphs as one."""
+        parts = [plan for plan in plans if plan.sites]
+        bases = tuple(b for plan in parts for b in plan.bases) if all(plan.bases for plan in parts) else ()
+        return cls(tuple(s for plan in parts for s in plan.sites), bases)
+
+    def places(self) -> dict[tuple[int, str], int]:
+        """(layer, kind) -> index of the site. Raises BadPlan where two sites have one name."""
+        found: dict[tuple[int, str], int] = {}
+        for i, site in enumerate(self.sites):
+            if found.setdefault((site.layer, site.kind), i) != i:
+                reason = f"it has {site.name} twice (a model with graph breaks has a plan for each of its graphs)"
+                raise BadPlan(self, reason)
+        return found
+
     def save(self, path: str | Path) -> None:
-        """Write the plan as readable JSON (one line per site), atomically."""
-        target = Path(path)
-        lines = ",\n".join("  " + json.dumps(s.line()) for s in self.sites)
-        text = f'{{"lorc_fx_plan": {PLAN_VERSION}, "sites": [\n{lines}\n]}}\n'
-        partial = target.with_name(target.name + ".part")
-        partial.write_text(text)
-        partial.replace(target)
+        """Write ``NAME.json`` (readable, one line per site) and, where the plan has bases, ``NAME.safetensors`` beside
+        it; each is replaced whole. Raises BadPlan for two sites of one name, OSError where nothing can be written."""
+        places = self.places()
+        tensors = {
+            f"{layer}.{kind}.{part}": tensor
+            for (layer, kind), i in places.items()
+            if self.bases
+            for part, tensor in self.bases[i].tensors().items()
+        }
+        plan_file.write(Path(path), [s.line() for s in self.sites], tensors)
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
-        """Read a saved plan. Raises BadPlan where the file is missing, is no plan, or is of another version."""
+        """Read a saved plan. Raises BadPlan where a file is missing, cut off, of another version, or no plan's."""
+        lines, tensors = plan_file.read(Path(path))
+        named: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            site, _, part = name.rpartition(".")
+            named.setdefault(site, {})[part] = tensor
         try:
-            data = json.loads(Path(path).read_text())
-            if data.get("lorc_fx_plan") != PLAN_VERSION:
-                raise BadPlan(str(path), f"it is not a plan of version {PLAN_VERSION}")
-            return cls(tuple(PlannedSite.of_line(s) for s in data["sites"]))
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as why:
-            if isinstance(why, BadPlan):
-                raise
+            sites = tuple(PlannedSite.of_line(line) for line in lines)
+            bases = tuple(SiteBasis.of_tensors(named[f"{s.layer}.{s.kind}"], s.nats) for s in sites if tensors)
+        except (ValueError, TypeError, KeyError) as why:
             raise BadPlan(str(path), f"it cannot be read as a plan ({why})") from None
+        return cls(sites, bases)

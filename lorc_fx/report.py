@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,18 +124,35 @@ def examined(model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, A
     sites: list[SiteReport] = []
     misses: list[Miss] = []
     plans: list[Plan] = []
-    failed: list[BaseException] = []
 
-    def record(gm: GraphModule, examples: Sequence[Any]) -> Any:
-        try:
-            found, missed, plan = examine(gm, examples, options)
-        except Exception as error:  # raised again below, as its own class instead of torch's wrapper
-            failed.append(error)
-            return gm.forward
+    def record(gm: GraphModule, examples: Sequence[Any]) -> None:
+        found, missed, plan = examine(gm, examples, options)
         offset = 1 + max((s.layer for s in sites), default=-1)
         sites.extend(SiteReport(**{**s, "layer": s["layer"] + offset}) for s in found)
         misses.extend(missed)
         plans.append(plan)
+
+    traced(model, args, kwargs, record)
+    if options.strict and misses:
+        raise StrictMiss(misses)
+    return Report(tuple(sites), tuple(misses), Plan.joined(plans) if sites else None)
+
+
+def traced(
+    model: torch.nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    visit: Callable[[GraphModule, Sequence[Any]], None],
+) -> None:
+    """Run the model once, dense and under no_grad, and show each of its graphs to ``visit`` with its inputs. Raises
+    what ``visit`` raises."""
+    failed: list[BaseException] = []
+
+    def record(gm: GraphModule, examples: Sequence[Any]) -> Any:
+        try:
+            visit(gm, examples)
+        except Exception as error:  # raised again below, as its own class instead of torch's wrapper
+            failed.append(error)
         return gm.forward
 
     compiled = torch.compile(_uncompiled(model), backend=record)
@@ -143,9 +160,6 @@ def examined(model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, A
         compiled(*args, **kwargs)
     if failed:
         raise failed[0]
-    if options.strict and misses:
-        raise StrictMiss(misses)
-    return Report(tuple(sites), tuple(misses), Plan(tuple(s for p in plans for s in p.sites)) if sites else None)
 
 
 def _uncompiled(model: torch.nn.Module) -> Any:

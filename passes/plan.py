@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from lorc_fx.allocate import BLOCK, DROPPED, Columns, allocate, least, row_bytes, segments
+from lorc_fx.allocate import BLOCK, DROPPED, Columns, allocate, least, predicted, row_bytes, segments
 from lorc_fx.codec import Basis, Factors
 from lorc_fx.errors import BadPlan, BudgetTooSmall, QualityWarning
 from lorc_fx.options import FIRST_PROMPT, FIRST_PROMPT_TOKENS, Options
@@ -29,11 +29,13 @@ SAFE = 4
 
 @dataclass(frozen=True)
 class Candidate:
-    """A site as the planner sees it: ``columns`` for the allocator, ``spec`` for the scheduler, bytes of positions."""
+    """A site as the planner sees it: ``columns`` for the allocator, ``spec`` for the scheduler, bytes of positions, and
+    whether losses are in nats per token."""
 
     columns: Columns
     spec: SiteSpec
     fixed: int
+    nats: bool
 
     @property
     def least(self) -> int:
@@ -43,8 +45,9 @@ class Candidate:
 def candidate(site: Site, factors: Factors, basis: Basis, keeps_positions: bool, options: Options) -> Candidate:
     """``keeps_positions``: the site pays for the positions of all that share them.
 
-    A column's loss is its share of the site's energy, so every key and every value site counts the same (unless the
-    basis knows what it costs). Columns may be dropped where the basis knows the data, and in the paper's method.
+    A column's loss is its share of the site's energy, so every key and every value site counts the same; where the
+    basis knows what it costs, half its energy, in nats per token (the second-order term of the loss). Columns may be
+    dropped where the basis knows the data, and in the paper's method.
     """
     decoder = site.decoder
     element = decoder.dtype.itemsize
@@ -54,7 +57,7 @@ def candidate(site: Site, factors: Factors, basis: Basis, keeps_positions: bool,
     fixed = POSITION_BYTES if keeps_positions else 0
     width, only_model = min(factors.rank, len(basis.energy)), options.precision == "model"
     energy = basis.energy[:width].clamp_min(0)
-    share = (energy if basis.absolute else energy / energy.sum().clamp_min(1e-300)).tolist()
+    share = (energy / 2 if basis.absolute else energy / energy.sum().clamp_min(1e-300)).tolist()
     paper = only_model and options.calibration == "none"
     levels = LEVELS[str(options.precision)] + ((DROPPED,) if paper or basis.informed else ())
     if not basis.informed:
@@ -75,7 +78,7 @@ def candidate(site: Site, factors: Factors, basis: Basis, keeps_positions: bool,
         spectrum=tuple(energy.sqrt()[:worth].tolist()),
         window=site.window,
     )
-    return Candidate(columns, spec, fixed)
+    return Candidate(columns, spec, fixed, basis.absolute)
 
 
 def _precision(level: int) -> int:
@@ -99,8 +102,7 @@ def make_plan(
     places = depths([c.spec for c in found.values()])
     found = {s: replace(c, spec=replace(c.spec, depth=places[c.spec.layer])) for s, c in found.items()}
     if options.plan is not None:
-        given = Plan.load(options.plan) if isinstance(options.plan, str) else options.plan
-        return _checked(given, list(found.values()))
+        return _checked(options.plan, [(found[s], bases[s]) for s in sites])
     planned: dict[Site, PlannedSite] = {}
     for window in {site.window for site in sites}:
         group = [site for site in sites if site.window == window]
@@ -133,26 +135,37 @@ def planned_site(view: Candidate, chosen: tuple[Segment, ...]) -> PlannedSite:
     spec, counts = view.spec, {s.bits: s.columns for s in chosen}
     cost = view.fixed + row_bytes(counts, view.columns)
     width, choices = len(view.columns.loss), view.columns.choices
-    return PlannedSite(spec.layer, spec.kind, width, chosen, choices, cost, spec.dense_bytes, spec.window, spec.cond)
+    return PlannedSite(
+        spec.layer,
+        spec.kind,
+        width,
+        chosen,
+        choices,
+        cost,
+        spec.dense_bytes,
+        spec.window,
+        spec.cond,
+        predicted(view.columns, chosen),
+        view.nats,
+    )
 
 
-def _checked(plan: Plan, views: Sequence[Candidate]) -> Plan:
-    """A given plan on this model's sites, in their order."""
-    given = {(s.layer, s.kind): s for s in plan.sites}
+def _checked(plan: Plan, views: Sequence[tuple[Candidate, Basis]]) -> Plan:
+    """A given plan on some of this model's sites, in their order."""
+    places = plan.places()
     found = []
-    for view in views:
+    for view, basis in views:
         spec, width = view.spec, len(view.columns.loss)
-        line = given.pop((spec.layer, spec.kind), None)
-        if line is None:
+        if (spec.layer, spec.kind) not in places:
             raise BadPlan(plan, f"it has no rank for layer {spec.layer} {spec.kind}")
+        line = plan.sites[places[spec.layer, spec.kind]]
         if any(s.columns < 1 for s in line.segments) or not 1 <= line.rank <= width:
-            raise BadPlan(plan, f"layer {spec.layer} {spec.kind}: rank {line.rank!r} is not in 1..{width}")
+            raise BadPlan(plan, f"{line.name}: rank {line.rank!r} is not in 1..{width}")
+        if line.rank > basis.analysis.shape[1]:
+            reason = f"{line.name} asks for {line.rank} columns, its tensor file holds {basis.analysis.shape[1]}"
+            raise BadPlan(plan, reason)
         if line.choices != view.columns.choices:
-            reason = (
-                f"layer {spec.layer} {spec.kind} was planned for {line.choices} means, it has {view.columns.choices}"
-            )
+            reason = f"{line.name} was planned for {line.choices} means, it has {view.columns.choices}"
             raise BadPlan(plan, f"{reason}: give the calibration that it was made with")
         found.append(planned_site(view, line.segments))
-    if given:
-        raise BadPlan(plan, f"it has ranks for sites that this model lacks: {sorted(given)[:4]}")
     return Plan(tuple(found))

@@ -15,12 +15,14 @@ from hypothesis import strategies as st
 
 from lorc_fx import Calibration, errors
 from lorc_fx.options import CHOICES, PAPER, Options
-from lorc_fx.records import SiteSpec
+from lorc_fx.packing import MODEL, Segment
+from lorc_fx.records import Plan, PlannedSite, SiteSpec
 
 
 @dataclasses.dataclass(frozen=True)
 class FakePlan:
     ranks: tuple[int, ...] = (1, 2)
+    bases: tuple[int, ...] = ()
 
 
 def site(layer=0, dense=512, fixed=4, window=None):
@@ -56,8 +58,6 @@ GOOD = [
     {"inner": "aot_eager"},
     {"inner": backend},
     {"plan": FakePlan()},
-    {"plan": "plan.json"},
-    {"plan": Path("plan.json")},
     {"strict": True},
     {"scheduler": "loss"},
     *[{"precision": p} for p in ("int8", "int4", "auto")],
@@ -107,9 +107,10 @@ BAD = [
     ({"inner": None}, errors.UnknownBackend, "None"),
     ({"plan": 7}, errors.BadPlan, "neither"),
     ({"plan": ""}, errors.BadPlan, "empty"),
+    *[({"plan": p}, errors.BadPlan, "cannot be read") for p in ("no-such-plan.json", Path("/no/such/plan.json"))],
     ({"plan": SimpleNamespace(ranks=[1])}, errors.BadPlan, "hashed"),
     ({"plan": FakePlan(), "ratio": 0.5}, errors.ConflictingOptions, "plan and ratio"),
-    ({"plan": "p", "d_min": 4}, errors.ConflictingOptions, "plan and d_min"),
+    ({"plan": FakePlan(), "d_min": 4}, errors.ConflictingOptions, "plan and d_min"),
     ({"strict": 1}, errors.BadOption, "True or False"),
 ]
 
@@ -134,6 +135,24 @@ def test_keywords():
         Options.parse({"ratio": 0.3}, ratio=0.4)
     with pytest.raises(errors.UnknownOption, match="'mod'"):
         Options.parse(None, mod=None)
+
+
+def test_a_plans_path_is_read_and_its_content_counts(tmp_path):
+    """Two paths of equal plans are equal options; a plan that is written anew is another."""
+    line = PlannedSite(0, "key", 8, (Segment(4, MODEL),), 1, 16, 32, None, 1.0)
+    one, two = tmp_path / "one.json", tmp_path / "two.json"
+    for path in (one, two):
+        Plan((line,)).save(path)
+    before = Options(plan=str(one))
+    assert before == Options(plan=two) and hash(before) == hash(Options(plan=two))
+    Plan((dataclasses.replace(line, segments=(Segment(3, MODEL),)),)).save(one)
+    assert Options(plan=one) != before
+
+
+def test_a_plan_waits_for_no_prompt():
+    assert Options(plan=FakePlan(), calibration="first-prompt").calibration == "none"
+    with pytest.raises(errors.ConflictingOptions, match="plan and calibration"):
+        Options(plan=FakePlan(bases=(1,)), calibration=Calibration(()))
 
 
 def test_construction_validates_too():
