@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lorc_fx import allocate as planner
 from lorc_fx.allocate import DROPPED, Columns, allocate, distortion, least, predicted, row_bytes
 from lorc_fx.packing import BITS, MODEL, Format, Segment
 
@@ -91,9 +92,20 @@ def test_distortions_are_measured(bits):
     assert 0.5 * best < distortion(bits) < 2 * best
 
 
-def test_a_70b_model_takes_seconds():
-    """80 layers of 1024 columns: some 60 000 steps (a count, not a time)."""
+@pytest.mark.parametrize("name", ["auto", "model"])
+def test_the_work_for_a_70b_model_is_bounded(name, monkeypatch):
+    """80 layers of keys and values, 1024 columns each. Counted, not timed: no step is priced twice, so the work is that
+    of one sorted list, whatever the budget. bench.planner says how long it takes."""
     loss = tuple(0.99**i for i in range(1024))
-    group = [Columns(loss, LEVELS["auto"], 2, 2) for _ in range(160)]
-    chosen = allocate(group, 160 * 512)
-    assert 160 * 512 - 8 < sum(cost_of(c, s) for c, s in zip(chosen, group, strict=True)) <= 160 * 512
+    block = 16 if name == "auto" else 1
+    group = [Columns(loss, LEVELS[name], 2, 2, block) for _ in range(160)]
+    rungs = {"auto": len(LEVELS["auto"]) - 1, "model": 1}[name]
+    priced = []
+    whole = planner.row_bytes
+    monkeypatch.setattr(planner, "row_bytes", lambda counts, site: priced.append(1) or whole(counts, site))
+    for budget in (160 * 512, 160 * 1024):
+        priced.clear()
+        chosen = allocate(group, budget)
+        assert len(priced) <= 160 * (1024 // block * rungs + 1)
+        used = sum(cost_of(c, s) for c, s in zip(chosen, group, strict=True))
+        assert budget - 8 < used <= budget

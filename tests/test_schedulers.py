@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorc_fx import errors
+from lorc_fx import errors, formulas
 from lorc_fx.schedulers import progressive_ranks
 from scheduling import NAMES, model, run, site
 
@@ -232,3 +232,13 @@ def test_energy_takes_the_largest_shares_first():
 def test_energy_refuses_a_bad_spectrum(spectrum):
     with pytest.raises(errors.BadOption, match="spectrum"):
         run("energy", [site(0, width=2, spectrum=spectrum)], 2)
+
+
+def test_the_knobs_of_a_70b_model_are_solved_by_bisection(monkeypatch):
+    """80 layers, 1024 columns: the formula runs some twenty times per layer, not once per knob (counted, not timed)."""
+    sites = model(layers=80, width=1024, conds=[1.5 + i % 7 for i in range(80)])
+    asked, whole = [], formulas.rank
+    monkeypatch.setattr(formulas, "rank", lambda *given: asked.append(1) or whole(*given))
+    ranks = run("progressive", sites, budget := 160 * 700)
+    assert sum(2 * r for r in ranks) > budget - 2 and len(set(ranks)) > 20
+    assert len(asked) <= 80 * (2 * math.ceil(math.log2(1024)) + 4)
