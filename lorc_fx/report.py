@@ -70,6 +70,20 @@ class Report:
         """Bytes of all encode and decode matrices, held once per model."""
         return sum(s.codec_bytes for s in self.sites)
 
+    @property
+    def break_even(self) -> int | None:
+        """The least length of one sequence, in tokens, at which cache and codecs together are no larger than the dense
+        cache; None where no length is enough. A site with a window saves nothing more past its window."""
+        tokens, missing = 0, self.codec_bytes
+        for end in [*sorted({s.window for s in self.sites if s.window is not None}), None]:
+            saved = sum(s.dense_bytes - s.bytes for s in self.sites if s.window is None or s.window > tokens)
+            length = 0 if not missing else -(-missing // saved) if saved > 0 else None
+            if length is not None and (end is None or tokens + length <= end):
+                return tokens + length
+            if end is not None:
+                tokens, missing = end, missing - saved * (end - tokens)
+        return None
+
     def __rich__(self) -> Group:
         table = Table(title=f"{len(self.sites)} sites, {len(self.misses)} misses")
         for name in ("layer", "site", "width", "rank", "between projection and cache", "cond", "energy kept"):
@@ -85,16 +99,14 @@ class Report:
         lines = []
         if self.sites:
             share = self.bytes_per_token / self.bytes_per_token_dense
+            paid = self.break_even
+            when = f"paid for after {paid} tokens" if paid is not None else "paid for at no length"
             lines.append(
                 f"{self.bytes_per_token} bytes per token instead of {self.bytes_per_token_dense} ({share:.1%}); "
-                f"codecs hold {self.codec_bytes} bytes, paid for after {self._break_even()} tokens."
+                f"codecs hold {self.codec_bytes} bytes, {when}."
             )
         lines += [f"miss: {miss}" for miss in self.misses]
         return "\n".join(lines or ["No cached key or value comes from a projection of this model."])
-
-    def _break_even(self) -> int:
-        saved = self.bytes_per_token_dense - self.bytes_per_token
-        return -(-self.codec_bytes // saved) if saved > 0 else 0
 
     def __str__(self) -> str:
         out = io.StringIO()

@@ -10,11 +10,15 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import lorc_fx
 from helpers import cache_name, compiled, latents, new_cache, prompt
 from lorc_fx.errors import QualityWarning, StrictMiss
+from lorc_fx.packing import MODEL, Segment
 from lorc_fx.records import Plan
+from lorc_fx.report import Report, SiteReport
 
 pytestmark = pytest.mark.usefixtures("clean")
 HALF = {"ratio": 0.5, "inner": "eager"}
@@ -115,3 +119,32 @@ def test_a_plan_that_loses_much_is_said() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", QualityWarning)
         ran(build("gpt2"), ratio=1.0)
+
+
+def line(saved: int, window: int | None, codec: int) -> SiteReport:
+    """A site that saves so many of its 100 bytes per token."""
+    segments = (Segment(8, MODEL),)
+    return SiteReport(0, "key", 8, 8, segments, "", 1.0, 1.0, 1.0, 1.0, 100 - saved, 100, window, "decoding", codec)
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    st.lists(
+        st.builds(line, st.integers(-20, 99), st.sampled_from([None, None, 3, 8, 20]), st.integers(0, 700)), max_size=4
+    )
+)
+def test_the_length_at_which_codecs_are_paid_for(sites: list[SiteReport]) -> None:
+    """Against counting: the first length at which what is saved is what the codecs hold, windows and losses included."""
+
+    def saved(length: int) -> int:
+        return sum((s.dense_bytes - s.bytes) * min(length, s.window or length) for s in sites)
+
+    report = Report(tuple(sites), (), None)
+    first = next((t for t in range(6000) if saved(t) >= report.codec_bytes), None)
+    assert report.break_even == first
+
+
+def test_the_length_is_printed() -> None:
+    assert "codecs hold 701 bytes, paid for after 11 tokens" in str(Report((line(70, None, 701),), (), None))
+    never = str(Report((line(70, 4, 701), line(-1, None, 0)), (), None))
+    assert "codecs hold 701 bytes, paid for at no length" in " ".join(never.split())
