@@ -1,4 +1,4 @@
-"""The command line: ``lorc demo``, ``lorc explain`` and ``lorc calibrate``.
+"""The command line: ``lorc demo``, ``lorc explain``, ``lorc calibrate`` and ``lorc plan``.
 
 Results go to stdout, progress to stderr. Exit codes: 0 done, 1 a model or file that cannot be used, 2 an option that is
 refused, 130 Ctrl-C. Typed errors are one red message without a traceback.
@@ -233,6 +233,52 @@ def _rows(path: Path, tokenizer: Any, tokens: int) -> Any:
     if not begins:
         return list(ids.split(ROW_TOKENS))
     return [ids.new_tensor([int(ids[0]), *part.tolist()]) for part in ids[1:].split(ROW_TOKENS - 1)]
+
+
+# ------------------------------------------------------------------------------------------------------------- plan
+
+
+@app.command()
+def plan(
+    output: Annotated[
+        Path | None, typer.Argument(help="The plan to write: NAME.json, NAME.safetensors beside.")
+    ] = None,
+    model: Annotated[Path | None, typer.Option(help="Local checkpoint: a folder, or a GGUF file.")] = None,
+    ratio: Annotated[float | None, typer.Option(help="Cache bytes kept, as a fraction of the dense cache.")] = None,
+    bytes_per_token: Annotated[int | None, typer.Option(help="The same budget in bytes, instead of --ratio.")] = None,
+    calibration: Annotated[Path | None, typer.Option(help="What `lorc calibrate` wrote for this model.")] = None,
+    scheduler: Annotated[str | None, typer.Option(help="progressive (LoRC), uniform, energy, loss.")] = None,
+    precision: Annotated[str | None, typer.Option(help="model (LoRC), int8, int4, auto.")] = None,
+    dtype: Annotated[DType, typer.Option(help="What the model runs in.")] = DType.bf16,
+    sweep: Annotated[str, typer.Option(help="Ratios whose predicted loss is shown, with commas between.")] = "",
+    plot: Annotated[Path | None, typer.Option(help="Also draw the sweep: PATH.png and PATH.svg.")] = None,
+    text: Annotated[Path | None, typer.Option(help="Text for --measure; not the one of the calibration.")] = None,
+    measure: Annotated[bool, typer.Option("--measure", help="Measure the loss over the text too.")] = False,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens of the text to use, at most.")] = 4096,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures to this file.")] = None,
+) -> None:
+    """Write a plan, which serves its model alone as options={"plan": OUTPUT}; or show what budgets would cost."""
+    with reported():
+        ratios = _ratios(sweep)
+        with Show() as show:
+            show.stage("Importing torch and transformers")
+            from lorc_fx import plan_command
+            from lorc_fx.models import load_model
+
+            plan_command.check(output, ratios, plot, text, measure)
+            knobs = {"calibration": calibration, "scheduler": scheduler, "precision": precision}
+            budget = {"ratio": ratio, "bytes_per_token": bytes_per_token}
+            many = plan_command.asked(knobs, budget, ratios, output is not None)
+            loaded, tokenizer = load_model(model, dtype.torch(), show.stage)
+            rows = _rows(text, tokenizer, tokens) if text is not None else None
+            plans, result = plan_command.figures(show, loaded, many, rows)
+        result = {"model": str(model or "Gemma 3 270M"), "dtype": dtype.value} | result
+        written = plan_command.write(output, plans[0], plot, result)
+        if json_file:
+            write_json(json_file, result)
+    (out if out.is_terminal else Console(width=140)).print(plan_command.table(result))
+    for path in written:
+        out.print(str(path), soft_wrap=True)
 
 
 def main() -> None:

@@ -259,6 +259,17 @@ class BadModel(LorcError, ValueError):
         )
 
 
+class MissingExtra(LorcError, ImportError):
+    """Something that needs a package of one of lorc_fx's extras, which is not installed."""
+
+    def __init__(self, what: str, package: str, extra: str) -> None:
+        self.package, self.extra = package, extra
+        super().__init__(
+            f"{what} needs {package}, which is not installed here. Install what the extra {extra!r} names: "
+            f"pip install 'lorc-fx[{extra}]'; or leave {what} out."
+        )
+
+
 # ---------------------------------------------------------------------------------------------------- warnings
 
 

@@ -34,16 +34,16 @@ def write(path: Path, lines: Sequence[Mapping[str, Any]], tensors: Mapping[str, 
     Both files are replaced whole, the tensors first: after a crash in between, the old JSON does not fit the new
     tensors, which ``read`` says. Raises OSError.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     about = "null"
     if tensors:
         beside = tensor_path(path)
-        with _replaced(beside) as partial:
-            save_file(dict(tensors), partial, metadata={"lorc_fx_plan": str(VERSION)})
+        with replaced(beside) as partial:  # save_file would make it readable by its owner only
+            partial.write_bytes(save(dict(tensors), metadata={"lorc_fx_plan": str(VERSION)}))
         about = json.dumps({"file": beside.name, "sha256": checksum(tensors)}, sort_keys=True)
     body = ",\n".join(json.dumps(line, sort_keys=True) for line in lines)
-    with _replaced(path) as partial:
+    with replaced(path) as partial:
         partial.write_text(f'{{\n"lorc_fx_plan": {VERSION},\n"sites": [\n{body}\n],\n"tensors": {about}\n}}\n')
 
 
@@ -90,7 +90,7 @@ def checksum(tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 @contextlib.contextmanager
-def _replaced(path: Path) -> Iterator[Path]:
+def replaced(path: Path) -> Iterator[Path]:
     """A new file to write to, which becomes ``path`` if the block ends without an error and is removed if not."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:

@@ -44,6 +44,10 @@ CASES = {
     "GradRequired": (errors.GradRequired(), ["inference only", "torch.no_grad()"]),
     "ForeignCache": (errors.ForeignCache("of another plan"), ["another plan", "fresh cache"]),
     "GraphInvariant": (errors.GraphInvariant("rewrite", "no orphan", "%a"), ["'rewrite'", "no orphan", "%a", "report"]),
+    "MissingExtra": (
+        errors.MissingExtra("--plot", "matplotlib", "plot"),
+        ["--plot needs matplotlib", "pip install 'lorc-fx[plot]'"],
+    ),
     "BadModel": (errors.BadModel("/x", "no such path"), ["'/x'", "no such path", "safetensors"]),
 }
 

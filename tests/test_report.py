@@ -7,10 +7,10 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 from families import FAMILIES
-from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lorc_fx
@@ -127,14 +127,14 @@ def line(saved: int, window: int | None, codec: int) -> SiteReport:
     return SiteReport(0, "key", 8, 8, segments, "", 1.0, 1.0, 1.0, 1.0, 100 - saved, 100, window, "decoding", codec)
 
 
-@settings(deadline=None, max_examples=200)
-@given(
+@hypothesis.settings(deadline=None, max_examples=200)
+@hypothesis.given(
     st.lists(
         st.builds(line, st.integers(-20, 99), st.sampled_from([None, None, 3, 8, 20]), st.integers(0, 700)), max_size=4
     )
 )
 def test_the_length_at_which_codecs_are_paid_for(sites: list[SiteReport]) -> None:
-    """Against counting: the first length at which what is saved is what the codecs hold, windows and losses included."""
+    """Against counting: the first length that saves what the codecs hold, windows and losses included."""
 
     def saved(length: int) -> int:
         return sum((s.dense_bytes - s.bytes) * min(length, s.window or length) for s in sites)
