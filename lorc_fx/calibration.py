@@ -12,12 +12,14 @@ from __future__ import annotations
 import os
 import warnings
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
 
 from .codec import Basis
 from .errors import BadCalibration, QualityWarning
+from .plan_file import checksum
 
 VERSION = 1
 PRIOR = 0.02
@@ -94,9 +96,21 @@ class SiteStatistics:
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """Statistics of all sites of a model. Compared by identity; give it as ``options={"calibration": ...}``."""
+    """Statistics of all sites of a model; give it as ``options={"calibration": ...}``. Compared by content: each graph
+    of a model reads a path anew, and all must get the same codecs."""
 
     sites: tuple[SiteStatistics, ...]
+
+    def __eq__(self, other: object) -> bool:
+        return self.digest == other.digest if isinstance(other, Calibration) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    @cached_property
+    def digest(self) -> str:
+        """Checksum of all statistics."""
+        return checksum(self._tensors())
 
     def merge(self, other: Calibration) -> Calibration:
         """Both together. Raises BadCalibration where they are of different weights."""
@@ -111,6 +125,13 @@ class Calibration:
         """Write safetensors, atomically: fp64 sums, one set of tensors per site."""
         from safetensors.torch import save_file
 
+        target = Path(path)
+        partial = target.with_name(target.name + ".part")
+        about = {"lorc_fx_calibration": str(VERSION), "sites": str(len(self.sites))}
+        save_file(self._tensors(), partial, metadata=about)
+        partial.replace(target)
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
         tensors: dict[str, torch.Tensor] = {}
         for i, s in enumerate(self.sites):
             counts = torch.tensor([s.layer, s.kind == "key", s.tokens, s.sinks, s.gradients], dtype=torch.int64)
@@ -119,10 +140,7 @@ class Calibration:
             if s.gradient is not None:
                 named["gradient"] = s.gradient
             tensors.update({f"{i}.{name}": t.contiguous() for name, t in named.items()})
-        target = Path(path)
-        partial = target.with_name(target.name + ".part")
-        save_file(tensors, partial, metadata={"lorc_fx_calibration": str(VERSION), "sites": str(len(self.sites))})
-        partial.replace(target)
+        return tensors
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Calibration:

@@ -108,9 +108,9 @@ def figures(
     show.stage(f"Planning {len(many)} budgets")
     made = planned(model, many)
     first = made[0]
-    about = {"scheduler": many[0].scheduler, "precision": many[0].precision, "sites": len(first.sites)}
+    about: dict[str, Any] = {"scheduler": many[0].scheduler, "precision": many[0].precision, "sites": len(first.sites)}
     about |= {"nats": first.nats, "calibrated": bool(first.bases), "dense_bytes": first.bytes_per_token_dense}
-    points = [{"bytes_per_token": p.bytes_per_token, "predicted": p.predicted} for p in made]
+    points: list[dict[str, Any]] = [{"bytes_per_token": p.bytes_per_token, "predicted": p.predicted} for p in made]
     if rows is not None:
         show.stage("Measuring the loss: dense")
         about |= {"tokens": sum(len(row) - 1 for row in rows), "dense_nats": measured(show, model, rows, None, many[0])}

@@ -88,8 +88,9 @@ class SiteBasis:
         return checksum(self.tensors())
 
     def __eq__(self, other: object) -> bool:
-        same_kind = isinstance(other, SiteBasis) and self.basis.absolute == other.basis.absolute
-        return same_kind and self.digest == other.digest
+        if not isinstance(other, SiteBasis):
+            return NotImplemented
+        return self.basis.absolute == other.basis.absolute and self.digest == other.digest
 
     def __hash__(self) -> int:
         return hash(self.digest)

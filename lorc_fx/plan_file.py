@@ -85,7 +85,7 @@ def checksum(tensors: Mapping[str, torch.Tensor]) -> str:
     found = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        found.update(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))
+        found.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 

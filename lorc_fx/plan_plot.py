@@ -47,7 +47,8 @@ def draw(result: dict[str, Any], path: Path, unit: str) -> tuple[Path, Path]:
     predicted = [point["predicted"] for point in points]
     added = [point["nats"] - result["dense_nats"] for point in points] if "dense_nats" in result else None
     together = added is None or result["nats"]
-    style = {"font.size": 11, "svg.hashsalt": "lorc_fx", "axes.spines.top": False, "axes.spines.right": False}
+    style: dict[Any, Any] = {"font.size": 11, "svg.hashsalt": "lorc_fx", "axes.spines.top": False}
+    style["axes.spines.right"] = False
     with pyplot.style.context("default"), matplotlib.rc_context(style):
         count = 1 if together else 2
         figure, axes = pyplot.subplots(count, 1, figsize=(WIDTH, HEIGHT * count), sharex=True, squeeze=False)

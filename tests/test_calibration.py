@@ -95,6 +95,19 @@ def test_saved_and_loaded(tmp_path):
             Calibration.load(path)
 
 
+def test_a_path_serves_every_graph_of_a_model(tmp_path):
+    """Each graph reads it anew: prompt, second piece and steps share their codecs, and nothing falls back to dense."""
+    model = FAMILIES["llama-gqa"].build(layers=1)
+    made = quiet(copy.deepcopy(model), [text()])
+    made.save(tmp_path / "c.safetensors")
+    again = Calibration.load(tmp_path / "c.safetensors")
+    assert again == made and hash(again) == hash(made) and made != quiet(copy.deepcopy(model), [text(seed=9)])
+    compiled(model, calibration=str(tmp_path / "c.safetensors"), ratio=0.2)
+    cache = new_cache(model, "dynamic", 12)
+    piecewise(model, text(rows=2, tokens=12), cache, [5, 10, 11, 12])
+    latents(cache)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_fingerprint_does_not_depend_on_the_dtype(dtype):
     model = FAMILIES["llama-gqa"].build()
