@@ -1,4 +1,4 @@
-"""The command line: ``lorc demo``, ``lorc explain`` and ``lorc calibrate``.
+"""The command line: ``lorc demo``, ``explain``, ``calibrate``, ``eval`` and ``lm-eval``.
 
 Results go to stdout, progress to stderr. Exit codes: 0 done, 1 a model or file that cannot be used, 2 an option that is
 refused, 130 Ctrl-C. Typed errors are one red message without a traceback.
@@ -144,17 +144,27 @@ def demo(
             from lorc_fx import demo as figures
 
             prompts = tuple(prompt or figures.PROMPTS)
-            result = figures.run(show, model, options, _ratios(sweep), dtype.torch(), tokens, loss_tokens, prompts)
+            result = figures.run(
+                show,
+                model,
+                options,
+                _numbers("sweep", sweep, float, SWEEP),
+                dtype.torch(),
+                tokens,
+                loss_tokens,
+                prompts,
+            )
         if json_file:
             write_json(json_file, result)
     figures.render(result, out)
 
 
-def _ratios(sweep: str) -> list[float]:
+def _numbers(option: str, text: str, kind: Any, default: str | None = None) -> list[Any]:
+    """What stands between commas. Raises BadOption."""
     try:
-        return [float(part) for part in sweep.split(",") if part.strip()]
+        return [kind(part) for part in text.split(",") if part.strip()]
     except ValueError:
-        raise BadOption("sweep", sweep, "a list of ratios with commas between", SWEEP) from None
+        raise BadOption(option, text, "a list of numbers with commas between", default) from None
 
 
 # ---------------------------------------------------------------------------------------------------------- explain
@@ -210,7 +220,7 @@ def calibrate(
 
             loaded, tokenizer = load_model(model, dtype.torch(), show.stage)
             show.stage("Calibrating")
-            rows = "self" if text is None else _rows(text, tokenizer, tokens)
+            rows = "self" if text is None else _rows(text, model, tokenizer, tokens)
             found = gather(loaded, rows, gradients=gradients, progress=False)
             found.save(output)
         least = min(site.tokens for site in found.sites)
@@ -220,19 +230,67 @@ def calibrate(
 ROW_TOKENS = 1024
 
 
-def _rows(path: Path, tokenizer: Any, tokens: int) -> Any:
+def _rows(path: Path, model: Path | None, tokenizer: Any, tokens: int) -> Any:
     """The text as rows of ROW_TOKENS that begin as the tokenizer begins a text. Raises BadOption, BadModel."""
-    try:
-        written = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadOption("text", str(path), f"a text file in UTF-8 ({error})") from error
-    if tokenizer is None:
-        raise BadModel(str(path), "the model has no tokenizer to read it with")
-    ids = tokenizer(written, return_tensors="pt").input_ids[0, :tokens]
-    begins = tokenizer.bos_token_id is not None and len(ids) and int(ids[0]) == tokenizer.bos_token_id
-    if not begins:
-        return list(ids.split(ROW_TOKENS))
-    return [ids.new_tensor([int(ids[0]), *part.tolist()]) for part in ids[1:].split(ROW_TOKENS - 1)]
+    import torch
+
+    from lorc_fx.texts import read_text, tokenized
+
+    beginning, body = tokenized(read_text(path), tokenizer, model)
+    room = tokens - len(beginning)
+    return [torch.cat([beginning, part]) for part in body[:room].split(ROW_TOKENS - len(beginning))]
+
+
+# ------------------------------------------------------------------------------------------------------------- eval
+
+
+@app.command("eval")
+def evaluate(
+    text: Annotated[Path, typer.Option(help="The text to score, in UTF-8.")],
+    model: Annotated[Path | None, typer.Option(help="Local checkpoint: a folder, or a GGUF file.")] = None,
+    ratio: Annotated[list[float] | None, typer.Option(help="Cache bytes kept; may be given more than once.")] = None,
+    calibration: Annotated[
+        str | None, typer.Option(help="first-prompt, none, or what `lorc calibrate` wrote (default: the backend's).")
+    ] = None,
+    scheduler: Annotated[str | None, typer.Option(help="progressive (LoRC), uniform, energy, loss.")] = None,
+    precision: Annotated[str | None, typer.Option(help="model (LoRC), int8, int4, auto.")] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to score, at most.")] = 2048,
+    prompt_tokens: Annotated[int, typer.Option(min=0, help="First tokens that are not scored: the prompt.")] = 1024,
+    chunk: Annotated[int, typer.Option(min=1, help="Tokens per call of the loss that is read through the cache.")] = 32,
+    needle: Annotated[bool, typer.Option(help="Also hide numbers in the text and ask for them.")] = False,
+    needle_lengths: Annotated[str, typer.Option(help="Tokens of the needles' prompts.")] = "256,512,1024",
+    needle_keys: Annotated[int, typer.Option(min=1, help="Needles per length and depth.")] = 2,
+    dtype: Annotated[DType, typer.Option(help="What the model runs in.")] = DType.bf16,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures to this file.")] = None,
+) -> None:
+    """Loss, perplexity and retrieval of a text file, dense beside compressed."""
+    knobs = {"calibration": calibration, "scheduler": scheduler, "precision": precision}
+    options = {name: value for name, value in knobs.items() if value is not None}
+    with reported():
+        with Show() as show:
+            show.stage("Importing torch and transformers")
+            from lorc_fx import perplexity
+
+            lengths = tuple(_numbers("needle_lengths", needle_lengths, int)) if needle else ()
+            asked = perplexity.Asked(tokens, prompt_tokens, chunk, lengths, needle_keys)
+            result = perplexity.run(show, text, model, options, ratio or (), dtype.torch(), asked)
+        if json_file:
+            write_json(json_file, result)
+    perplexity.render(result, out if out.is_terminal else Console(width=140))
+
+
+# ----------------------------------------------------------------------------------------------------------- lm-eval
+
+
+@app.command(
+    "lm-eval", context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
+)
+def lm_eval(context: typer.Context) -> None:
+    """The command line of EleutherAI's lm-eval, where --model lorc is a model with a compressed cache (extra: eval)."""
+    with reported():
+        from lorc_fx import lm_eval_adapter
+
+        lm_eval_adapter.main(context.args)
 
 
 def main() -> None:

@@ -259,6 +259,17 @@ class BadModel(LorcError, ValueError):
         )
 
 
+class MissingExtra(LorcError, ImportError):
+    """A package that only an extra of lorc_fx brings is not installed."""
+
+    def __init__(self, package: str, extra: str) -> None:
+        self.package, self.extra = package, extra
+        super().__init__(
+            f"The package {package!r} is not installed; what was asked needs the extra {extra!r} of lorc_fx. "
+            f"Install it: pip install 'lorc-fx[{extra}]'."
+        )
+
+
 # ---------------------------------------------------------------------------------------------------- warnings
 
 

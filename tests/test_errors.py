@@ -44,6 +44,7 @@ CASES = {
     "GradRequired": (errors.GradRequired(), ["inference only", "torch.no_grad()"]),
     "ForeignCache": (errors.ForeignCache("of another plan"), ["another plan", "fresh cache"]),
     "GraphInvariant": (errors.GraphInvariant("rewrite", "no orphan", "%a"), ["'rewrite'", "no orphan", "%a", "report"]),
+    "MissingExtra": (errors.MissingExtra("lm-eval", "eval"), ["'lm-eval'", "'eval'", "pip install 'lorc-fx[eval]'"]),
     "BadModel": (errors.BadModel("/x", "no such path"), ["'/x'", "no such path", "safetensors"]),
 }
 
