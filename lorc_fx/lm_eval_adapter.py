@@ -38,10 +38,10 @@ PROMPT_TOKENS = 1024
 class LorcLM(HFLM):
     """lm-eval's ``hf`` model, compiled in place with ``backend="lorc"``.
 
-    Each name of ``lorc_fx.Options`` is an argument, beside all those of ``hf``. ``inner`` is "eager" by default: requests
-    have many lengths, and compiling for them takes longer than running them. With calibration="first-prompt" that prompt
-    is the first PROMPT_TOKENS tokens of ``prompt`` (a text file; default: the prose that comes with lorc_fx), run before
-    any request, so that results depend neither on the order of requests nor on their padding.
+    Each name of ``lorc_fx.Options`` is an argument, beside all those of ``hf``. ``inner`` is "eager" by default:
+    requests have many lengths, and compiling for them takes longer than running them. With calibration="first-prompt"
+    that prompt is the first PROMPT_TOKENS tokens of ``prompt`` (a text file; default: the prose that comes with
+    lorc_fx), run before any request, so that results depend neither on the order of requests nor on their padding.
 
     Raises what Options raises, UnknownOption for what looks like a misspelt option, BadOption for a prompt that is too
     short, BadModel for encoder-decoders.

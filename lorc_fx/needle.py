@@ -113,7 +113,9 @@ def retrieve(model: Any, asked: Sequence[Prompt], progress: Progress | None = No
         logits = model(input_ids=rest, **given).logits[0, len(prompt.question) - 1 :].float().cpu()
         right = logits.gather(1, prompt.answer[:, None])
         nats = torch.nn.functional.cross_entropy(logits, prompt.answer).item()
-        rank = int((logits > right).sum(1).max())
+        # of equal logits greedy decoding takes the first; a NaN is ahead of all, so that it is never right
+        first = torch.arange(logits.shape[1]) < prompt.answer[:, None]
+        rank = int((~(logits <= right) | (logits == right) & first).sum(1).max())
         found.append(Trial(prompt.length, prompt.depth, prompt.number, nats, rank))
         if progress:
             progress(done + 1, len(asked))

@@ -92,7 +92,8 @@ def run(
     dense = _measured(show, model, material, "dense")
     rows = [{"name": "dense", "ratio": None} | _figures(dense, dense)]
     for variant, learns in zip(variants, learning, strict=True):
-        name = f"ratio {variant.ratio:g}"
+        assert variant.ratio is not None  # the command has no other budget
+        name = f"ratio {float(variant.ratio):g}"
         with compressed(model, variant.given()), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "this plan keeps", QualityWarning)  # the table says it, with numbers
             if learns:
@@ -100,7 +101,8 @@ def run(
                 first_prompt(model, material.prompt)
             found = _measured(show, model, material, name)
         rows.append({"name": name, "ratio": float(variant.ratio)} | _figures(found, dense))
-    about = {"model": str(path or "Gemma 3 270M"), "dtype": str(model.dtype).removeprefix("torch."), "text": text.name}
+    name = str(path or "Gemma 3 270M")
+    about: dict[str, Any] = {"model": name, "dtype": str(model.dtype).removeprefix("torch."), "text": text.name}
     about |= {"options": {name: str(value) for name, value in options.items()}, "tokens": len(material.scored) - 1}
     about |= {"prompt_tokens": asked.prompt_tokens, "chunk": asked.chunk}
     about |= {"torch": torch.__version__, "transformers": transformers.__version__, "machine": platform.machine()}
