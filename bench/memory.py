@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(json.dumps(child(args.child, args.tokens, args.model)))
         return
     from bench.run import machine
-    from lorc_fx.cli import write_json
+    from lorc_fx.console import write_json
 
     args.out.parent.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = {"machine": machine(), "dtype": "float32", "model": args.model, "tokens": args.tokens}

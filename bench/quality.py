@@ -24,7 +24,7 @@ import lorc_fx
 from bench.run import machine
 from bench.texts import handbook
 from lorc_fx import models
-from lorc_fx.cli import write_json
+from lorc_fx.console import write_json
 
 RESULTS = Path(__file__).parent / "results"
 RATIOS = (0.5, 0.45, 0.35, 0.25, 0.2, 0.15, 0.1)

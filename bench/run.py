@@ -25,7 +25,7 @@ import torch
 
 from bench import cases, models
 from bench.cases import Case, Variant
-from lorc_fx.cli import write_json
+from lorc_fx.console import write_json
 from lorc_fx.evaluate import cache_bytes, cache_keyword
 from lorc_fx.latent import cache_nbytes
 

@@ -1,4 +1,4 @@
-"""The command line: ``lorc demo``, ``lorc explain``, ``lorc calibrate`` and ``lorc plan``.
+"""The command line: ``lorc demo``, ``explain``, ``calibrate``, ``eval``, ``lm-eval`` and ``plan``.
 
 Results go to stdout, progress to stderr. Exit codes: 0 done, 1 a model or file that cannot be used, 2 an option that is
 refused, 130 Ctrl-C. Typed errors are one red message without a traceback.
@@ -6,106 +6,16 @@ refused, 130 Ctrl-C. Typed errors are one red message without a traceback.
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
-import tempfile
-import time
-from collections.abc import Iterator
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-from lorc_fx.errors import BadModel, BadOption, LorcError
+from lorc_fx.console import DType, Show, out, reported, wide, write_json
+from lorc_fx.errors import BadOption
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
-out, err = Console(), Console(stderr=True)
 SWEEP = "1.0,0.9,0.75"
-
-
-class DType(StrEnum):
-    """The dtype that a model runs in."""
-
-    bf16 = "bf16"
-    fp16 = "fp16"
-    fp32 = "fp32"
-
-    def torch(self) -> Any:
-        import torch
-
-        return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[self.value]
-
-
-# ---------------------------------------------------------------------------------------------- errors and progress
-
-
-@contextlib.contextmanager
-def reported() -> Iterator[None]:
-    """Typed errors (also those that Dynamo wrapped) and Ctrl-C as one message and an exit code."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        err.print("[red]Interrupted.[/red]")
-        raise typer.Exit(130) from None
-    except Exception as error:
-        cause = getattr(error, "inner_exception", error)
-        if not isinstance(cause, LorcError):
-            raise
-        err.print(f"[red]Error: {escape(str(cause))}[/red]", soft_wrap=True)
-        raise typer.Exit(2 if isinstance(cause, ValueError) and not isinstance(cause, BadModel) else 1) from None
-
-
-class Show:
-    """Progress on stderr: a bar on a terminal, one line per stage elsewhere."""
-
-    def __init__(self) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-        self.bar = Progress(*columns, console=err, transient=True, redirect_stdout=False) if err.is_terminal else None
-        self.task: Any = None
-        self.start = time.perf_counter()
-
-    def __enter__(self) -> Show:
-        if self.bar:
-            self.bar.start()
-        return self
-
-    def __exit__(self, *args: object) -> None:
-        if self.bar:
-            self.bar.stop()
-
-    def stage(self, text: str) -> None:
-        """A new stage of unknown length."""
-        if self.bar is None:
-            err.print(escape(f"[{time.perf_counter() - self.start:6.1f} s] {text}"), soft_wrap=True)
-            return
-        if self.task is not None:
-            self.bar.remove_task(self.task)
-        self.task = self.bar.add_task(escape(text), total=None)
-
-    def progress(self, done: int, total: int) -> None:
-        """How far the stage is."""
-        if self.bar is not None and self.task is not None:
-            self.bar.update(self.task, completed=done, total=total)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` so that ``path`` is either the old file or the whole new one. Raises BadOption."""
-    try:
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".json-", delete=False) as file:
-            try:
-                json.dump(value, file, indent=1)
-                file.write("\n")
-            except BaseException:
-                os.unlink(file.name)
-                raise
-        os.replace(file.name, path)
-    except OSError as error:
-        raise BadOption("json", str(path), f"a path that can be written ({error})") from error
 
 
 # ------------------------------------------------------------------------------------------------------------- demo
@@ -144,17 +54,27 @@ def demo(
             from lorc_fx import demo as figures
 
             prompts = tuple(prompt or figures.PROMPTS)
-            result = figures.run(show, model, options, _ratios(sweep), dtype.torch(), tokens, loss_tokens, prompts)
+            result = figures.run(
+                show,
+                model,
+                options,
+                _numbers("sweep", sweep, float, SWEEP),
+                dtype.torch(),
+                tokens,
+                loss_tokens,
+                prompts,
+            )
         if json_file:
             write_json(json_file, result)
     figures.render(result, out)
 
 
-def _ratios(sweep: str) -> list[float]:
+def _numbers(option: str, text: str, kind: Any, default: str | None = None) -> list[Any]:
+    """What stands between commas. Raises BadOption."""
     try:
-        return [float(part) for part in sweep.split(",") if part.strip()]
+        return [kind(part) for part in text.split(",") if part.strip()]
     except ValueError:
-        raise BadOption("sweep", sweep, "a list of ratios with commas between", SWEEP) from None
+        raise BadOption(option, text, "a list of numbers with commas between", default) from None
 
 
 # ---------------------------------------------------------------------------------------------------------- explain
@@ -186,7 +106,7 @@ def explain(
             loaded, _ = load_model(model, dtype.torch(), show.stage)
             show.stage("Reading the graph")
             report = examined(loaded, (torch.arange(1, tokens + 1).unsqueeze(0),), {}, options)
-        (out if out.is_terminal else Console(width=140)).print(report)
+        wide().print(report)
 
 
 # -------------------------------------------------------------------------------------------------------- calibrate
@@ -210,7 +130,7 @@ def calibrate(
 
             loaded, tokenizer = load_model(model, dtype.torch(), show.stage)
             show.stage("Calibrating")
-            rows = "self" if text is None else _rows(text, tokenizer, tokens)
+            rows = "self" if text is None else _rows(text, model, tokenizer, tokens)
             found = gather(loaded, rows, gradients=gradients, progress=False)
             found.save(output)
         least = min(site.tokens for site in found.sites)
@@ -220,19 +140,67 @@ def calibrate(
 ROW_TOKENS = 1024
 
 
-def _rows(path: Path, tokenizer: Any, tokens: int) -> Any:
+def _rows(path: Path, model: Path | None, tokenizer: Any, tokens: int) -> Any:
     """The text as rows of ROW_TOKENS that begin as the tokenizer begins a text. Raises BadOption, BadModel."""
-    try:
-        written = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadOption("text", str(path), f"a text file in UTF-8 ({error})") from error
-    if tokenizer is None:
-        raise BadModel(str(path), "the model has no tokenizer to read it with")
-    ids = tokenizer(written, return_tensors="pt").input_ids[0, :tokens]
-    begins = tokenizer.bos_token_id is not None and len(ids) and int(ids[0]) == tokenizer.bos_token_id
-    if not begins:
-        return list(ids.split(ROW_TOKENS))
-    return [ids.new_tensor([int(ids[0]), *part.tolist()]) for part in ids[1:].split(ROW_TOKENS - 1)]
+    import torch
+
+    from lorc_fx.texts import read_text, tokenized
+
+    beginning, body = tokenized(read_text(path), tokenizer, model)
+    room = tokens - len(beginning)
+    return [torch.cat([beginning, part]) for part in body[:room].split(ROW_TOKENS - len(beginning))]
+
+
+# ------------------------------------------------------------------------------------------------------------- eval
+
+
+@app.command("eval")
+def evaluate(
+    text: Annotated[Path, typer.Option(help="The text to score, in UTF-8.")],
+    model: Annotated[Path | None, typer.Option(help="Local checkpoint: a folder, or a GGUF file.")] = None,
+    ratio: Annotated[list[float] | None, typer.Option(help="Cache bytes kept; may be given more than once.")] = None,
+    calibration: Annotated[
+        str | None, typer.Option(help="first-prompt, none, or what `lorc calibrate` wrote (default: the backend's).")
+    ] = None,
+    scheduler: Annotated[str | None, typer.Option(help="progressive (LoRC), uniform, energy, loss.")] = None,
+    precision: Annotated[str | None, typer.Option(help="model (LoRC), int8, int4, auto.")] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to score, at most.")] = 2048,
+    prompt_tokens: Annotated[int, typer.Option(min=0, help="First tokens that are not scored: the prompt.")] = 1024,
+    chunk: Annotated[int, typer.Option(min=1, help="Tokens per call of the loss that is read through the cache.")] = 32,
+    needle: Annotated[bool, typer.Option(help="Also hide numbers in the text and ask for them.")] = False,
+    needle_lengths: Annotated[str, typer.Option(help="Tokens of the needles' prompts.")] = "256,512,1024",
+    needle_keys: Annotated[int, typer.Option(min=1, help="Needles per length and depth.")] = 2,
+    dtype: Annotated[DType, typer.Option(help="What the model runs in.")] = DType.bf16,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures to this file.")] = None,
+) -> None:
+    """Loss, perplexity and retrieval of a text file, dense beside compressed."""
+    knobs = {"calibration": calibration, "scheduler": scheduler, "precision": precision}
+    options = {name: value for name, value in knobs.items() if value is not None}
+    with reported():
+        with Show() as show:
+            show.stage("Importing torch and transformers")
+            from lorc_fx import perplexity
+
+            lengths = tuple(_numbers("needle_lengths", needle_lengths, int)) if needle else ()
+            asked = perplexity.Asked(tokens, prompt_tokens, chunk, lengths, needle_keys)
+            result = perplexity.run(show, text, model, options, ratio or (), dtype.torch(), asked)
+        if json_file:
+            write_json(json_file, result)
+    perplexity.render(result, wide())
+
+
+# ----------------------------------------------------------------------------------------------------------- lm-eval
+
+
+@app.command(
+    "lm-eval", context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
+)
+def lm_eval(context: typer.Context) -> None:
+    """The command line of EleutherAI's lm-eval, where --model lorc is a model with a compressed cache (extra: eval)."""
+    with reported():
+        from lorc_fx import lm_eval_adapter
+
+        lm_eval_adapter.main(context.args)
 
 
 # ------------------------------------------------------------------------------------------------------------- plan
@@ -259,7 +227,7 @@ def plan(
 ) -> None:
     """Write a plan, which serves its model alone as options={"plan": OUTPUT}; or show what budgets would cost."""
     with reported():
-        ratios = _ratios(sweep)
+        ratios = _numbers("sweep", sweep, float)
         with Show() as show:
             show.stage("Importing torch and transformers")
             from lorc_fx import plan_command
@@ -270,13 +238,13 @@ def plan(
             budget = {"ratio": ratio, "bytes_per_token": bytes_per_token}
             many = plan_command.asked(knobs, budget, ratios, output is not None)
             loaded, tokenizer = load_model(model, dtype.torch(), show.stage)
-            rows = _rows(text, tokenizer, tokens) if text is not None else None
+            rows = _rows(text, model, tokenizer, tokens) if text is not None else None
             plans, result = plan_command.figures(show, loaded, many, rows)
         result = {"model": str(model or "Gemma 3 270M"), "dtype": dtype.value} | result
         written = plan_command.write(output, plans[0], plot, result)
         if json_file:
             write_json(json_file, result)
-    (out if out.is_terminal else Console(width=140)).print(plan_command.table(result))
+    wide().print(plan_command.table(result))
     for path in written:
         out.print(str(path), soft_wrap=True)
 

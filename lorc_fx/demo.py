@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import transformers
@@ -20,6 +20,8 @@ from rich.table import Table
 from lorc_fx.calibrate import calibrate
 from lorc_fx.errors import BadModel, QualityWarning
 from lorc_fx.evaluate import (
+    RECOMPILE_LIMIT,
+    Show,
     bytes_per_token,
     cache_bytes,
     chunked_loss,
@@ -41,16 +43,6 @@ LOSS_TOKENS = 15 * CHUNK + 1
 #: shown beside the paper's codec, if the text has this many tokens left to calibrate on
 CALIBRATED_RATIOS, LEAST_CALIBRATION = (0.45, 0.25), 256
 CALIBRATED = {"precision": "auto", "scheduler": "loss"}
-#: of one torch.compile call: Dynamo's default of 8 is less than what growing sliding windows take
-RECOMPILE_LIMIT = 64
-
-
-class Show(Protocol):
-    """Where progress goes."""
-
-    def stage(self, text: str) -> None: ...
-
-    def progress(self, done: int, total: int) -> None: ...
 
 
 def run(

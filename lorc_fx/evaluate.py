@@ -5,19 +5,47 @@ Everything runs batch 1 under ``torch.no_grad`` on the model as it is: plain, or
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib import resources
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from lorc_fx.latent import LatentKV
+from lorc_fx.store import reset
 
 #: called with (done, total)
 Progress = Callable[[int, int], None]
+
+#: of one torch.compile call: Dynamo's default of 8 is less than what growing sliding windows take
+RECOMPILE_LIMIT = 64
+#: tokens whose logits are in fp32 at a time: a vocabulary of 262,144 makes 1 MiB of each
+LOGITS_AT_A_TIME = 512
+
+
+class Show(Protocol):
+    """Where progress goes."""
+
+    def stage(self, text: str) -> None: ...
+
+    def progress(self, done: int, total: int) -> None: ...
+
+
+class Scores(NamedTuple):
+    """Of each token of a text but the first, on the CPU: its negative log-likelihood in nats (fp32 [N - 1]), and the
+    token that greedy decoding would have put in its place (int64 [N - 1])."""
+
+    nats: torch.Tensor
+    greedy: torch.Tensor
+
+    @property
+    def mean(self) -> float:
+        """Nats per token, summed in fp64."""
+        return self.nats.double().mean().item()
 
 
 class Loss(NamedTuple):
@@ -51,12 +79,13 @@ def cache_keyword(model: Any) -> str:
 
 
 @torch.no_grad()
-def chunked_loss(
+def token_scores(
     model: Any, token_ids: Any, chunk: int = 32, cache: Any = None, progress: Progress | None = None
-) -> Loss:
+) -> Scores:
     """Feed ``token_ids`` (one piece of text, [N] or [1, N]) in chunks, so that all but the first read the cache.
 
-    ``cache`` is the one to use (default: a fresh ``DynamicCache``). Losses are summed in fp64 from fp32 logits.
+    ``cache`` is the one to use (default: a fresh ``DynamicCache``); a ``chunk`` of N or more is one pass. Scores come
+    from fp32 logits.
     """
     ids = torch.as_tensor(token_ids, device=model.device).reshape(1, -1)
     total = ids.shape[1] - 1
@@ -67,15 +96,66 @@ def chunked_loss(
 
         cache = DynamicCache(config=model.config)
     keyword = cache_keyword(model)
-    nats = 0.0
+    nats, greedy = torch.empty(total), torch.empty(total, dtype=torch.int64)
     for start in range(0, total, chunk):
         end = min(start + chunk, total)
-        logits = model(input_ids=ids[:, start:end], use_cache=True, **{keyword: cache}).logits[0].float()
-        losses = torch.nn.functional.cross_entropy(logits, ids[0, start + 1 : end + 1], reduction="none")
-        nats += losses.double().sum().item()
+        logits = model(input_ids=ids[:, start:end], use_cache=True, **{keyword: cache}).logits[0]
+        for at in range(start, end, LOGITS_AT_A_TIME):
+            part = slice(at, min(at + LOGITS_AT_A_TIME, end))
+            exact = logits[at - start : part.stop - start].float()
+            want = ids[0, at + 1 : part.stop + 1]
+            nats[part] = torch.nn.functional.cross_entropy(exact, want, reduction="none").cpu()
+            greedy[part] = exact.argmax(-1).cpu()
         if progress:
             progress(end, total)
-    return Loss(nats / total, total)
+    return Scores(nats, greedy)
+
+
+def chunked_loss(
+    model: Any, token_ids: Any, chunk: int = 32, cache: Any = None, progress: Progress | None = None
+) -> Loss:
+    """The mean of ``token_scores`` (same arguments)."""
+    scores = token_scores(model, token_ids, chunk, cache, progress)
+    return Loss(scores.mean, len(scores.nats))
+
+
+@torch.no_grad()
+def first_prompt(model: Any, token_ids: Any) -> None:
+    """Run ``token_ids`` ([N] or [1, N]) once in a cache of its own: a compiled model with calibration="first-prompt"
+    keeps what it learns from them."""
+    ids = torch.as_tensor(token_ids, device=model.device).reshape(1, -1)
+    model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True)
+
+
+@contextlib.contextmanager
+def never_dense() -> Iterator[None]:
+    """In this block Dynamo raises where it would give up recompiling and run the uncompiled, uncompressed model."""
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        yield
+
+
+def compress(model: Any, options: Mapping[str, Any]) -> None:
+    """Compile ``model`` in place with ``backend="lorc"``, without codecs or compiled code of before."""
+    torch.compiler.reset()
+    reset(model)
+    model.compile(backend="lorc", options=dict(options), recompile_limit=RECOMPILE_LIMIT)
+
+
+@contextlib.contextmanager
+def compressed(model: Any, options: Mapping[str, Any]) -> Iterator[None]:
+    """In this block ``model`` is compiled in place with ``backend="lorc"``; after it, it runs as it did before.
+
+    It starts without codecs and leaves none, so no statistics of a first prompt come in or stay.
+    """
+    before = model._compiled_call_impl
+    compress(model, options)
+    try:
+        with never_dense():
+            yield
+    finally:
+        model._compiled_call_impl = before
+        torch.compiler.reset()
+        reset(model)
 
 
 def generate_text(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int = 48, **kwargs: Any) -> Generation:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from rich import box
@@ -15,7 +15,7 @@ from torch.fx import GraphModule
 from . import plan_plot
 from .backend import plans
 from .errors import BadModel, BadOption, ConflictingOptions, QualityWarning
-from .evaluate import chunked_loss
+from .evaluate import RECOMPILE_LIMIT, Show, chunked_loss
 from .options import Options
 from .plan_file import tensor_path
 from .records import Plan
@@ -26,17 +26,6 @@ CHUNK = 256
 
 PROMPT_TOKENS = 16
 """Of the example that the model is traced with."""
-
-RECOMPILE_LIMIT = 64
-"""As in the demo: sliding windows that fill up take more graphs than Dynamo's default of 8."""
-
-
-class Show(Protocol):
-    """Where progress goes."""
-
-    def stage(self, text: str) -> None: ...
-
-    def progress(self, done: int, total: int) -> None: ...
 
 
 def check(output: Path | None, ratios: Sequence[float], plot: Path | None, text: Path | None, measure: bool) -> None:
