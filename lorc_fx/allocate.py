@@ -1,8 +1,8 @@
 """Bytes -> bits: which columns of which site are kept, and how precisely (reverse water-filling).
 
-Every block of columns climbs the levels 0, 2, 3, 4, 8 bits, model dtype. A step is worth the predicted loss that it
-removes; the steps of all blocks of all sites are taken by worth per byte until the bytes are spent. Dropping a column
-is its 0-bit level. Costs are exact: segment scales, packing and row padding count.
+Every block of columns climbs the levels 0, 1, 2, 3, 4, 5, 6, 8 bits, model dtype. A step is worth the predicted loss
+that it removes; the steps of all blocks of all sites are taken by worth per byte until the bytes are spent. Dropping
+a column is its 0-bit level. Costs are exact: scales, packing and row padding count.
 """
 
 from __future__ import annotations
@@ -13,10 +13,20 @@ from dataclasses import dataclass
 
 import torch
 
-from .packing import BITS, MODEL, SCALE_BYTES, Segment, dequantise, index_bytes, quantise, segment_bytes
+from .packing import (
+    BITS,
+    MODEL,
+    SCALE_BYTES,
+    STEPS,
+    Segment,
+    dequantise,
+    index_bytes,
+    quantise,
+    segment_bytes,
+)
 
-BLOCK = 16
-"""Columns that climb together where precision is mixed."""
+BLOCK = 8
+"""Columns that climb together where precision is mixed: whole bytes at any number of bits."""
 
 DROPPED = -1
 """The level of a column that is not stored."""
@@ -34,8 +44,8 @@ def distortion(bits: int) -> float:
     if bits == MODEL:
         return MODEL_DISTORTION
     values = torch.randn(4096, 64, generator=torch.Generator().manual_seed(0))
-    levels, scale = quantise(values, bits)
-    error = dequantise(levels, scale.float(), bits) - values
+    levels, scale = quantise(values, [(64, bits)])
+    error = dequantise(levels, scale.float() * STEPS[bits], 1 << (bits - 1)) - values
     return float(error.double().square().sum() / values.double().square().sum())
 
 
@@ -56,7 +66,7 @@ def row_bytes(counts: dict[int, int], site: Columns) -> int:
     """Bytes of a row with ``counts[bits]`` columns at each precision; the same as ``Format.nbytes``."""
     total = sum(segment_bytes(n, bits, site.element) for bits, n in counts.items() if bits != DROPPED)
     quantised = any(n for bits, n in counts.items() if bits not in (MODEL, DROPPED))
-    total += index_bytes(site.choices, quantised)
+    total += SCALE_BYTES * quantised + index_bytes(site.choices, quantised)
     align = max(site.element if counts.get(MODEL) else 1, SCALE_BYTES if quantised else 1)
     return -(-total // align) * align
 

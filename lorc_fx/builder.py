@@ -146,7 +146,7 @@ class Builder:
             except BadCalibration as error:  # the prompt is at fault, not the model: it runs all the same
                 warnings.warn(f"this prompt gives no statistics: {error.reason}", QualityWarning, stacklevel=2)
                 return
-        if min(s.tokens + s.sinks for s in sums.values()) < FIRST_PROMPT_TOKENS:
+        if min(s.seen for s in sums.values()) < FIRST_PROMPT_TOKENS:
             return
         known = Calibration(tuple(s.statistics() for s in sums.values()))
         prepared, plan = self.planned(sites, arguments, known)

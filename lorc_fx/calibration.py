@@ -21,12 +21,15 @@ from .codec import Basis
 from .errors import BadCalibration, QualityWarning
 from .plan_file import checksum
 
-VERSION = 1
+VERSION = 2
 PRIOR = 0.02
 """lambda: the share of the weight's own spectrum in C. Flat between 0.01 and 0.1, and 0 overfits (DESIGN section 2)."""
 
 FLATTEN = 0.03
 """The share of tr(G)/n I in the gradient metric: without it, G of few tokens overfits."""
+
+SINK_NEAR = 0.1
+"""Tokens this near to their row's first (squared distance, in units of the row's variance) are sinks like it."""
 
 SINK_DISTANCE, SINK_SPREAD = 4.0, 0.05
 """First tokens get a mean of their own where they lie far from the others (squared distance, in units of tr cov(y)), or
@@ -54,8 +57,8 @@ class SiteStatistics:
     """Sums over tokens at one site, fp64.
 
     ``total`` [n] and ``outer`` [n, n] = sum y y^T leave out each row's first token, which ``sinks``, ``sink_total`` [n]
-    and ``sink_square`` (sum |y|^2) hold; ``gradient`` [n, n] = sum g g^T over ``gradients`` tokens; ``mark`` is the
-    weight's fingerprint.
+    and ``sink_square`` (sum |y|^2) hold, and tokens that lie on it; ``gradient`` [n, n] = sum g g^T over ``gradients``
+    tokens, the same ones; ``mark`` is the weight's fingerprint.
     """
 
     layer: int

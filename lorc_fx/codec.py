@@ -4,7 +4,7 @@
 
 ``y = W x + b`` has width n; ``P^T W`` replaces W in the graph, so y is never formed: which mean is nearest follows from
 one more projection row per further mean, since |y - mu_j|^2 = const - 2 (y - mu_0)(mu_j - mu_0) + |mu_j - mu_0|^2.
-Q is the row format of ``packing``: segments of columns in the model's dtype or at 8, 4, 3 or 2 bits.
+Q is the row format of ``packing``: segments of columns in the model's dtype or at 8 to 1 bits.
 
 LoRC (arXiv 2410.03111) is one point of this: P = U_r, S = U_r^T with U_r the r leading left singular vectors of W,
 all columns in the model's dtype, and one mean, the bias b: it is the same for every token and known without data, so
@@ -102,6 +102,8 @@ class Codec:
     bits (unlike W, which the model has in 16 bits anyway) would cost more than the quantiser.
     encode [k, d]: P^T W, then a row per further mean that says how near the token is to it.   shift [k] or None.
     offsets [m, r] or None (m = 1): what mean j takes off the columns.
+    spread [r] or None (plain rows): the units in which the columns above are, about their standard deviations; 1 for a
+    column in the model's dtype. Encode and decode have them folded in; the quantiser weighs errors by them.
     decode [k, n]: S, then mu_j - mu_0 for each further mean; None for the identity (r = n, m = 1).
     mean [n]: mu_0, or None where it is zero.   consts: the tensors that the decoder's epilogue reads.
     """
@@ -111,6 +113,7 @@ class Codec:
     encode: torch.Tensor
     shift: torch.Tensor | None
     offsets: torch.Tensor | None
+    spread: torch.Tensor | None
     decode: torch.Tensor | None
     mean: torch.Tensor | None
     consts: tuple[torch.Tensor, ...]
@@ -136,7 +139,7 @@ class Codec:
     @property
     def signature(self) -> tuple[Any, ...]:
         """What a compiled graph depends on: two codecs of equal signature can be swapped as plain inputs."""
-        has = tuple(t is None for t in (self.shift, self.offsets, self.decode, self.mean))
+        has = tuple(t is None for t in (self.shift, self.offsets, self.spread, self.decode, self.mean))
         return (self.format, self.latent_width, *has, self.dtype, self.decoder.digest)
 
     def latents(self, rows: torch.Tensor) -> torch.Tensor:
@@ -147,14 +150,14 @@ class Codec:
     def tensors(self) -> dict[str, torch.Tensor]:
         """The codec's tensors by field name, as inputs for a graph."""
         named: dict[str, torch.Tensor | None] = {
-            name: getattr(self, name) for name in ("encode", "shift", "offsets", "decode", "mean")
+            name: getattr(self, name) for name in ("encode", "shift", "offsets", "spread", "decode", "mean")
         }
         named.update({f"const{i}": c for i, c in enumerate(self.consts)})
         return {k: v for k, v in named.items() if v is not None}
 
     def nbytes(self) -> int:
         """Bytes of the codec's own matrices (consts belong to the model)."""
-        own = (self.encode, self.shift, self.offsets, self.decode, self.mean)
+        own = (self.encode, self.shift, self.offsets, self.spread, self.decode, self.mean)
         return sum(t.untyped_storage().nbytes() for t in own if t is not None)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Codec:
@@ -177,8 +180,9 @@ def make_codec(
     mean = None if not bool(first.any()) else first.to(dtype).contiguous()
     centred = (torch.zeros_like(first) if bias is None else bias.detach().double()) - first  # b - mu_0
     if r >= n and form.plain and not bool(centred.any()):
-        return Codec(decoder, form, weight.detach().to(dtype).contiguous(), None, None, None, mean, consts)
-    analysis, synthesis = basis.analysis[:, :r], basis.synthesis[:r]
+        return Codec(decoder, form, weight.detach().to(dtype).contiguous(), None, None, None, None, mean, consts)
+    spread = _spread(basis, form)
+    analysis, synthesis = basis.analysis[:, :r] / spread, basis.synthesis[:r] * spread[:, None]
     gaps = basis.means[1:] - first  # mu_j - mu_0
     squares = gaps.square().sum(1)
     unit = squares.max().clamp_min(torch.finfo(torch.float64).tiny) if len(gaps) else torch.ones(())
@@ -200,10 +204,23 @@ def make_codec(
         stored(encode, exact),
         stored(shift, exact) if bool(shift.any()) else None,
         None if offsets is None else stored(offsets, exact),
+        None if form.plain else stored(spread, exact),
         stored(decode),
         mean,
         consts,
     )
+
+
+SPREAD_FLOOR = 1e-3
+"""No column has a unit below this fraction of the largest: what the basis thinks empty need not be."""
+
+
+def _spread(basis: Basis, form: Format) -> torch.Tensor:
+    """The units of the stored columns, [r] fp64: square roots of their energies, 1 in the model's dtype."""
+    spread = basis.energy[: form.columns].clamp_min(0).sqrt()
+    exact = sum(s.columns for s in form.segments if s.bits == MODEL)
+    spread = spread.clamp_min(SPREAD_FLOOR * float(spread.max())) if bool(spread.any()) else torch.ones_like(spread)
+    return torch.where(torch.arange(len(spread), device=spread.device) < exact, 1.0, spread)
 
 
 def model_segments(rank: int) -> tuple[Segment, ...]:

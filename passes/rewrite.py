@@ -249,7 +249,8 @@ class Rewriter:
         codes = self.call(aten.linear.default, x, weight, *shift)
         if not form.plain:
             offsets = None if codec.offsets is None else self._codec_tensor(owner, "offsets", codec.offsets)
-            codes = self.call(pack, codes, offsets, form.spec, form.choices, form.dtype)
+            spread = None if codec.spread is None else self._codec_tensor(owner, "spread", codec.spread)
+            codes = self.call(pack, codes, offsets, spread, form.spec, form.choices, form.dtype)
         return self._token_major(codes, site.rows.x_axes, *self._extent(site), [form.width])
 
     def _positions(self, site: Site) -> Node | None:

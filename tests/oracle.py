@@ -60,30 +60,34 @@ def _coded(features: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, cod
         centred = exact - means[index]
         project = torch.linalg.pinv(synthesis) if codec.decode is not None else synthesis.T
         columns = centred @ project
-        at, parts = 0, []
-        for count, bits in form.segments:
-            part = columns[..., at : at + count]
-            at += count
-            parts.append(part if bits == 0 else _rounded(part, bits))
+        bits = torch.tensor([b for n, b in form.segments for _ in range(n)])
+        spread = torch.ones(r, dtype=torch.float64) if codec.spread is None else codec.spread.double()
+        columns[..., bits > 0] = _rounded(columns[..., bits > 0], bits[bits > 0], spread[bits > 0])
         changed = y.clone()
-        changed[..., features] = (means[index] + torch.cat(parts, -1) @ synthesis).to(y.dtype)
+        changed[..., features] = (means[index] + columns @ synthesis).to(y.dtype)
         return changed
 
     return hook
 
 
-def _rounded(values: torch.Tensor, bits: int) -> torch.Tensor:
-    """The nearest of 2^bits odd multiples of half a step, the step (fp16) of least squared error among the clips."""
-    from lorc_fx.packing import CLIPS, TINY
+def _rounded(values: torch.Tensor, bits: torch.Tensor, spread: torch.Tensor) -> torch.Tensor:
+    """Column by column the nearest of 2^bits odd multiples of half a step, at the token's scale (fp16) of least squared
+    error among the clips. ``bits``, ``spread``: of each column."""
+    from lorc_fx.packing import CLIPS, STEPS, TINY
 
-    half = 2 ** (bits - 1)
+    if not len(bits):
+        return values
+    steps = torch.tensor([STEPS[int(b)] for b in bits], dtype=torch.float64)
+    largest = (values.abs() / (steps * 2.0 ** (bits - 1))).amax(-1, keepdim=True)
     best, least = None, None
-    for clip in CLIPS[bits]:
-        step = (values.abs().amax(-1, keepdim=True) * clip / half).clamp(TINY, 65504).half().double()
-        levels = torch.stack([(i + 0.5) * step.squeeze(-1) for i in range(-half, half)], -1)
-        nearest = (values[..., None] - levels[..., None, :]).abs().argmin(-1)
-        found = levels.gather(-1, nearest)
-        error = (found - values).square().sum(-1, keepdim=True)
+    for clip in CLIPS:
+        scale = (largest * clip).clamp(TINY, 65504).half().double()
+        found = torch.empty_like(values)
+        for i, b in enumerate(bits.tolist()):
+            levels = (torch.arange(-(2 ** (b - 1)), 2 ** (b - 1)) + 0.5) * scale * steps[i]
+            nearest = (values[..., i, None] - levels).abs().argmin(-1, keepdim=True)
+            found[..., i] = levels.gather(-1, nearest).squeeze(-1)
+        error = ((found - values) * spread).square().sum(-1, keepdim=True)
         if best is None:
             best, least = found, error
         else:

@@ -15,6 +15,7 @@ from helpers import assert_close, compiled, error, latents, new_cache, piecewise
 from lorc_fx import Calibration, calibrate
 from lorc_fx.calibration import PRIOR, basis_of, fingerprint
 from lorc_fx.errors import BadCalibration, QualityWarning
+from lorc_fx.gather import parted
 
 pytestmark = pytest.mark.usefixtures("clean", "many_shapes")
 NAMES = ["llama-gqa", "llama-bias", "gpt2", "gemma3", "gpt-neox", "falcon-mqa"]
@@ -49,9 +50,39 @@ def projected(family, model, ids, mask=None):
     return found
 
 
+def ordinary(y, real):
+    """[B, T] bool, row by row: neither padding nor the first token nor nearer to it than a tenth of the variance."""
+    found = torch.zeros_like(real)
+    for b in range(len(y)):
+        at = real[b].nonzero().flatten()
+        row = y[b, at]
+        variance = (row - row.mean(0)).square().sum(1).mean()
+        far = (row - row[0]).square().sum(1) >= 0.1 * variance
+        far[0] = False
+        found[b, at] = far
+    return found
+
+
+def test_tokens_that_lie_on_the_sink_are_sinks():
+    """A model makes new ones where the first falls out of a window: left out, however large their gradients."""
+    g = torch.Generator().manual_seed(4)
+    y, sink = torch.randn(2, 50, 8, generator=g), 3 * torch.randn(8, generator=g)
+    y[:, [0, 20, 33]] = sink
+    y[0, 33] += 0.01
+    real = torch.ones(2, 50, dtype=torch.bool)
+    real[1, :5] = False  # the first real token of this row is no sink: it stands alone
+    first, rest = parted(y, real)
+    assert first.nonzero().tolist() == [[0, 0], [1, 5]]
+    assert not rest[0, [0, 20, 33]].any() and int(rest[0].sum()) == 47
+    assert rest[1, [20, 33]].all() and int(rest[1].sum()) == 44
+    same = torch.ones(1, 9, 4)
+    assert int(parted(same, None)[1].sum()) == 8, "tokens without any variance are ordinary"
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_statistics_are_those_of_the_projections(name):
-    """Half the rows padded on the left: padding does not count, and each row's first real token stands apart."""
+    """Half the rows padded on the left: padding does not count, and each row's first real token stands apart, with
+    those that lie on it (in a first layer: the same token again)."""
     family = FAMILIES[name]
     model = family.build(layers=family.fewest)
     ids, mask = text(), torch.ones(4, 24, dtype=torch.long)
@@ -60,9 +91,9 @@ def test_statistics_are_those_of_the_projections(name):
     want = projected(family, model, ids, mask)
     assert len(found.sites) == len(want)
     first = mask.bool() & (mask.cumsum(1) == 1)
-    rest = mask.bool() & ~first
     for site in found.sites:
         y = want[site.layer, site.kind]
+        rest = ordinary(y, mask.bool())
         assert (site.tokens, site.sinks) == (int(rest.sum()), 4)
         assert_close("total", site.total, y[rest].sum(0), 1e-5)
         assert_close("outer", site.outer, y[rest].T @ y[rest], 1e-5)
@@ -257,7 +288,7 @@ def test_text_of_the_models_own():
         quiet(model, "self")
     model.generation_config.bos_token_id = 1
     made = quiet(model, "self")
-    assert made.sites[0].sinks == 8 and made.sites[0].tokens == 8 * 256
+    assert made.sites[0].sinks == 8 and 8 * 200 < made.sites[0].tokens <= 8 * 256
 
 
 def test_fingerprints_tell_weights_apart():

@@ -24,7 +24,7 @@ from lorc_fx.records import Plan
 pytestmark = pytest.mark.usefixtures("clean", "many_shapes")
 IDS = text(rows=2, tokens=12, seed=8)
 #: what is compared: every field of a codec that holds numbers
-FIELDS = ("encode", "shift", "offsets", "decode", "mean")
+FIELDS = ("encode", "shift", "offsets", "spread", "decode", "mean")
 
 
 def build(name="llama-gqa", layers=2, **more):
@@ -42,7 +42,7 @@ def made(tmp_path, name="llama-gqa", gradients=False, **options):
     """A model, a calibration of it, and the path of a plan made with that."""
     model = build(name)
     known = quiet(copy.deepcopy(model), [text(rows=8, tokens=32)], gradients=gradients)
-    options = {"ratio": 0.1, "calibration": known, **options}
+    options = {"ratio": 0.06, "calibration": known, **options}
     lorc_fx.make_plan(copy.deepcopy(model), IDS, options=options).save(tmp_path / "plan.json")
     return model, options, tmp_path / "plan.json"
 
