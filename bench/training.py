@@ -60,7 +60,7 @@ def make_tokenizer(pages: list[str], vocab: int) -> Any:
 
 
 def token_rows(texts: list[str], tokenizer: Any, length: int) -> torch.Tensor:
-    """Token ids [rows, length] of the texts one after another; ``<s>`` begins each row, the incomplete last is left out."""
+    """Token ids [rows, length] of the texts one after another; ``<s>`` begins each row; the rest is dropped."""
     body = [token for text in texts for token in tokenizer(text, add_special_tokens=False).input_ids]
     whole = len(body) // (length - 1)
     rows = torch.tensor(body[: whole * (length - 1)]).view(whole, length - 1)
@@ -91,8 +91,8 @@ def train(config: Any, rows: torch.Tensor, steps: int, seed: int = 0) -> tuple[A
         schedule.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-        if (step + 1) % 50 == 0:
-            recent = sum(losses[-50:]) / 50
+        if (step + 1) % 100 == 0:
+            recent = sum(losses[-100:]) / 100
             print(f"  step {step + 1}/{steps}: {recent:.3f} nats, {time.perf_counter() - begin:.0f} s", flush=True)
     return model.eval(), losses
 
