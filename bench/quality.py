@@ -1,10 +1,12 @@
 """Loss against bytes on a real model: LoRC as published beside calibrated codecs, on held-out text.
 
-    python -m bench.quality --handbook FOLDER [--ratios 0.5 0.25] [--gradients] [--out bench/results/quality.json]
+    python -m bench.quality --handbook FOLDER [--ratios 0.5 0.25] [--out bench/results/quality.json]
+    python -m bench.quality --model ~/.cache/lorc_fx/trained/mha --out bench/results/quality-mha.json
 
-The text is the English pages of the Debian handbook (``bench.texts``): statistics come from its first tokens, the loss
-from ``--tokens`` others, in one piece (results do not depend on the pieces: tests/test_calibration.py). The model runs
-in bf16, so ratios are of the 16-bit dense cache.
+The text is the English pages of the Debian handbook (``bench.texts``), or what a model of ``bench.models`` holds out:
+statistics come from its first tokens, the loss from ``--tokens`` others, in one piece where the model knows that many
+positions (results do not depend on the pieces: tests/test_calibration.py). The model runs in bf16 unless ``--dtype``
+says otherwise, so ratios are of the 16-bit dense cache.
 """
 
 from __future__ import annotations
@@ -16,13 +18,15 @@ import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 import lorc_fx
+from bench.prompted import mean_nats
 from bench.run import machine
 from bench.texts import handbook
+from bench.training import HELD_OUT
 from lorc_fx import models
 from lorc_fx.console import write_json
 
@@ -39,42 +43,65 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
+class Text(NamedTuple):
+    """Token ids of held-out text: rows [N] to score, and other rows to calibrate on; the first token begins each."""
+
+    scored: list[torch.Tensor]
+    calibration: list[torch.Tensor]
+
+
+def read_text(model: Any, tokenizer: Any, checkpoint: str | None, folder: str | None, tokens: int) -> Text:
+    """What a checkpoint of ``bench.models`` holds out, else the handbook; no row is longer than the model knows."""
+    own = Path(checkpoint or "") / HELD_OUT
+    text = own.read_text(encoding="utf-8") if checkpoint and own.exists() else handbook(folder)
+    ids = tokenizer(text, return_tensors="pt").input_ids[0]
+    first, body, longest = ids[:1], ids[1:], model.config.max_position_embeddings - 1
+
+    def rows(part: torch.Tensor, length: int) -> list[torch.Tensor]:
+        return [torch.cat([first, row]) for row in part.split(min(length, longest))]
+
+    return Text(rows(body[SKIP : SKIP + tokens], tokens), rows(body[:CALIBRATION_TOKENS], ROW - 1))
+
+
 @torch.no_grad()
-def loss_of(model: Any, ids: torch.Tensor) -> float:
-    """Mean next-token loss in nats over ``ids`` [1, N]; logits in fp32, 512 tokens at a time."""
-    hidden = model(input_ids=ids, use_cache=True, output_hidden_states=False, logits_to_keep=0).logits[0]
+def loss_of(model: Any, rows: Sequence[torch.Tensor]) -> float:
+    """Mean next-token loss in nats over ``rows`` [N], each in one piece."""
     total = 0.0
-    for start in range(0, ids.shape[1] - 1, 512):
-        piece = hidden[start : min(start + 512, ids.shape[1] - 1)].float()
-        want = ids[0, start + 1 : start + 1 + len(piece)]
-        total += float(torch.nn.functional.cross_entropy(piece, want, reduction="sum"))
-    return total / (ids.shape[1] - 1)
+    for row in rows:
+        logits = model(input_ids=row[None, :-1], use_cache=True).logits[0]
+        total += mean_nats(logits, row[1:]) * (len(row) - 1)
+    return total / sum(len(row) - 1 for row in rows)
+
+
+def calibrations(
+    model: Any, text: Text, methods: Sequence[str], checkpoint: str | None
+) -> dict[str, lorc_fx.Calibration]:
+    """One for each of the calibrated ``methods``."""
+    made: dict[str, lorc_fx.Calibration] = {}
+    if "calibrated" in methods:
+        made["calibrated"] = lorc_fx.calibrate(model, text.calibration, progress=False)
+    if "calibrated with gradients" in methods:
+        exact, _ = models.load_model(checkpoint, dtype=torch.float32)  # gradients in 16 bits lose too much
+        made["calibrated with gradients"] = lorc_fx.calibrate(exact, text.calibration, gradients=True, progress=False)
+    return made
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Loss against bytes.")
     parser.add_argument("--handbook", default=None, help="where the debian-handbook package was unpacked")
     parser.add_argument("--model", default=None, help="a local checkpoint (default: the demo's model)")
+    parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"))
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--ratios", type=float, nargs="+", default=list(RATIOS))
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--out", type=Path, default=RESULTS / "quality.json")
     args = parser.parse_args(argv)
     warnings.simplefilter("ignore")
-    model, tokenizer = models.load_model(args.model)
-    ids = tokenizer(handbook(args.handbook), return_tensors="pt").input_ids[0]
-    first, body = ids[:1], ids[1:]
-    scored = torch.cat([first, body[SKIP : SKIP + args.tokens]])[None]
-    rows = [torch.cat([first, part]) for part in body[:CALIBRATION_TOKENS].split(ROW - 1)]
-    dense = loss_of(model, scored)
+    model, tokenizer = models.load_model(args.model, dtype=getattr(torch, args.dtype))
+    text = read_text(model, tokenizer, args.model, args.handbook, args.tokens)
+    dense = loss_of(model, text.scored)
     _say(f"dense {dense:.4f} nats")
-    made: dict[str, lorc_fx.Calibration] = {}
-    if "calibrated" in args.methods:
-        made["calibrated"] = lorc_fx.calibrate(model, rows, progress=False)
-    if "calibrated with gradients" in args.methods:
-        exact, _ = models.load_model(args.model, dtype=torch.float32)  # gradients in 16 bits lose too much
-        made["calibrated with gradients"] = lorc_fx.calibrate(exact, rows, gradients=True, progress=False)
-        del exact
+    made = calibrations(model, text, args.methods, args.model)
     found = []
     for method in args.methods:
         for ratio in args.ratios:
@@ -84,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             torch._dynamo.reset()
             model.compile(backend="lorc", options=given)
             begin = time.perf_counter()
-            loss = loss_of(model, scored)
+            loss = loss_of(model, text.scored)
             found.append({"method": method, "ratio": ratio, "nats": loss, "added": loss / dense - 1})
             _say(f"{method} at {ratio}: {100 * (loss / dense - 1):+.2f} % ({time.perf_counter() - begin:.0f} s)")
             model._compiled_call_impl = None
@@ -93,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         {
             "machine": machine(),
             "model": args.model or models.DEMO_NAME,
-            "dtype": "bfloat16",
+            "dtype": args.dtype,
             "tokens": args.tokens,
             "calibration_tokens": CALIBRATION_TOKENS,
             "dense_nats": dense,
