@@ -7,16 +7,17 @@ from .errors import LorcError, LorcWarning
 from .latent import LatentKV, cache_nbytes
 from .options import PAPER, Options
 from .passes.rules import Mixes, register_rule
-from .records import Miss, Plan
+from .records import Fidelity, Miss, Plan
 from .report import Report, explain, make_plan
 from .schedulers import register_scheduler
-from .store import reset
+from .store import fidelity, reset
 
 __version__ = "0.1.0"
 
 __all__ = [
     "PAPER",
     "Calibration",
+    "Fidelity",
     "LatentKV",
     "LorcError",
     "LorcWarning",
@@ -28,6 +29,7 @@ __all__ = [
     "cache_nbytes",
     "calibrate",
     "explain",
+    "fidelity",
     "make_plan",
     "register_rule",
     "register_scheduler",

@@ -15,7 +15,10 @@ from lorc_fx.console import DType, Show, out, reported, wide, write_json
 from lorc_fx.errors import BadOption
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
-SWEEP = "1.0,0.9,0.75"
+SWEEP = "1.0"
+Calibrated = Annotated[
+    str | None, typer.Option(help="first-prompt (the default), none, or what `lorc calibrate` wrote.")
+]
 
 
 # ------------------------------------------------------------------------------------------------------------- demo
@@ -87,7 +90,7 @@ def explain(
     bytes_per_token: Annotated[int | None, typer.Option(help="The same budget in bytes, instead of --ratio.")] = None,
     scheduler: Annotated[str | None, typer.Option(help="progressive (LoRC), uniform, energy, loss.")] = None,
     precision: Annotated[str | None, typer.Option(help="model (LoRC), int8, int4, auto.")] = None,
-    calibration: Annotated[Path | None, typer.Option(help="What `lorc calibrate` wrote for this model.")] = None,
+    calibration: Calibrated = None,
     dtype: Annotated[DType, typer.Option(help="What the model runs in.")] = DType.bf16,
     tokens: Annotated[int, typer.Option(min=2, help="Length of the example prompt.")] = 16,
 ) -> None:
@@ -159,9 +162,7 @@ def evaluate(
     text: Annotated[Path, typer.Option(help="The text to score, in UTF-8.")],
     model: Annotated[Path | None, typer.Option(help="Local checkpoint: a folder, or a GGUF file.")] = None,
     ratio: Annotated[list[float] | None, typer.Option(help="Cache bytes kept; may be given more than once.")] = None,
-    calibration: Annotated[
-        str | None, typer.Option(help="first-prompt, none, or what `lorc calibrate` wrote (default: the backend's).")
-    ] = None,
+    calibration: Calibrated = None,
     scheduler: Annotated[str | None, typer.Option(help="progressive (LoRC), uniform, energy, loss.")] = None,
     precision: Annotated[str | None, typer.Option(help="model (LoRC), int8, int4, auto.")] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to score, at most.")] = 2048,
@@ -214,7 +215,7 @@ def plan(
     model: Annotated[Path | None, typer.Option(help="Local checkpoint: a folder, or a GGUF file.")] = None,
     ratio: Annotated[float | None, typer.Option(help="Cache bytes kept, as a fraction of the dense cache.")] = None,
     bytes_per_token: Annotated[int | None, typer.Option(help="The same budget in bytes, instead of --ratio.")] = None,
-    calibration: Annotated[Path | None, typer.Option(help="What `lorc calibrate` wrote for this model.")] = None,
+    calibration: Calibrated = None,
     scheduler: Annotated[str | None, typer.Option(help="progressive (LoRC), uniform, energy, loss.")] = None,
     precision: Annotated[str | None, typer.Option(help="model (LoRC), int8, int4, auto.")] = None,
     dtype: Annotated[DType, typer.Option(help="What the model runs in.")] = DType.bf16,

@@ -14,14 +14,14 @@ basis is lossless, so the identity is taken: no decode, no rounding.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from .decoder import Decoder
 from .errors import BadWeight
-from .packing import MODEL, Format, Segment, unpack
+from .packing import MODEL, Format, Segment, pack, unpack
 
 CONDITION_FLOOR = 1e-7
 """sigma_min is floored at this fraction of sigma_max, about the epsilon of fp32 weights: what is below it is noise."""
@@ -89,8 +89,13 @@ class Basis:
 def prior_basis(factors: Factors, bias: torch.Tensor | None) -> Basis:
     """LoRC's basis, from the weight alone: left singular vectors, and the bias as the one mean."""
     u = factors.left
-    mean = torch.zeros(u.shape[0], dtype=torch.float64, device=u.device) if bias is None else bias.detach().double()
-    return Basis(u, u.T, factors.singular**2, mean[None])
+    return around_bias(Basis(u, u.T, factors.singular**2, u[:0]), bias)
+
+
+def around_bias(basis: Basis, bias: torch.Tensor | None) -> Basis:
+    """``basis`` with the bias as its one mean: y - b is W x alone, so all columns of the weight's rank are lossless."""
+    zero = basis.analysis.new_zeros(basis.analysis.shape[0])
+    return replace(basis, means=(zero if bias is None else bias.detach().double())[None])
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,12 +189,10 @@ def make_codec(
     spread = _spread(basis, form)
     analysis, synthesis = basis.analysis[:, :r] / spread, basis.synthesis[:r] * spread[:, None]
     gaps = basis.means[1:] - first  # mu_j - mu_0
-    squares = gaps.square().sum(1)
-    unit = squares.max().clamp_min(torch.finfo(torch.float64).tiny) if len(gaps) else torch.ones(())
-    project = torch.cat([analysis.T, 2 * gaps / unit])  # in units that fp16 holds
+    project, nearness = _projection(analysis, gaps)
     encode = project @ weight.detach().double()
     shift = project @ centred
-    shift[r:] -= squares / unit
+    shift[r:] -= nearness
     offsets = torch.cat([torch.zeros_like(analysis[:1]), gaps @ analysis]) if len(gaps) else None
     decode = torch.cat([synthesis, gaps])
 
@@ -209,6 +212,30 @@ def make_codec(
         mean,
         consts,
     )
+
+
+def _projection(analysis: torch.Tensor, gaps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[k, n] and [m - 1]: what y - mu_0 is multiplied with, columns first, then a row per further mean, from whose
+    product the second is taken off: 2 (y - mu_0)(mu_j - mu_0) - |mu_j - mu_0|^2, in units that fp16 holds."""
+    squares = gaps.square().sum(1)
+    unit = squares.max().clamp_min(torch.finfo(torch.float64).tiny) if len(gaps) else torch.ones(())
+    return torch.cat([analysis.T, 2 * gaps / unit]), squares / unit
+
+
+def through(codec: Codec, basis: Basis, y: torch.Tensor) -> torch.Tensor:
+    """y [N, n] written to the cache and read again, fp64. ``basis``: the one that ``codec`` was made of."""
+    if codec.decode is None:
+        return y
+    form, y = codec.format, y.double()
+    first = basis.means[0]
+    project, nearness = _projection(basis.analysis[:, : form.columns] / _spread(basis, form), basis.means[1:] - first)
+    latent = (y - first) @ project.T
+    latent[:, form.columns :] -= nearness
+    if not form.plain:
+        rows = pack(latent.float(), codec.offsets, codec.spread, form.spec, form.choices, form.dtype)
+        latent = codec.latents(rows)
+    read = latent.to(form.dtype).double() @ codec.decode.double()
+    return read if codec.mean is None else read + codec.mean.double()
 
 
 SPREAD_FLOOR = 1e-3

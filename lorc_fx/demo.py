@@ -18,6 +18,7 @@ from rich.panel import Panel
 from rich.table import Table
 
 from lorc_fx.calibrate import calibrate
+from lorc_fx.calibration import Calibration
 from lorc_fx.errors import BadModel, QualityWarning
 from lorc_fx.evaluate import (
     RECOMPILE_LIMIT,
@@ -26,12 +27,13 @@ from lorc_fx.evaluate import (
     cache_bytes,
     chunked_loss,
     decode_speed,
+    first_prompt,
     generate_text,
     sample_text,
 )
 from lorc_fx.latent import cache_nbytes
 from lorc_fx.models import load_model
-from lorc_fx.options import Options
+from lorc_fx.options import FIRST_PROMPT, FIRST_PROMPT_TOKENS, PAPER, Options
 
 BACKEND = "lorc"
 
@@ -40,9 +42,10 @@ PROMPTS = ("The most important thing to know about rivers is that they", "Most o
 CHUNK = 32
 #: 15 chunks and the first token: short of the demo model's window of 512, whose filling up would take two more graphs
 LOSS_TOKENS = 15 * CHUNK + 1
-#: shown beside the paper's codec, if the text has this many tokens left to calibrate on
-CALIBRATED_RATIOS, LEAST_CALIBRATION = (0.45, 0.25), 256
-CALIBRATED = {"precision": "auto", "scheduler": "loss"}
+#: added loss that is called bad
+BAD = 0.05
+#: what is shown beside the codec that was asked for; the calibrated one if the text has this many tokens left
+PAPER_RATIO, CALIBRATED_RATIO, LEAST_CALIBRATION = 0.45, 0.25, FIRST_PROMPT_TOKENS
 
 
 def run(
@@ -71,42 +74,47 @@ def run(
     kept = [name for name in options if name not in ("ratio", "bytes_per_token", "d_min", "d_max", "mode")]
     bare = {name: options[name] for name in kept} | {"inner": "eager"}
 
+    whole = tokenizer(sample_text()).input_ids
+    rest = torch.tensor([whole[0], *whole[len(text) :]])  # the first prompt, and what is calibrated on
+
     dense: dict[str, Any] = {"loss": _loss(show, model, text, "dense")}
     _compile(model, inner)
     dense |= _generations(show, model, tokenizer, prompts, new_tokens, "dense")
+
+    def loss_with(given: dict[str, Any], name: str) -> dict[str, Any]:
+        _compile(model, BACKEND, given | {"inner": "eager"})
+        if Options.parse(given).calibration == FIRST_PROMPT and len(rest) >= FIRST_PROMPT_TOKENS:
+            show.stage(f"First prompt of {len(rest)} other tokens: {name}")
+            first_prompt(model, rest)
+        return _loss(show, model, text, name)
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", QualityWarning)  # said in the panel, with numbers
-        _compile(model, BACKEND, options)
-        lorc = _generations(show, model, tokenizer, prompts, new_tokens, "lorc")
-        _compile(model, BACKEND, options | {"inner": "eager"})
-        lorc["loss"] = _loss(show, model, text, "lorc")
-        sweep = []
-        for ratio in ratios:
-            _compile(model, BACKEND, bare | {"ratio": ratio})
-            sweep.append({"ratio": ratio} | _loss(show, model, text, f"lorc at ratio {ratio:g}"))
-        calibrated = _calibrated(show, model, tokenizer(sample_text()).input_ids, text)
+        lorc = {"loss": loss_with(options, "lorc")}
+        _compile(model, BACKEND, options)  # codecs follow the weights: these are the ones of the first prompt
+        lorc |= _generations(show, model, tokenizer, prompts, new_tokens, "lorc")
+        sweep = [{"ratio": r} | loss_with(bare | {"ratio": r}, f"lorc at ratio {r:g}") for r in ratios]
+        paper = {**PAPER, "ratio": PAPER_RATIO}
+        published = [{"ratio": PAPER_RATIO} | loss_with(paper, f"LoRC as published, at ratio {PAPER_RATIO:g}")]
+        calibrated = []
+        if len(rest) >= LEAST_CALIBRATION:
+            known = _calibration(show, model, rest)
+            given = {"ratio": CALIBRATED_RATIO, "calibration": known}
+            name = f"lorc, calibrated, at ratio {CALIBRATED_RATIO:g}"
+            calibrated = [{"ratio": CALIBRATED_RATIO} | loss_with(given, name)]
     torch.compiler.reset()
     about = {"model": str(path or "Gemma 3 270M"), "dtype": str(model.dtype).removeprefix("torch."), "inner": inner}
     about |= {"options": options, "prompts": list(prompts), "new_tokens": new_tokens}
     about |= {"torch": torch.__version__, "transformers": transformers.__version__, "machine": platform.machine()}
     about |= {"threads": torch.get_num_threads(), "seconds": round(time.perf_counter() - start, 1)}
-    return about | {"dense": dense, "lorc": lorc, "sweep": sweep, "calibrated": calibrated}
+    return about | {"dense": dense, "lorc": lorc, "sweep": sweep, "paper": published, "calibrated": calibrated}
 
 
-def _calibrated(show: Show, model: Any, whole: list[int], scored: list[int]) -> list[dict[str, Any]]:
-    """Losses of codecs that one pass over the rest of the text has informed; none where the rest is too short."""
-    rest = torch.tensor([whole[0], *whole[len(scored) :]])
-    if len(rest) < LEAST_CALIBRATION:
-        return []
+def _calibration(show: Show, model: Any, rest: torch.Tensor) -> Calibration:
     show.stage(f"Calibrating on {len(rest)} other tokens")
     torch.compiler.reset()
     model._compiled_call_impl = None
-    known = calibrate(model, [rest], progress=False)
-    found = []
-    for ratio in CALIBRATED_RATIOS:
-        _compile(model, BACKEND, {"ratio": ratio, "calibration": known, **CALIBRATED, "inner": "eager"})
-        found.append({"ratio": ratio} | _loss(show, model, scored, f"lorc, calibrated, at ratio {ratio:g}"))
-    return found
+    return calibrate(model, [rest], progress=False)
 
 
 def _whole_chunks(ids: list[int]) -> list[int]:
@@ -184,11 +192,12 @@ def render(result: dict[str, Any], out: Console) -> None:
 def _verdict(result: dict[str, Any]) -> Panel:
     """What the budgets cost: added loss, worst news first."""
     base = result["dense"]["loss"]
-    points = [result["lorc"]["loss"] | {"ratio": None}, *result["sweep"]]
-    points = [point | {"codec": "as asked" if point["ratio"] is None else "LoRC"} for point in points]
+    points = [result["lorc"]["loss"] | {"codec": "as asked", "ratio": None}]
+    points += [point | {"codec": f"ratio {point['ratio']:g}"} for point in result["sweep"]]
     points.sort(key=lambda point: -point["per_token"])
-    worst = max(point["nats"] / base["nats"] - 1 for point in points)
-    points += [point | {"codec": "calibrated"} for point in result.get("calibrated", ())]
+    bad = max(point["nats"] / base["nats"] - 1 for point in points) >= BAD
+    points += [point | {"codec": "after `lorc calibrate`"} for point in result["calibrated"]]
+    points += [point | {"codec": "LoRC as published"} for point in result["paper"]]
     table = Table(box=box.SIMPLE)
     for column in ("codec", "bytes per token", "of dense", "loss, nats", "added loss"):
         table.add_column(column, justify="left" if column == "codec" else "right")
@@ -198,17 +207,16 @@ def _verdict(result: dict[str, Any]) -> Panel:
         cells = [point["codec"], f"{point['per_token']:,.0f}", f"{share:.3f}", f"{point['nats']:.3f}"]
         colour = "green" if added < 0.01 else "yellow" if added < 0.05 else "red"
         table.add_row(*cells, f"[{colour}]{100 * added:+.1f} %[/{colour}]", style="" if point["ratio"] else "bold")
-    bad = worst >= 0.05
-    title = "Warning: rank-only LoRC is bad for this model" if bad else "What the budgets cost"
+    title = "Warning: this budget is bad for this model" if bad else "What the budgets cost"
     colour = "red" if bad else "green"
     grid = Table.grid()
     grid.add_row(f"Loss over {base['tokens']} tokens of text, read through the cache in chunks of {CHUNK}.")
     grid.add_row(table)
+    grid.add_row(
+        "LoRC as published truncates the SVD of the weights, nothing else. Where a model has few kv heads, the energy "
+        "of keys and values lies where the data is, not where the weights are: then its row is bad. Others know "
+        "the data from one pass over some text: the first prompt, or `lorc calibrate`."
+    )
     if bad:
-        grid.add_row(
-            "LoRC as published truncates the SVD of the weights, nothing else. On models with few kv heads the energy "
-            "of keys and values lies where the data is, not where the weights are, so dropping columns destroys the "
-            "text (see the table). One pass over some text mends that: `lorc calibrate`, then options={'calibration': "
-            "..., 'precision': 'auto', 'scheduler': 'loss'} (the rows below)."
-        )
+        grid.add_row("Give a calibration, or raise the ratio.")
     return Panel(grid, title=title, border_style=colour)

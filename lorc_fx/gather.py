@@ -16,6 +16,9 @@ from .passes.sites import Site
 
 aten = torch.ops.aten
 
+SAMPLE = 128
+"""Tokens of the latest text that are kept as they are, to measure codecs on."""
+
 
 class Walker(Interpreter):
     """Runs a canonical graph as it is and hands y of each site to ``sums[site]`` on the way, a layer at a time.
@@ -108,7 +111,7 @@ def _tokens(value: torch.Tensor, site: Site) -> torch.Tensor:
 
 
 class Sums:
-    """Running sums of one site, in fp64 on the CPU."""
+    """Running sums of one site, in fp64 on the CPU; and ``sample`` [<= SAMPLE, n], ordinary tokens of the last text."""
 
     def __init__(self, layer: int, kind: str, mark: torch.Tensor, width: int) -> None:
         self.layer, self.kind, self.mark = layer, kind, mark
@@ -117,6 +120,7 @@ class Sums:
         self.sink_square = 0.0
         self.outer = torch.zeros(width, width, dtype=torch.float64)
         self.gradient: torch.Tensor | None = None
+        self.sample = torch.zeros(0, width, dtype=torch.float64)
 
     def add(self, y: torch.Tensor, real: torch.Tensor | None, name: str) -> None:
         """``y`` [B, T, n]; ``real`` [B, T] bool, None where all tokens are."""
@@ -132,6 +136,7 @@ class Sums:
         self.tokens += len(rest)
         self.total += rest.sum(0)
         self.outer += rest.T @ rest
+        self.sample = rest[torch.linspace(0, len(rest) - 1, min(SAMPLE, len(rest))).long()].clone()
 
     def add_gradient(self, gradient: torch.Tensor, ordinary: torch.Tensor) -> None:
         """``gradient`` [B, T, n] at y, of whose tokens those of ``ordinary`` [B, T] bool count."""

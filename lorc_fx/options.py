@@ -77,8 +77,9 @@ class Options:
     """All options, validated on construction. Budgets are bytes per token, ranks are columns.
 
     Raises BadOption, ConflictingOptions, NotYet, UnknownScheduler, UnknownBackend or BadPlan. ``ratio`` is 0.45 where
-    neither it nor ``bytes_per_token`` nor ``plan`` is given, else None. Where the data is known (``calibration``), the
-    default ``scheduler`` is "loss" and ``precision`` "auto"; else they are the paper's, "progressive" and "model".
+    neither it nor ``bytes_per_token`` nor ``plan`` is given, else None. Where the data is known or will be
+    (``calibration`` is not "none"), the default ``scheduler`` is "loss" and ``precision`` "auto"; else they are the
+    paper's, "progressive" and "model".
     """
 
     ratio: float | Fraction | None = None
@@ -93,7 +94,7 @@ class Options:
     basis: str = "joint"
     group_size: int | None = None
     objective: str = "balanced"
-    calibration: Any = "none"
+    calibration: Any = FIRST_PROMPT
     plan: Any = None
     inner: str | Callable[..., Any] = "inductor"
     strict: bool = False

@@ -187,3 +187,13 @@ class Plan:
         except (ValueError, TypeError, KeyError) as why:
             raise BadPlan(str(path), f"it cannot be read as a plan ({why})") from None
         return cls(sites, bases)
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """How well a codec reads back what it was made of: |y' - y| / |y - mean|, in the root mean square over tokens that
+    are no sinks; as the planner ``predicted`` it from the statistics, and as ``measured`` on tokens of the prompt."""
+
+    name: str
+    predicted: float
+    measured: float

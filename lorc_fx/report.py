@@ -15,9 +15,10 @@ from torch.fx import GraphModule
 
 from .backend import examine
 from .errors import StrictMiss
-from .options import Options
+from .options import FIRST_PROMPT, FIRST_PROMPT_TOKENS, Options
 from .packing import MODEL, Segment
-from .records import Miss, Plan
+from .records import Fidelity, Miss, Plan
+from .store import fidelity
 
 
 @dataclass(frozen=True)
@@ -51,11 +52,15 @@ class SiteReport:
 
 @dataclass(frozen=True)
 class Report:
-    """What ``explain`` found. Bytes are per cached token over all sites, positions included."""
+    """What ``explain`` found. Bytes are per cached token over all sites, positions included. ``waiting``: this is how
+    short prompts are coded; the first long enough one brings statistics, and then other segments. ``fidelity``: what
+    that prompt showed, once it has come."""
 
     sites: tuple[SiteReport, ...]
     misses: tuple[Miss, ...]
     plan: Plan | None
+    waiting: bool = False
+    fidelity: tuple[Fidelity, ...] = ()
 
     @property
     def bytes_per_token(self) -> int:
@@ -93,7 +98,18 @@ class Report:
         for s in self.sites:
             row = [str(s.layer), s.kind, str(s.width), s.precision(), s.epilogue, f"{s.cond:.3g}", f"{s.energy:.1%}"]
             table.add_row(*row, str(s.bytes), str(s.dense_bytes), str(s.window or "all"), s.lowering)
-        return Group(table, Text(self._summary()))
+        return Group(table, Text(self._summary()), *self._errors())
+
+    def _errors(self) -> list[Table]:
+        """What the first prompt showed, if it has come."""
+        if not self.fidelity:
+            return []
+        table = Table(title="relative error on the first prompt")
+        for name in ("site", "predicted", "measured"):
+            table.add_column(name, justify="left" if name == "site" else "right")
+        for f in self.fidelity:
+            table.add_row(f.name, f"{f.predicted:.1%}", f"{f.measured:.1%}")
+        return [table]
 
     def _summary(self) -> str:
         lines = []
@@ -104,6 +120,11 @@ class Report:
             lines.append(
                 f"{self.bytes_per_token} bytes per token instead of {self.bytes_per_token_dense} ({share:.1%}); "
                 f"codecs hold {self.codec_bytes} bytes, {when}."
+            )
+        if self.waiting and self.sites:
+            lines.append(
+                f"That is without statistics: the first prompt of {FIRST_PROMPT_TOKENS} tokens or more gives them, and "
+                "then columns get other bits. `lorc calibrate` gives them now."
             )
         lines += [f"miss: {miss}" for miss in self.misses]
         return "\n".join(lines or ["No cached key or value comes from a projection of this model."])
@@ -147,7 +168,8 @@ def examined(model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, A
     traced(model, args, kwargs, record)
     if options.strict and misses:
         raise StrictMiss(misses)
-    return Report(tuple(sites), tuple(misses), Plan.joined(plans) if sites else None)
+    waiting = options.calibration == FIRST_PROMPT
+    return Report(tuple(sites), tuple(misses), Plan.joined(plans) if sites else None, waiting, fidelity(model))
 
 
 def traced(

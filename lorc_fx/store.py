@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from .codec import Codec
+from .records import Fidelity
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,15 @@ def version_of(weight: torch.Tensor) -> int:
 class Entry:
     weights: tuple[WeightState, ...]
     codec: Codec
+    fidelity: Fidelity | None = None
 
     def still(self, weights: Sequence[torch.Tensor]) -> bool:
         return len(weights) == len(self.weights) and all(s.still(w) for s, w in zip(self.weights, weights, strict=True))
+
+    def unchanged(self) -> bool:
+        """Whether all its weights are alive and as they were."""
+        weights = [s.ref() for s in self.weights]
+        return all(w is not None and s.still(w) for s, w in zip(self.weights, weights, strict=True))
 
 
 class CodecStore:
@@ -59,9 +66,11 @@ class CodecStore:
         entry = self._entries.get((key, *map(id, weights)))
         return entry.codec if entry is not None and entry.still(weights) else None
 
-    def add(self, key: tuple[Any, ...], weights: Sequence[torch.Tensor], codec: Codec) -> None:
+    def add(
+        self, key: tuple[Any, ...], weights: Sequence[torch.Tensor], codec: Codec, fidelity: Fidelity | None = None
+    ) -> None:
         full = (key, *map(id, weights))
-        entry = Entry(tuple(WeightState.of(w) for w in weights), codec)
+        entry = Entry(tuple(WeightState.of(w) for w in weights), codec, fidelity)
         self._entries[full] = entry
         for weight in weights:
             weakref.finalize(weight, self._drop, full, entry)
@@ -73,6 +82,12 @@ class CodecStore:
     def turn(self) -> None:
         """Codecs that were made for the same weights have changed: whoever holds some must look again."""
         self.epoch += 1
+
+    def fidelities(self, weights: Iterable[torch.Tensor]) -> tuple[Fidelity, ...]:
+        """Of the codecs made from some of these weights, as they are now."""
+        known = set(map(id, weights))
+        mine = [entry for full, entry in self._entries.items() if known & set(full[1:])]
+        return tuple(e.fidelity for e in mine if e.fidelity is not None and e.unchanged())
 
     def forget(self, weights: Iterable[torch.Tensor]) -> None:
         """Drop every codec made from one of these weights."""
@@ -106,3 +121,8 @@ def reset(model: torch.nn.Module) -> None:
     """Forget the codecs of ``model``, and with them the statistics of its first prompt: the next prompt counts as the
     first again. Caches in use go on decoded: right, dense, and with a warning."""
     STORE.forget(model.parameters())
+
+
+def fidelity(model: torch.nn.Module) -> tuple[Fidelity, ...]:
+    """How well each codec of ``model`` that the first prompt informed reads that prompt back; () before it has come."""
+    return STORE.fidelities(model.parameters())

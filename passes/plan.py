@@ -108,9 +108,27 @@ def make_plan(
         group = [site for site in sites if site.window == window]
         views = [found[site] for site in group]
         budget = options.budget([v.spec for v in views], [c.spec for c in found.values()], [v.fixed for v in views])
+        if options.scheduler == "loss" and _lossless(views, budget):
+            planned |= {site: planned_site(exact(v), _whole(v)) for site, v in zip(group, views, strict=True)}
+            continue
         for site, view, chosen in zip(group, views, _spend(views, budget, options), strict=True):
             planned[site] = planned_site(view, chosen)
     return Plan(tuple(planned[site] for site in sites))
+
+
+def exact(view: Candidate) -> Candidate:
+    """The site with one mean: where nothing is dropped or rounded, a sink needs none of its own."""
+    return replace(view, columns=replace(view.columns, choices=1))
+
+
+def _whole(view: Candidate) -> tuple[Segment, ...]:
+    return (Segment(len(view.columns.loss), MODEL),)
+
+
+def _lossless(views: Sequence[Candidate], budget: int) -> bool:
+    """Whether there are bytes for every column in the model's dtype, and that is allowed."""
+    needed = sum(v.fixed + row_bytes({MODEL: len(v.columns.loss)}, exact(v).columns) for v in views)
+    return needed <= budget and all(MODEL in v.columns.levels for v in views)
 
 
 def _spend(views: Sequence[Candidate], budget: int, options: Options) -> list[tuple[Segment, ...]]:
@@ -164,6 +182,8 @@ def _checked(plan: Plan, views: Sequence[tuple[Candidate, Basis]]) -> Plan:
         if line.rank > basis.analysis.shape[1]:
             reason = f"{line.name} asks for {line.rank} columns, its tensor file holds {basis.analysis.shape[1]}"
             raise BadPlan(plan, reason)
+        if line.choices == 1 and line.segments == _whole(view):
+            view = exact(view)
         if line.choices != view.columns.choices:
             reason = f"{line.name} was planned for {line.choices} means, it has {view.columns.choices}"
             raise BadPlan(plan, f"{reason}: give the calibration that it was made with")

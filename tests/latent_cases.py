@@ -42,7 +42,7 @@ def codec_of(layout="BHTD", positions=True, seed=0, dtype=torch.float32):
     encode, decode = torch.randn(RANK, 5, generator=g), torch.randn(RANK, HEADS * DIM, generator=g)
     mean = torch.randn(HEADS * DIM, generator=g).to(dtype)
     form = Format(model_segments(RANK), 1, dtype)
-    return Codec(decoder, form, encode.to(dtype), None, None, decode.to(dtype), mean, ())
+    return Codec(decoder, form, encode.to(dtype), None, None, None, decode.to(dtype), mean, ())
 
 
 def latent_of(codec, tokens=5, batch=2, seed=1, start=0):

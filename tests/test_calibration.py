@@ -9,6 +9,7 @@ import pytest
 import torch
 from families import FAMILIES
 from oracle import coded_oracle
+from transformers import DynamicCache
 
 import lorc_fx
 from helpers import assert_close, compiled, error, latents, new_cache, piecewise, prompt
@@ -296,3 +297,17 @@ def test_fingerprints_tell_weights_apart():
     near = float((fingerprint(a) - fingerprint(a.bfloat16())).norm() / fingerprint(a).norm())
     far = float((fingerprint(a) - fingerprint(b)).norm() / fingerprint(a).norm())
     assert near < 0.01 < far
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_with_bytes_for_everything_nothing_is_lost(dtype):
+    """Ratio 1 with statistics: every column in the model's dtype, no mean for the sink, no byte more than dense."""
+    model = FAMILIES["gpt2"].build(layers=2).to(dtype)
+    known = quiet(model, [text()])
+    want = piecewise(model, text(), DynamicCache(config=model.config), [24])
+    compiled(model, ratio=1.0, calibration=known)
+    cache = DynamicCache(config=model.config)
+    assert_close("logits", piecewise(model, text(), cache, [9, 24]), want, 1e-5 if dtype == torch.float32 else 2e-2)
+    for pair in latents(cache):
+        for latent in pair:
+            assert latent.codec.format.plain and latent.codec.decode is None, "the identity"

@@ -116,6 +116,9 @@ def test_write_json_is_atomic(tmp_path: Path) -> None:
 
 def test_explain(checkpoint: Path) -> None:
     code, text = run("explain", "--model", str(checkpoint), "--ratio", "0.5", "--dtype", "fp32")
+    assert code == 0 and "the first prompt of 256 tokens" in " ".join(text.split()), text
+    half = ("--ratio", "0.5", "--dtype", "fp32", "--calibration", "none")
+    code, text = run("explain", "--model", str(checkpoint), *half)
     assert code == 0, text
     assert text.count("key") >= 2
     assert "512 bytes per token instead of 1024" in " ".join(text.split()), text

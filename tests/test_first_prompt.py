@@ -9,7 +9,7 @@ import pytest
 import torch
 from families import FAMILIES
 from oracle import coded_oracle
-from test_calibration import quiet, text
+from test_calibration import ordinary, projected, quiet, text
 
 import lorc_fx
 from helpers import assert_close, compiled, generate, latents, new_cache, piecewise
@@ -135,3 +135,40 @@ def test_reset_forgets_and_a_live_cache_goes_on_right():
     assert_close("logits", got, want, 1e-2)
     _, fresh = fill(model, text(rows=8, tokens=40, seed=11))
     assert latents(fresh)[0][0].codec is not before
+
+
+def test_the_first_prompt_says_how_well_it_is_read_back():
+    """As measured by hand on the projections; the prediction is of its size."""
+    family = FAMILIES["llama-gqa"]
+    model = family.build(layers=family.fewest)
+    truth = copy.deepcopy(model)
+    compiled(model, **ASKED | {"ratio": 0.2})
+    assert lorc_fx.fidelity(model) == ()
+    _, cache = fill(model, LONG)
+    found = {f.name: f for f in lorc_fx.fidelity(model)}
+    assert len(found) == 2 * family.fewest
+    want = projected(family, truth, LONG)
+    for (layer, kind), y in want.items():
+        f = found[f"layer {layer} {kind}"]
+        assert 0.3 * f.predicted < f.measured < 3 * f.predicted
+        latent = latents(cache)[layer][kind == "value"]
+        if kind == "value":  # keys are stored before the rotation, and read after it
+            got = latent.dense().transpose(1, 2).flatten(2).double()
+            rest = ordinary(y, torch.ones(y.shape[:2], dtype=torch.bool))
+            first_layer = layer == 0  # further layers have read what is compressed
+            if first_layer:
+                error = (got - y)[rest].norm() / (y[rest] - y[rest].mean(0)).norm()
+                assert f.measured == pytest.approx(float(error), rel=0.25)
+    lorc_fx.reset(model)
+    assert lorc_fx.fidelity(model) == ()
+
+
+def test_a_prompt_that_is_read_back_badly_is_said():
+    model = FAMILIES["llama-gqa"].build(layers=1)
+    compiled(model, **ASKED | {"ratio": 0.06})
+    with pytest.warns(QualityWarning, match=r"relative error on the first prompt .*layer 0 .*Raise `ratio`"):
+        fill(model, LONG)
+    compiled(model, **ASKED | {"ratio": 0.5})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "relative error", QualityWarning)
+        fill(model, LONG)

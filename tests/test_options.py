@@ -29,11 +29,14 @@ def site(layer=0, dense=512, fixed=4, window=None):
     return SiteSpec(layer, "key", dense // 2, 2, fixed, dense, 10.0, (1.0,) * (dense // 2), window)
 
 
-def test_defaults_are_the_paper():
+def test_defaults_learn_from_the_first_prompt():
     options = Options.parse(None)
-    assert options == Options.parse(PAPER) == Options.parse({}) == Options()
+    assert options == Options.parse({}) == Options()
     assert options.ratio == 0.45 and options.bytes_per_token is None
-    assert {name: getattr(options, name) for name in PAPER} == dict(PAPER)
+    assert (options.calibration, options.scheduler, options.precision) == ("first-prompt", "loss", "auto")
+    paper = Options.parse(PAPER)
+    assert {name: getattr(paper, name) for name in PAPER} == dict(PAPER)
+    assert paper == Options(calibration="none"), "without data the defaults are the paper's"
     assert options.inner == "inductor" and options.objective == "balanced" and options.strict is False
 
 

@@ -21,7 +21,7 @@ from lorc_fx.records import Plan
 from lorc_fx.report import Report, SiteReport
 
 pytestmark = pytest.mark.usefixtures("clean")
-HALF = {"ratio": 0.5, "inner": "eager"}
+HALF = {"ratio": 0.5, "inner": "eager", "calibration": "none"}
 
 
 def build(name: str) -> Any:
@@ -95,6 +95,14 @@ def test_misses_are_listed_and_strict_refuses_them() -> None:
 def test_a_model_without_a_cache() -> None:
     report = lorc_fx.explain(torch.nn.Linear(4, 4), torch.randn(2, 4))
     assert report.sites == () and report.plan is None and "No cached key or value" in str(report)
+
+
+def test_what_waits_for_a_prompt_says_so() -> None:
+    model = build("llama-gqa")
+    args, kwargs = call(model)
+    for given, waits in (({}, True), ({"calibration": "none"}, False)):
+        report = lorc_fx.explain(model, *args, options={"ratio": 0.5, **given}, **kwargs)
+        assert report.waiting == waits == ("the first prompt of 256 tokens" in " ".join(str(report).split()))
 
 
 def test_a_saved_plan_gives_the_same_ranks(tmp_path: Path) -> None:
