@@ -13,7 +13,7 @@ import torch
 from torch.fx import GraphModule
 
 from . import compat
-from .calibration import Calibration, fingerprint
+from .calibration import Calibration, basis_of, fingerprint
 from .codec import Basis, Codec, Factors, around_bias, factorise, make_codec, prior_basis, through
 from .errors import BadCalibration, BadPlan, QualityWarning
 from .gather import Sums, Walker
@@ -158,7 +158,7 @@ class Builder:
         sums = {}
         for site in sites:
             weight = self.effective(site, arguments)[0]
-            sums[site] = Sums(site.layer, site.kind, fingerprint(weight), weight.shape[0])
+            sums[site] = Sums(site.layer, site.kind, fingerprint(weight), weight.shape[0], site.head)
         with timed("statistics_s"), torch.no_grad():
             try:
                 Walker(self.canonical, sums).walk(self._untouched(arguments))
@@ -167,11 +167,11 @@ class Builder:
                 return
         if min(s.seen for s in sums.values()) < FIRST_PROMPT_TOKENS:
             return
-        known = Calibration(tuple(s.statistics() for s in sums.values()))
-        prepared, plan = self.planned(sites, arguments, known)
+        samples = {site: s.sample for site, s in sums.items()}
+        prepared, plan = self.planned(sites, arguments, sums)
         found = []
         for (site, codec), line in zip(self.made(prepared, plan, arguments).items(), plan.sites, strict=True):
-            found.append(self._fidelity(site, prepared[site], codec, line, sums[site].sample))
+            found.append(self._fidelity(site, prepared[site], codec, line, samples[site]))
             STORE.add((self._key(site), True), self.weights(site, arguments), codec, found[-1])
         STORE.turn()
         _warn_of_errors(found)
@@ -209,15 +209,15 @@ class Builder:
         return found or STORE.find((self._key(site), False), self.weights(site, arguments))
 
     def planned(
-        self, sites: Sequence[Site], arguments: Sequence[Any], known: Calibration | None = None
+        self, sites: Sequence[Site], arguments: Sequence[Any], known: dict[Site, Sums] | None = None
     ) -> tuple[dict[Site, Prepared], Plan]:
         """Effective weights with their factors and bases (of ``known``, else of the plan or the calibration in the
-        options), and the plan."""
+        options), and the plan. Sums are taken out of ``known`` one by one, so that wide sites' do not pile up."""
         prepared = self.prepared(sites, arguments, known)
         return prepared, self.plan(prepared, self.options)
 
     def prepared(
-        self, sites: Sequence[Site], arguments: Sequence[Any], known: Calibration | None = None
+        self, sites: Sequence[Site], arguments: Sequence[Any], known: dict[Site, Sums] | None = None
     ) -> dict[Site, Prepared]:
         """The first half of ``planned``."""
         given = self.options.plan
@@ -226,7 +226,7 @@ class Builder:
             return {
                 s: self._given(s, arguments, given, bases[s.layer, s.kind])
                 if (s.layer, s.kind) in bases
-                else self._prepared(s, arguments, self.options.calibration if known is None else known)
+                else self._prepared(s, arguments, None if known is None else known.pop(s))
                 for s in sites
             }
 
@@ -246,13 +246,16 @@ class Builder:
         """The site's effective weight [n, d] and bias [n] (None where zero)."""
         return effective_weight(site.rows, {n: self.real(n, arguments) for n in site.weights})
 
-    def _prepared(self, site: Site, arguments: Sequence[Any], calibration: Any) -> Prepared:
+    def _prepared(self, site: Site, arguments: Sequence[Any], sums: Sums | None) -> Prepared:
         weight, bias = self.effective(site, arguments)
-        factors = factorise(weight, site.name)
-        basis = prior_basis(factors, bias)
-        if isinstance(calibration, Calibration):
+        factors, calibration = factorise(weight, site.name), self.options.calibration
+        if sums is not None:
+            basis = basis_of(sums.statistics(), weight.detach().double(), site.name)
+        elif isinstance(calibration, Calibration):
             basis = calibration.basis(site.name, site.kind, weight, bias)
-        return Prepared(weight, bias, factors, basis)
+        else:
+            return Prepared(weight, bias, factors, prior_basis(factors, bias))
+        return Prepared(weight, bias, replace(factors, left=factors.left[:, :0].clone()), basis)
 
     def _given(self, site: Site, arguments: Sequence[Any], plan: Plan, index: int) -> Prepared:
         """From the plan itself: nothing is factorised. Raises BadPlan for other weights."""

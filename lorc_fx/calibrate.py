@@ -61,7 +61,7 @@ class Gatherer:
         key = (site.kind, tuple(mark.tolist()))
         if key not in self.sites:
             layer = sum(1 for kind, _ in self.sites if kind == site.kind)
-            self.sites[key] = Sums(layer, site.kind, mark, weight.shape[0])
+            self.sites[key] = Sums(layer, site.kind, mark, weight.shape[0], site.head)
         return self.sites[key]
 
 

@@ -35,6 +35,10 @@ SINK_DISTANCE, SINK_SPREAD = 4.0, 0.05
 """First tokens get a mean of their own where they lie far from the others (squared distance, in units of tr cov(y)), or
 where they hardly differ among themselves (a BOS token): attention leans on them, so they must be exact."""
 
+WIDE, GROUP, NARROW = 4096, 2048, 16
+"""Sites of ``WIDE`` columns or more keep statistics by groups of whole heads, of ``NARROW`` to ``GROUP`` columns each:
+squares of the width would be gigabytes over all layers of such a model."""
+
 TOLERANCE = 0.01
 """Two fingerprints are those of the same weights within this share: bf16 rounding moves them by a few tenths of it."""
 
@@ -52,13 +56,29 @@ def same_weight(mark: torch.Tensor, other: torch.Tensor) -> bool:
     return mark.shape == other.shape and float((mark - other).norm()) <= TOLERANCE * float(other.norm())
 
 
+def groups_of(width: int, head: int = 1) -> int:
+    """Groups of equal width that a site's columns are in: 1, but for wide sites the fewest that are narrow enough and
+    hold whole heads of ``head`` columns. (1 again where ``width`` has no such divisor.)"""
+    if width < WIDE:
+        return 1
+    least = max(head, NARROW)
+    fits = [g for g in range(2, width // least + 1) if width % (g * head) == 0 and width // g <= GROUP]
+    return fits[0] if fits else 1
+
+
+def second_moment(rows: torch.Tensor, groups: int) -> torch.Tensor:
+    """rows [N, n] -> sum of y y^T within each group of columns, [groups, n / groups, n / groups]."""
+    parts = rows.unflatten(1, (groups, -1)).transpose(0, 1)
+    return parts.transpose(1, 2) @ parts
+
+
 @dataclass(frozen=True, eq=False)
 class SiteStatistics:
-    """Sums over tokens at one site, fp64.
+    """Sums over tokens at one site, fp64; n columns in g groups of w (``groups_of``: nearly always g = 1).
 
-    ``total`` [n] and ``outer`` [n, n] = sum y y^T leave out each row's first token, which ``sinks``, ``sink_total`` [n]
-    and ``sink_square`` (sum |y|^2) hold, and tokens that lie on it; ``gradient`` [n, n] = sum g g^T over ``gradients``
-    tokens, the same ones; ``mark`` is the weight's fingerprint.
+    ``total`` [n] and ``outer`` [g, w, w] = sum y y^T leave out each row's first token, which ``sinks``, ``sink_total``
+    [n] and ``sink_square`` (sum |y|^2) hold, and tokens that lie on it; ``gradient`` [g, w, w] = sum g g^T over
+    ``gradients`` tokens, the same ones; ``mark`` is the weight's fingerprint.
     """
 
     layer: int
@@ -190,36 +210,55 @@ class Calibration:
 
 
 def basis_of(site: SiteStatistics, weight: torch.Tensor, name: str = "") -> Basis:
-    """C = cov + lambda s W W^T, its eigenvectors (in the metric of the gradients, where known), and the means."""
+    """C = cov + lambda s W W^T, its eigenvectors (in the metric of the gradients, where known), and the means.
+
+    Where statistics are by groups each group has its own eigenvectors; all columns together are put in order.
+    """
     n = len(site.total)
     if site.tokens < n:
         text = f"{name}: statistics of {site.tokens} tokens for {n} columns; the weight's own spectrum fills in"
         warnings.warn(f"{text}, more calibration text is better", QualityWarning, stacklevel=2)
-    device = weight.device
+    device, groups = weight.device, len(site.outer)
     count = max(site.tokens, 1)
     mean = (site.total / count).to(device)
-    cov = (site.outer / count).to(device) - torch.outer(mean, mean)
-    gram = weight @ weight.T
-    size, own = float(cov.trace()), float(gram.trace())
+    centre = mean.unflatten(0, (groups, -1))
+    cov = (site.outer / count).to(device) - centre.unsqueeze(2) * centre.unsqueeze(1)
+    gram = second_moment(weight.T, groups)
+    size, own = float(_trace(cov)), float(_trace(gram))
     scale = size / own if own > 0 and size > 0 else 1.0
     c = cov + PRIOR * scale * gram
-    c = (c + c.T) / 2
-    means = [mean]
-    if site.sinks:
-        sink = (site.sink_total / site.sinks).to(device)
-        spread = site.sink_square / site.sinks - float(sink.square().sum())
-        if float((sink - mean).square().sum()) > SINK_DISTANCE * size or spread < SINK_SPREAD * size:
-            means.append(sink)
-    stacked = torch.stack(means)
+    means = torch.stack([mean, *_sink_mean(site, mean, size)])
     if site.gradient is None:
-        energy, u = torch.linalg.eigh(c)
-        return Basis(u.flip(1), u.flip(1).T, energy.flip(0).clamp_min(0), stacked, informed=True)
+        energy, u = torch.linalg.eigh((c + c.mT) / 2)
+        return _joined(u, u.mT, energy, means, absolute=False)
     g = (site.gradient / max(site.gradients, 1)).to(device)
-    g = (1 - FLATTEN) * g + FLATTEN * g.trace() / n * torch.eye(n, dtype=g.dtype, device=device)
-    values, vectors = torch.linalg.eigh((g + g.T) / 2)
-    values = values.clamp_min(float(values.max()) * 1e-9 + 1e-300)
-    root, inverse = (vectors * values.sqrt()) @ vectors.T, (vectors / values.sqrt()) @ vectors.T
-    energy, u = torch.linalg.eigh(root @ c @ root)
-    u = u.flip(1)
-    energy = energy.flip(0).clamp_min(0)
-    return Basis(root @ u, u.T @ inverse, energy, stacked, informed=True, absolute=True)
+    g = (1 - FLATTEN) * g + FLATTEN * _trace(g) / n * torch.eye(g.shape[1], dtype=g.dtype, device=device)
+    values, vectors = torch.linalg.eigh((g + g.mT) / 2)
+    values = values.clamp_min(float(values.max()) * 1e-9 + 1e-300).unsqueeze(1)
+    root, inverse = (vectors * values.sqrt()) @ vectors.mT, (vectors / values.sqrt()) @ vectors.mT
+    weighted = root @ c @ root
+    energy, u = torch.linalg.eigh((weighted + weighted.mT) / 2)
+    return _joined(root @ u, u.mT @ inverse, energy, means, absolute=True)
+
+
+def _trace(blocks: torch.Tensor) -> torch.Tensor:
+    return blocks.diagonal(dim1=1, dim2=2).sum()
+
+
+def _sink_mean(site: SiteStatistics, mean: torch.Tensor, size: float) -> list[torch.Tensor]:
+    """The mean of first tokens, if they need one of their own; ``size``: the variance of the others."""
+    if not site.sinks:
+        return []
+    sink = (site.sink_total / site.sinks).to(mean.device)
+    spread = site.sink_square / site.sinks - float(sink.square().sum())
+    far = float((sink - mean).square().sum()) > SINK_DISTANCE * size
+    return [sink] if far or spread < SINK_SPREAD * size else []
+
+
+def _joined(
+    analysis: torch.Tensor, synthesis: torch.Tensor, energy: torch.Tensor, means: torch.Tensor, absolute: bool
+) -> Basis:
+    """P [g, w, w], S [g, w, w] and energies [g, w] of all groups as one basis, columns by falling energy."""
+    order = energy.flatten().argsort(descending=True, stable=True)
+    p, s = torch.block_diag(*analysis)[:, order], torch.block_diag(*synthesis)[order]
+    return Basis(p, s, energy.flatten()[order].clamp_min(0), means, informed=True, absolute=absolute)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Interpreter, Node
 
-from .calibration import SINK_NEAR, SiteStatistics
+from .calibration import SINK_NEAR, SiteStatistics, groups_of, second_moment
 from .errors import BadCalibration
 from .passes.readers import Reader
 from .passes.rules import _arg
@@ -113,12 +113,13 @@ def _tokens(value: torch.Tensor, site: Site) -> torch.Tensor:
 class Sums:
     """Running sums of one site, in fp64 on the CPU; and ``sample`` [<= SAMPLE, n], ordinary tokens of the last text."""
 
-    def __init__(self, layer: int, kind: str, mark: torch.Tensor, width: int) -> None:
+    def __init__(self, layer: int, kind: str, mark: torch.Tensor, width: int, head: int = 1) -> None:
         self.layer, self.kind, self.mark = layer, kind, mark
+        self.groups = groups_of(width, head)
         self.seen = self.tokens = self.sinks = self.gradients = 0
         self.total, self.sink_total = (torch.zeros(width, dtype=torch.float64) for _ in range(2))
         self.sink_square = 0.0
-        self.outer = torch.zeros(width, width, dtype=torch.float64)
+        self.outer = second_moment(torch.zeros(0, width, dtype=torch.float64), self.groups)
         self.gradient: torch.Tensor | None = None
         self.sample = torch.zeros(0, width, dtype=torch.float64)
 
@@ -135,13 +136,13 @@ class Sums:
         self.sink_square += float(sinks.square().sum())
         self.tokens += len(rest)
         self.total += rest.sum(0)
-        self.outer += rest.T @ rest
+        self.outer += second_moment(rest, self.groups)
         self.sample = rest[torch.linspace(0, len(rest) - 1, min(SAMPLE, len(rest))).long()].clone()
 
     def add_gradient(self, gradient: torch.Tensor, ordinary: torch.Tensor) -> None:
         """``gradient`` [B, T, n] at y, of whose tokens those of ``ordinary`` [B, T] bool count."""
         rest = gradient.to("cpu", torch.float64)[ordinary]
-        outer = rest.T @ rest
+        outer = second_moment(rest, self.groups)
         self.gradients += len(rest)
         self.gradient = outer if self.gradient is None else self.gradient + outer
 

@@ -44,6 +44,12 @@ class Site:
         return f"layer {self.layer} {self.kind}"
 
     @property
+    def head(self) -> int:
+        """Columns of one head, 1 where the layout does not tell heads apart."""
+        features = [size for size in self.decoder.layout if isinstance(size, int)]
+        return features[-1] if len(features) > 1 else 1
+
+    @property
     def width_in(self) -> int:
         return int(self.rows.x.meta["val"].shape[-1])
 

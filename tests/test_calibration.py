@@ -13,8 +13,8 @@ from transformers import DynamicCache
 
 import lorc_fx
 from helpers import assert_close, compiled, error, latents, new_cache, piecewise, prompt
-from lorc_fx import Calibration, calibrate
-from lorc_fx.calibration import PRIOR, basis_of, fingerprint
+from lorc_fx import Calibration, calibrate, calibration
+from lorc_fx.calibration import PRIOR, basis_of, fingerprint, groups_of
 from lorc_fx.errors import BadCalibration, QualityWarning
 from lorc_fx.gather import parted
 
@@ -97,8 +97,51 @@ def test_statistics_are_those_of_the_projections(name):
         rest = ordinary(y, mask.bool())
         assert (site.tokens, site.sinks) == (int(rest.sum()), 4)
         assert_close("total", site.total, y[rest].sum(0), 1e-5)
-        assert_close("outer", site.outer, y[rest].T @ y[rest], 1e-5)
+        assert_close("outer", site.outer[0], y[rest].T @ y[rest], 1e-5)
         assert_close("sinks", site.sink_total, y[first].sum(0), 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("width", "head", "groups"),
+    [(4095, 1, 1), (2560, 80, 1), (4096, 128, 2), (5120, 128, 4), (8192, 64, 4), (4544, 64, 71), (4099, 1, 1)],
+)
+def test_wide_sites_are_in_groups_of_whole_heads(width, head, groups):
+    assert groups_of(width, head) == groups
+    assert width % groups == 0 and (groups == 1 or (width // groups % head == 0 and width // groups <= 2048))
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_statistics_by_groups_of_heads(monkeypatch, tmp_path, gradients):
+    """The diagonal blocks of the whole; a basis that reads all columns back; a model like its oracle; saved too."""
+    family = FAMILIES["gpt2"]
+    model = family.build(layers=1)
+    whole = quiet(model, [text(rows=8)], gradients=gradients)
+    width = len(whole.sites[0].total)
+    monkeypatch.setattr(calibration, "WIDE", width)
+    monkeypatch.setattr(calibration, "GROUP", width // 2)
+    monkeypatch.setattr(calibration, "NARROW", 1)
+    made = quiet(model, [text(rows=8)], gradients=gradients)
+    for a, b in zip(whole.sites, made.sites, strict=True):
+        assert b.outer.shape == (2, width // 2, width // 2)
+        assert_close(
+            "blocks",
+            torch.stack([a.outer[0, : width // 2, : width // 2], a.outer[0, width // 2 :, width // 2 :]]),
+            b.outer,
+            1e-12,
+        )
+        weight = torch.randn(width, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        basis = basis_of(b, weight)
+        assert_close("S P", basis.synthesis @ basis.analysis, torch.eye(width, dtype=torch.float64), 1e-8)
+        assert bool((basis.energy.diff() <= 0).all()) and basis.absolute == gradients
+    made.save(tmp_path / "c")
+    assert Calibration.load(tmp_path / "c") == made != whole
+    truth = copy.deepcopy(model)
+    compiled(model, ratio=0.3, calibration=made)
+    ids = text(rows=2, tokens=12, seed=8)
+    cache = new_cache(model, "dynamic", 12)
+    got = piecewise(model, ids, cache, [5, 12])
+    want = piecewise(coded_oracle(family, truth, latents(cache), ids), ids, new_cache(truth, "dynamic", 12), [12])
+    assert_close("logits", got, want, 2e-3)
 
 
 def test_merging_is_calibrating_on_both():
@@ -216,7 +259,7 @@ def test_gradients_are_the_second_moment_of_the_loss():
         weight[p.layer, p.kind] = p.weight.double()
     for a, b in zip(plain.sites, made.sites, strict=True):
         assert_close("outer", b.outer, a.outer, 1e-9)
-        g = b.gradient
+        g = b.gradient[0]
         assert b.gradients == b.tokens and torch.allclose(g, g.T) and float(torch.linalg.eigvalsh(g).min()) > -1e-9
         basis = basis_of(b, weight[b.layer, b.kind])
         eye = basis.synthesis @ basis.analysis
