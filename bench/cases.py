@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to run a model: ``ratio`` None is dense under plain inductor; ``static`` has a preallocated cache."""
+    """One way to run a model: with LoRC's codec at ``ratio`` (``PAPER``), or dense under inductor where it is None;
+    ``static`` has a preallocated cache."""
 
     name: str
     ratio: float | None = None

@@ -31,6 +31,7 @@ def child(variant_name: str, tokens: int, model_name: str) -> dict[str, Any]:
     from torch._dynamo.utils import counters
 
     from bench import models
+    from lorc_fx import PAPER
     from lorc_fx.evaluate import cache_bytes, cache_keyword
 
     variant = next(v for v in cases.MEMORY_VARIANTS if v.name == variant_name)
@@ -38,7 +39,7 @@ def child(variant_name: str, tokens: int, model_name: str) -> dict[str, Any]:
     if variant.ratio is None:
         model.compile(backend="inductor")
     else:
-        model.compile(backend="lorc", options={"ratio": variant.ratio})
+        model.compile(backend="lorc", options={**PAPER, "ratio": variant.ratio})
     from transformers import DynamicCache
 
     cache = DynamicCache(config=model.config)

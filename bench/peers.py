@@ -39,13 +39,13 @@ from bench.quality import METHODS, RESULTS, Text, calibrations, read_text
 from bench.run import machine
 from lorc_fx import models
 from lorc_fx.console import write_json
-from lorc_fx.evaluate import cache_bytes, cache_keyword, chunked_loss
+from lorc_fx.evaluate import cache_bytes, cache_keyword, chunked_loss, compressed
 
 TOKENS, CHUNK, PROMPT = 4096, 32, 2048
 COMPRESSIONS = (0.5, 0.75, 0.9)
 #: of lorc in the prompt protocol; in chunks it gets the bytes of each quantized cache
 RATIOS = (0.5, 0.25, 0.1)
-METHOD = "calibrated"
+LORC = ("calibrated", "calibrated with gradients")
 
 #: backend -> setting -> arguments of QuantizedCache. KIVI's axes (keys by channel, values by token) need groups that
 #: divide the first chunk. hqq's other axis groups tokens far apart; its 3 bits fail where 10 does not divide the rows.
@@ -132,19 +132,14 @@ def quantized(backend: str) -> Callable[[Setup], Iterator[Row]]:
 
 def lorc(setup: Setup) -> Iterator[Row]:
     """Our own: in chunks at the bytes of each quantized cache, and after a prompt."""
-    known = calibrations(setup.model, setup.text, [METHOD], None)[METHOD]
     peers = {row["fraction"] for row in setup.rows if row["peer"] in QUANTIZED}
     matched = sorted({math.floor(1000 * fraction) / 1000 for fraction in peers} or RATIOS, reverse=True)
     cases = [("chunks", ratio) for ratio in matched] + [("prompt", ratio) for ratio in RATIOS]
-    for protocol, ratio in cases:
-        torch._dynamo.reset()
-        given = {**METHODS[METHOD], "ratio": ratio, "inner": "eager", "calibration": known}
-        setup.model.compile(backend="lorc", options=given)
-        try:
-            found = in_chunks(setup, dense_cache(setup)) if protocol == "chunks" else after_prompt(setup)
-        finally:
-            setup.model._compiled_call_impl = None
-        yield {"setting": f"{METHOD}, {ratio:g}", **found}
+    for method, known in calibrations(setup.model, setup.text, LORC, setup.options.model).items():
+        for protocol, ratio in cases:
+            with compressed(setup.model, {**METHODS[method], "ratio": ratio, "inner": "eager", "calibration": known}):
+                found = in_chunks(setup, dense_cache(setup)) if protocol == "chunks" else after_prompt(setup)
+            yield {"setting": f"{method}, {ratio:g}", **found}
 
 
 def kvpress(setup: Setup) -> Iterator[Row]:

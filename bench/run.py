@@ -25,6 +25,7 @@ import torch
 
 from bench import cases, models
 from bench.cases import Case, Variant
+from lorc_fx import PAPER
 from lorc_fx.console import write_json
 from lorc_fx.evaluate import cache_bytes, cache_keyword
 from lorc_fx.latent import cache_nbytes
@@ -75,7 +76,7 @@ class Handle:
         if variant.ratio is None:
             model.compile(backend=self.inner, **apart)
         else:
-            model.compile(backend="lorc", options={"ratio": variant.ratio, "inner": self.inner}, **apart)
+            model.compile(backend="lorc", options={**PAPER, "ratio": variant.ratio, "inner": self.inner}, **apart)
         self.keyword = cache_keyword(model)
 
     def cache(self, capacity: int) -> Any:

@@ -1,7 +1,7 @@
 """Options: every option of ``torch.compile(model, backend="lorc", options={...})``, validated in one place.
 
-``Options`` is frozen and hashable, so it can be part of a cache key. The defaults are the paper's (``PAPER``); values
-that the docs promise for later raise NotYet, all others BadOption.
+``Options`` is frozen and hashable, so it can be part of a cache key. Without data (``calibration="none"``) the
+defaults are the paper's (``PAPER``). Values that the docs promise for later raise NotYet, all others BadOption.
 """
 
 from __future__ import annotations

@@ -354,3 +354,42 @@ def test_with_bytes_for_everything_nothing_is_lost(dtype):
     for pair in latents(cache):
         for latent in pair:
             assert latent.codec.format.plain and latent.codec.decode is None, "the identity"
+
+
+def test_large_activations_do_not_overflow():
+    """fp16 up to 60000: squares are summed in fp64, and what is read back is near what was written."""
+    model = FAMILIES["gpt2"].build(layers=1).to(torch.float16)
+    inner = model.transformer.h[0]
+    width = inner.attn.c_attn.weight.shape[0]
+    with torch.no_grad():
+        y = inner.attn.c_attn(inner.ln_1(model.transformer.wte(text()) + model.transformer.wpe.weight[:24]))
+        inner.attn.c_attn.weight[:, 2 * width :] *= 3e4 / float(y[..., 2 * width :].abs().max())
+        inner.attn.c_proj.weight *= 1e-5
+    found = quiet(model, [text(rows=16)])
+    assert float(found.sites[1].outer.max()) > 65504**2 / 100 and bool(torch.isfinite(found.sites[1].outer).all())
+    want = projected(FAMILIES["gpt2"], model, text(rows=2, tokens=12))[0, "value"]
+    compiled(model, ratio=0.5, calibration=found)
+    cache = new_cache(model, "dynamic", 12)
+    logits = piecewise(model, text(rows=2, tokens=12), cache, [12])
+    assert bool(torch.isfinite(logits).all())
+    value = latents(cache)[0][1].dense().transpose(1, 2).flatten(2).double()
+    assert error(value, want) < 0.1
+
+
+def test_a_smaller_budget_is_a_prefix(tmp_path):
+    """One calibration file serves every ratio: the columns of a smaller budget are the first of a larger one's."""
+    quiet(FAMILIES["llama-gqa"].build(layers=2), [text(rows=8, tokens=32)]).save(tmp_path / "c")
+    bases = {}
+    for ratio in (0.06, 0.15, 0.6):
+        model = compiled(FAMILIES["llama-gqa"].build(layers=2), ratio=ratio, calibration=str(tmp_path / "c"))
+        cache = new_cache(model, "dynamic", 12)
+        piecewise(model, text(rows=2, tokens=12), cache, [12])
+        found = [latent.codec for pair in latents(cache) for latent in pair]
+        bases[ratio] = [
+            codec.encode[: codec.rank] * (1 if codec.spread is None else codec.spread[:, None]) for codec in found
+        ]
+    assert sum(map(len, bases[0.06])) < sum(map(len, bases[0.6]))
+    for small, large in ((0.06, 0.15), (0.15, 0.6)):
+        for a, b in zip(bases[small], bases[large], strict=True):
+            few = min(len(a), len(b))
+            assert_close("columns", a[:few], b[:few], 1e-5)

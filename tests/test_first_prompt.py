@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -172,3 +174,23 @@ def test_a_prompt_that_is_read_back_badly_is_said():
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "relative error", QualityWarning)
         fill(model, LONG)
+
+
+PROCESS = """
+import hashlib, sys, torch, lorc_fx
+sys.path[:0] = sys.argv[1:]
+from families import FAMILIES
+from test_first_prompt import ASKED, LONG, fill
+from helpers import compiled, latents
+torch.set_num_threads(1)
+model = compiled(FAMILIES["llama-gqa"].build(layers=2), **ASKED)
+_, cache = fill(model, LONG)
+rows = [latent.codes.contiguous().view(torch.uint8).numpy().tobytes() for pair in latents(cache) for latent in pair]
+print(hashlib.sha256(b"".join(rows)).hexdigest())
+"""
+
+
+def test_two_processes_get_bit_equal_caches():
+    command = [sys.executable, "-W", "ignore", "-c", PROCESS, *sys.path]
+    one, two = (subprocess.run(command, check=True, capture_output=True, text=True).stdout for _ in range(2))
+    assert len(one.strip()) == 64 and one == two
