@@ -4,9 +4,10 @@
     python -m bench.quality --model ~/.cache/lorc_fx/trained/mha --out bench/results/quality-mha.json
 
 The text is the English pages of the Debian handbook (``bench.texts``), or what a model of ``bench.models`` holds out:
-statistics come from its first tokens, the loss from ``--tokens`` others, in one piece where the model knows that many
-positions (results do not depend on the pieces: tests/test_calibration.py). The model runs in bf16 unless ``--dtype``
-says otherwise, so ratios are of the 16-bit dense cache.
+the loss is that of ``--tokens`` tokens, in one piece where the model knows that many positions (results do not depend
+on the pieces: tests/test_calibration.py); statistics come from others before and after them. The model runs in bf16
+unless ``--dtype`` says otherwise, so ratios are of the 16-bit dense cache. Methods that are not named in ``--methods``
+keep their rows in the file.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from lorc_fx.evaluate import compressed, first_prompt
 
 RESULTS = Path(__file__).parent / "results"
 RATIOS = (0.5, 0.45, 0.35, 0.25, 0.2, 0.15, 0.1)
-CALIBRATION_TOKENS, ROW, SKIP = 8192, 1024, 12_000
+CALIBRATION_TOKENS, ROW, SKIP = 16_384, 1024, 12_000
 
 FIRST = "first prompt"
 
@@ -64,7 +65,8 @@ def read_text(model: Any, tokenizer: Any, checkpoint: str | None, folder: str | 
     def rows(part: torch.Tensor, length: int) -> list[torch.Tensor]:
         return [torch.cat([first, row]) for row in part.split(min(length, longest))]
 
-    return Text(rows(body[SKIP : SKIP + tokens], tokens), rows(body[:CALIBRATION_TOKENS], ROW - 1))
+    others = rows(body[:SKIP], ROW - 1) + rows(body[SKIP + tokens :], ROW - 1)
+    return Text(rows(body[SKIP : SKIP + tokens], tokens), others[: CALIBRATION_TOKENS // ROW])
 
 
 @torch.no_grad()
@@ -106,34 +108,40 @@ def main(argv: Sequence[str] | None = None) -> None:
     dense = loss_of(model, text.scored)
     _say(f"dense {dense:.4f} nats")
     made = calibrations(model, text, args.methods, args.model)
-    found = []
+    measured = {
+        "model": args.model or models.DEMO_NAME,
+        "dtype": args.dtype,
+        "tokens": sum(len(row) - 1 for row in text.scored),
+        "calibration_tokens": sum(map(len, text.calibration)),
+        "first_prompt_tokens": len(text.calibration[0]),
+        "dense_nats": dense,
+    }
+    rows = _kept(args.out, measured)
     for method in args.methods:
+        rows = [row for row in rows if row["method"] != method]
         for ratio in args.ratios:
             given = {**METHODS[method], "ratio": ratio, "inner": "eager"}
             if method in made:
                 given["calibration"] = made[method]
             begin = time.perf_counter()
+            more = {}
             with compressed(model, given):
                 if method == FIRST:
                     first_prompt(model, text.calibration[0])
+                    errors = [site.measured for site in lorc_fx.fidelity(model)]
+                    more = {"worst_error": max(errors), "sites_above_0.3": sum(e > 0.3 for e in errors)}
                 loss = loss_of(model, text.scored)
-            found.append({"method": method, "ratio": ratio, "nats": loss, "added": loss / dense - 1})
+            rows.append({"method": method, "ratio": ratio, "nats": loss, "added": loss / dense - 1, **more})
             _say(f"{method} at {ratio}: {100 * (loss / dense - 1):+.2f} % ({time.perf_counter() - begin:.0f} s)")
-    write_json(
-        args.out,
-        {
-            "machine": machine(),
-            "model": args.model or models.DEMO_NAME,
-            "dtype": args.dtype,
-            "tokens": args.tokens,
-            "calibration_tokens": sum(map(len, text.calibration)),
-            "first_prompt_tokens": len(text.calibration[0]),
-            "dense_nats": dense,
-            "rows": found,
-            "command": f"python -m bench.quality {' '.join(argv if argv is not None else sys.argv[1:])}",
-        },
-    )
-    _say(json.dumps({"written": str(args.out)}))
+        rows.sort(key=lambda row: list(METHODS).index(row["method"]))
+        command = f"python -m bench.quality {' '.join(argv if argv is not None else sys.argv[1:])}"
+        write_json(args.out, {"machine": machine(), **measured, "rows": rows, "command": command})
+
+
+def _kept(path: Path, measured: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of an earlier run in ``path``, if it measured the same."""
+    old = json.loads(path.read_text()) if path.exists() else {}
+    return list(old["rows"]) if old and {name: old.get(name) for name in measured} == measured else []
 
 
 def _say(text: str) -> None:

@@ -1,9 +1,9 @@
-"""The README's tables, in markdown, from the JSON that bench.run, bench.memory and bench.quality wrote.
+"""The tables of the README and the docs, in markdown, from the JSON that the other programs here wrote.
 
-python -m bench.table [--write README.md] [bench/results/cpu.json ...]
+python -m bench.table [--write README.md docs/quality.md]
 
-With ``--write`` the tables replace what stands between ``<!-- bench -->`` and ``<!-- /bench -->`` (times, memory) and
-between ``<!-- quality -->`` and ``<!-- /quality -->`` in that file.
+With ``--write`` the tables of ``bench/results/cpu.json`` replace what stands between ``<!-- cpu -->`` and
+``<!-- /cpu -->`` in these files, if it is there; and so for the other results.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,43 +98,99 @@ def quality(result: dict[str, Any]) -> str:
     return markdown(["bytes kept", *methods], lines)
 
 
-def rendered(paths: Sequence[Path]) -> str:
-    """The tables of all result files, each after a line that says where it was measured."""
-    parts = []
-    for path in paths:
-        result = json.loads(path.read_text())
-        where = result["machine"]
-        versions = f"torch {where['torch']}, transformers {where['transformers']}"
-        parts.append(
-            f"`{path.name}`: {where['cpu']}, {where['threads']} threads, {versions}, {result['dtype']}, {where['date']}"
-        )
-        tables = [quality] if "dense_nats" in result else [memory] if "tokens" in result else [times, compiles]
-        parts += [table(result) for table in tables]
-    return "\n\n".join(parts)
+def demo(result: dict[str, Any]) -> str:
+    """What ``lorc demo`` found its budgets to cost."""
+    base = result["dense"]["loss"]
+    points = [("dense", base)]
+    asked = f"first prompt, {result['options'].get('ratio', DEFAULT_RATIO):g}"
+    points += [(asked, result["lorc"]["loss"])] + [(f"first prompt, {p['ratio']:g}", p) for p in result["sweep"]]
+    points += [(f"after `lorc calibrate`, {p['ratio']:g}", p) for p in result["calibrated"]]
+    points += [(f"LoRC as published, {p['ratio']:g}", p) for p in result["paper"]]
+    lines = [
+        [
+            name,
+            f"{point['per_token']:,.0f}",
+            f"{point['per_token'] / base['per_token']:.3f}",
+            f"{point['nats']:.3f}",
+            f"{100 * (point['nats'] / base['nats'] - 1):+.1f} %",
+        ]
+        for name, point in points
+    ]
+    return markdown(["codec, ratio", "bytes per token", "of dense", "loss, nats", "added loss"], lines)
+
+
+def peers(result: dict[str, Any]) -> str:
+    """Loss and bytes of every package, by protocol, most bytes first."""
+    lines = []
+    for protocol in ("chunks", "prompt"):
+        rows = [r for r in result["rows"] if r["protocol"] == protocol and r["peer"] != "dense"]
+        for row in sorted(rows, key=lambda r: -r["fraction"]):
+            name = f"{row['peer']}: {row['setting']}"
+            lines.append([name, protocol, f"{row['fraction']:.3f}", f"{100 * row['added']:+.2f} %"])
+    return markdown(["cache", "protocol", "bytes, of 16-bit", "added loss"], lines)
+
+
+def ablation(result: dict[str, Any]) -> str:
+    """Added loss with one part changed, a column per ratio."""
+    added = {(row["change"], row["ratio"]): row["added"] for row in result["rows"]}
+    ratios = sorted({ratio for _, ratio in added}, reverse=True)
+    changes = dict.fromkeys(change for change, _ in added)
+    lines = [[change, *(f"{100 * added[change, ratio]:+.2f} %" for ratio in ratios)] for change in changes]
+    return markdown(["change", *(f"{ratio:g}" for ratio in ratios)], lines)
+
+
+DEFAULT_RATIO = 0.45
+TABLES: dict[str, list[Callable[[dict[str, Any]], str]]] = {
+    "cpu": [times, compiles],
+    "memory": [memory],
+    "quality": [quality],
+    "quality-mha": [quality],
+    "quality-gqa": [quality],
+    "peers": [peers],
+    "ablation": [ablation],
+    "demo": [demo],
+}
+
+
+def rendered(name: str, result: dict[str, Any]) -> str:
+    """The tables of one result file, after a line that says where it was measured and by what."""
+    where = result.get("machine", result)
+    if not isinstance(where, dict):
+        where = result  # the demo's own
+    if "groups" in result:
+        where = next(iter(result["groups"].values()))["machine"]
+    cpu = where.get("cpu", where["machine"] if "machine" in where else "")
+    told = [cpu, f"{where['threads']} threads", f"torch {where['torch']}", f"transformers {where['transformers']}"]
+    told += [result["dtype"]]
+    if "dense_nats" in result:
+        told += [f"{result['tokens']} tokens scored, dense {result['dense_nats']:.3f} nats"]
+        told += [f"{result['calibration_tokens']} tokens of statistics"]
+    told += [where["date"]] if "date" in where else []
+    return "\n\n".join([f"`{name}.json`: {', '.join(told)}", *(table(result) for table in TABLES[name])])
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
-    parser.add_argument("results", nargs="*", type=Path)
-    parser.add_argument("--write", type=Path, help="a Markdown file with <!-- bench --> markers")
+    parser.add_argument("--write", type=Path, nargs="+", default=[], help="Markdown files with markers")
     given = parser.parse_args(argv)
-    sections = {"bench": ("cpu.json", "memory.json"), "quality": ("quality.json",)}
-    for name, files in sections.items():
-        paths = given.results or [path for file in files if (path := RESULTS / file).exists()]
-        text = rendered(paths)
-        if given.write is None:
-            print(text)
-        elif paths:
-            _replace(given.write, name, text)
-        if given.results:
-            return
+    for name in TABLES:
+        path = RESULTS / f"{name}.json"
+        if not path.exists():
+            continue
+        text = rendered(name, json.loads(path.read_text()))
+        if not given.write:
+            print(text, end="\n\n")
+        for file in given.write:
+            _replace(file, name, text)
 
 
 def _replace(path: Path, name: str, text: str) -> None:
-    """Put ``text`` between the markers of that name."""
-    before, _, rest = path.read_text().partition(f"<!-- {name} -->")
-    _, _, after = rest.partition(f"<!-- /{name} -->")
-    path.write_text(f"{before}<!-- {name} -->\n{text}\n<!-- /{name} -->{after}")
+    """Put ``text`` between the markers of that name, where they are."""
+    whole = path.read_text()
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    if begin in whole:
+        before, _, rest = whole.partition(begin)
+        path.write_text(f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}")
 
 
 if __name__ == "__main__":
