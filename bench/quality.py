@@ -34,7 +34,7 @@ from lorc_fx.evaluate import compressed, first_prompt
 
 RESULTS = Path(__file__).parent / "results"
 RATIOS = (0.5, 0.45, 0.35, 0.25, 0.2, 0.15, 0.1)
-CALIBRATION_TOKENS, ROW, SKIP = 16_384, 1024, 12_000
+CALIBRATION_TOKENS, ROW, SKIP = 24_576, 1024, 12_000
 
 FIRST = "first prompt"
 

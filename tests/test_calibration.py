@@ -250,6 +250,36 @@ def test_sinks_are_exact_at_any_budget():
     assert error(other, projected(family, model, text(rows=2, tokens=12))[0, "value"][0, 5]) > 1e-3
 
 
+@pytest.mark.parametrize("bos", [True, False])
+@pytest.mark.parametrize("name", ["llama-gqa", "gpt2", "gemma3"])
+def test_padding_and_first_tokens_change_nothing(name, bos):
+    """A row alone, and the same row padded on the left in a batch, in one piece and in two: with a constant first token
+    (which has a mean of its own) and with any. gemma3 has windows that the text outgrows."""
+    family = FAMILIES[name]
+    model = family.build(layers=family.fewest)
+    ids = text(rows=8, tokens=32)
+    if not bos:
+        ids[:, 0] = torch.randint(2, 60, (8,), generator=torch.Generator().manual_seed(6))
+    compiled(model, ratio=0.25, calibration=quiet(model, [ids]))
+    row, tokens, pad = ids[:1, :20], 20, 5
+    cache = new_cache(model, "dynamic", tokens)
+    with torch.no_grad():
+        alone = model(row, past_key_values=cache).logits
+    assert any(latent.codec.format.choices == 2 for pair in latents(cache) for latent in pair) or not bos
+    batch = torch.cat([torch.cat([torch.zeros(1, pad, dtype=torch.long), row], 1), ids[1:2, : tokens + pad]])
+    mask = torch.ones_like(batch)
+    mask[0, :pad] = 0
+    position = (mask.cumsum(1) - 1).clamp_min(0)
+    for cuts in ([tokens + pad], [11, tokens + pad]):
+        cache, parts, at = new_cache(model, "dynamic", tokens + pad), [], 0
+        for cut in cuts:
+            with torch.no_grad():
+                given = {"attention_mask": mask[:, :cut], "position_ids": position[:, at:cut]}
+                parts.append(model(batch[:, at:cut], past_key_values=cache, **given).logits)
+            at = cut
+        assert_close(f"{cuts}", torch.cat(parts, 1)[:1, pad:], alone, 2e-3)
+
+
 def test_gradients_are_the_second_moment_of_the_loss():
     """G has the trace that finite sampling allows, is symmetric, and changes the basis."""
     model = FAMILIES["llama-gqa"].build()
