@@ -155,13 +155,9 @@ class Builder:
         sites = self.matched.sites
         if all(self._informed(site, arguments) is not None for site in sites) or self._too_short(arguments):
             return
-        sums = {}
-        for site in sites:
-            weight = self.effective(site, arguments)[0]
-            sums[site] = Sums(site.layer, site.kind, fingerprint(weight), weight.shape[0], site.head)
-        with timed("statistics_s"), torch.no_grad():
+        with timed("statistics_s"), torch.inference_mode(False), torch.no_grad():
             try:
-                Walker(self.canonical, sums).walk(self._untouched(arguments))
+                sums = self._seen(arguments)
             except BadCalibration as error:  # the prompt is at fault, not the model: it runs all the same
                 warnings.warn(f"this prompt gives no statistics: {error.reason}", QualityWarning, stacklevel=2)
                 return
@@ -176,11 +172,26 @@ class Builder:
         STORE.turn()
         _warn_of_errors(found)
 
+    def _seen(self, arguments: Sequence[Any], scores: bool = True) -> dict[Site, Sums]:
+        """Statistics of one call. Without those of attention scores where there is an op without a derivative."""
+        sums = {}
+        for site in self.matched.sites:
+            weight = self.effective(site, arguments)[0]
+            sums[site] = Sums(site.layer, site.kind, fingerprint(weight), weight.shape[0], site.head)
+        try:
+            Walker(self.canonical, sums, scores=scores).walk(self._untouched(arguments))
+        except RuntimeError:
+            if not scores:
+                raise
+            return self._seen(arguments, scores=False)
+        return sums
+
     def _fidelity(self, site: Site, made: Prepared, codec: Codec, line: PlannedSite, sample: torch.Tensor) -> Fidelity:
+        """In the basis' own metric, which is the one that the prediction is in."""
         with torch.no_grad():
-            y = sample.to(made.weight.device)
-            lost = float((through(codec, made.basis, y) - y).square().sum())
-            size = float((y - y.mean(0)).square().sum())
+            y, metric = sample.to(made.weight.device), made.basis.analysis
+            lost = float(((through(codec, made.basis, y) - y) @ metric).square().sum())
+            size = float(((y - y.mean(0)) @ metric).square().sum())
         measured = math.sqrt(lost / size) if size else 0.0
         return Fidelity(site.name, math.sqrt(line.predicted or 0.0), measured)
 

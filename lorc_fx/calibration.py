@@ -5,6 +5,9 @@
 The SVD of W A^(1/2), A = E[x x^T], has the eigenvectors of W A W^T = E[y y^T], so n x n statistics of y are enough;
 LoRC's own basis (W W^T) is the prior. With the second moment G of the loss gradient at y the basis is taken in that
 metric: R = G^(1/2), R C R = U L U^T, P = R U, S = U^T R^-1; dropping column i then costs about L_i / 2 nats per token.
+Without gradients of the loss keys have the metric of their attention scores, E[J^T q q^T J], where q is a query that
+may read the key and J the Jacobian of what lies between y and the product (norms, rotation): that needs no more than a
+forward pass.
 """
 
 from __future__ import annotations
@@ -80,7 +83,8 @@ class SiteStatistics:
 
     ``total`` [n] and ``outer`` [g, w, w] = sum y y^T leave out each row's first token, which ``sinks``, ``sink_total``
     [n] and ``sink_square`` (sum |y|^2) hold, and tokens that lie on it; ``gradient`` [g, w, w] = sum g g^T over
-    ``gradients`` tokens, the same ones; ``mark`` is the weight's fingerprint.
+    ``gradients`` tokens, the same ones; ``local``: g is the gradient of attention scores (with a query that may read
+    the key), not of the loss; ``mark`` is the weight's fingerprint.
     """
 
     layer: int
@@ -94,12 +98,12 @@ class SiteStatistics:
     sink_square: float
     gradients: int = 0
     gradient: torch.Tensor | None = None
+    local: bool = False
 
     def merged(self, other: SiteStatistics) -> SiteStatistics:
-        """Statistics of both: equal to gathering them together."""
-        gradient = self.gradient
-        if other.gradient is not None:
-            gradient = other.gradient if gradient is None else gradient + other.gradient
+        """Statistics of both: equal to gathering them together. Gradients of the loss displace those of scores."""
+        known = [s for s in (self, other) if s.gradient is not None]
+        known = [s for s in known if not s.local] or known
         return SiteStatistics(
             self.layer,
             self.kind,
@@ -110,8 +114,9 @@ class SiteStatistics:
             self.sinks + other.sinks,
             self.sink_total + other.sink_total,
             self.sink_square + other.sink_square,
-            self.gradients + other.gradients,
-            gradient,
+            sum(s.gradients for s in known),
+            sum(s.gradient for s in known) if known else None,  # type: ignore[misc, arg-type]
+            bool(known) and known[0].local,
         )
 
     def is_of(self, kind: str, width: int, mark: torch.Tensor) -> bool:
@@ -159,8 +164,9 @@ class Calibration:
     def _tensors(self) -> dict[str, torch.Tensor]:
         tensors: dict[str, torch.Tensor] = {}
         for i, s in enumerate(self.sites):
-            counts = torch.tensor([s.layer, s.kind == "key", s.tokens, s.sinks, s.gradients], dtype=torch.int64)
-            named = {"mark": s.mark, "total": s.total, "outer": s.outer, "sink_total": s.sink_total, "counts": counts}
+            counts = [s.layer, s.kind == "key", s.tokens, s.sinks, s.gradients, s.local]
+            named = {"mark": s.mark, "total": s.total, "outer": s.outer, "sink_total": s.sink_total}
+            named["counts"] = torch.tensor(counts, dtype=torch.int64)
             named["sink_square"] = torch.tensor(s.sink_square, dtype=torch.float64)
             if s.gradient is not None:
                 named["gradient"] = s.gradient
@@ -192,6 +198,7 @@ class Calibration:
                             sink_square=float(file.get_tensor(f"{i}.sink_square")),
                             gradients=counts[4],
                             gradient=gradient,
+                            local=bool(counts[5]),
                             **part,
                         )
                     )
@@ -240,7 +247,7 @@ def basis_of(site: SiteStatistics, weight: torch.Tensor, name: str = "") -> Basi
     root, inverse = (vectors * values.sqrt()) @ vectors.mT, (vectors / values.sqrt()) @ vectors.mT
     weighted = root @ c @ root
     energy, u = torch.linalg.eigh((weighted + weighted.mT) / 2)
-    return _joined(root @ u, u.mT @ inverse, energy, means, absolute=True)
+    return _joined(root @ u, u.mT @ inverse, energy, means, absolute=not site.local)
 
 
 def _trace(blocks: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,9 @@ from .passes.sites import Site
 
 aten = torch.ops.aten
 
+PROBES = 8
+"""Queries that are drawn for each key token."""
+
 SAMPLE = 128
 """Tokens of the latest text that are kept as they are, to measure codecs on."""
 
@@ -24,33 +27,44 @@ class Walker(Interpreter):
     """Runs a canonical graph as it is and hands y of each site to ``sums[site]`` on the way, a layer at a time.
 
     ``real`` [B, T] bool says which tokens count; where it is None, attention does: a token is real if its reader's mask
-    lets it attend to itself. With ``gradients`` the gradient of whatever is back-propagated later is summed too.
+    lets it attend to itself. With ``gradients`` the gradient of whatever is back-propagated later is summed too; else,
+    with ``scores``, that of the scores which later queries give to keys: from y to the product, and no further.
     """
 
-    def __init__(self, gm: GraphModule, sums: Mapping[Site, Sums], gradients: bool = False) -> None:
+    def __init__(
+        self, gm: GraphModule, sums: Mapping[Site, Sums], gradients: bool = False, scores: bool = True
+    ) -> None:
         super().__init__(gm)
-        self.sums, self.gradients = sums, gradients
+        self.sums, self.gradients, self.scores = sums, gradients, scores and not gradients
         self.real: torch.Tensor | None = None
         self.watched: dict[Node, list[Site]] = {}
         self.masks: dict[Node, Node | None] = {}
         self.waiting: dict[Site, torch.Tensor] = {}
+        self.leaves: dict[Site, torch.Tensor] = {}
+        self.readers: dict[Node, list[tuple[Site, Node | None]]] = {}
+        self.draw = torch.Generator().manual_seed(0)
         for site in sums:
             self.watched.setdefault(site.rows.y, []).append(site)
             if site.reader is not None and site.kind == "key":
                 node, mask = mask_of(site.reader)
                 self.masks[node] = mask
+                self.readers.setdefault(site.reader.node, []).append((site, mask))
 
     def walk(self, arguments: Sequence[Any], real: torch.Tensor | None = None) -> Any:
         self.real = real
         out = self.run(*arguments)
         self._flush(None)
+        self.leaves.clear()
         return out
 
     def run_node(self, n: Node) -> Any:
+        if self.leaves and n in self.readers:
+            self._ask(n)
         if n in self.masks:
             mask = self.masks[n]
             self._flush(None if mask is None else self.env.get(mask))
-        value = super().run_node(n)
+        with torch.set_grad_enabled(torch.is_grad_enabled() or bool(self.leaves)):
+            value = super().run_node(n)
         for site in self.watched.get(n, ()):
             y = _tokens(value.detach(), site)
             if self.gradients:
@@ -58,17 +72,66 @@ class Walker(Interpreter):
                 value = value + probe
                 _, ordinary = parted(y, self.real)
                 probe.register_hook(lambda g, s=site, o=ordinary: self.sums[s].add_gradient(_tokens(g, s), o))
+            elif self.scores and site.kind == "key" and site.reader is not None:
+                self.leaves[site] = value.detach().requires_grad_()
+                with torch.enable_grad():
+                    value = self.leaves[site].clone()  # what follows may write into it
             self.waiting[site] = y
         return value
+
+    def _ask(self, reader: Node) -> None:
+        """The product of queries and keys comes now: sum up what the scores say of y, and end the gradient here."""
+        query, key = (self.env[arg] for arg in reader.args[int(reader.target is aten.baddbmm.default) :][:2])
+        keys = key if reader.target is aten.scaled_dot_product_attention.default else key.mT
+        for site, mask in self.readers[reader]:
+            leaf = self.leaves.pop(site, None)
+            if leaf is None or site not in self.waiting or not key.requires_grad:
+                continue
+            y = self.waiting[site]
+            _, ordinary = parted(y, self._real(y, None if mask is None else self.env.get(mask)))
+            for _ in range(PROBES):
+                drawn = drawn_queries(query.detach(), keys, site.window, self.draw)
+                if drawn is None:
+                    break
+                (gradient,) = torch.autograd.grad(keys, leaf, drawn, retain_graph=True, allow_unused=True)
+                if gradient is not None:
+                    self.sums[site].add_gradient(_tokens(gradient, site), ordinary, local=True)
+        for arg in reader.all_input_nodes:
+            if isinstance(self.env[arg], torch.Tensor):
+                self.env[arg] = self.env[arg].detach()
 
     def _flush(self, mask: Any) -> None:
         """Sum up the sites whose y is there: those of the layer whose attention comes now."""
         for site, y in self.waiting.items():
-            real = self.real
-            if real is None and isinstance(mask, torch.Tensor):
-                real = _attends_itself(mask, y)
-            self.sums[site].add(y, real, site.name)
+            self.sums[site].add(y, self._real(y, mask), site.name)
         self.waiting.clear()
+
+    def _real(self, y: torch.Tensor, mask: Any) -> torch.Tensor | None:
+        if self.real is None and isinstance(mask, torch.Tensor):
+            return _attends_itself(mask, y)
+        return self.real
+
+
+def drawn_queries(
+    query: torch.Tensor, keys: torch.Tensor, window: int | None, draw: torch.Generator
+) -> torch.Tensor | None:
+    """For each key [.., T, D] the query [.., S, D] of a random token that may read it (itself or later, in the window),
+    with a random sign, so that heads which share a key do not mix. None where their tokens are not the same ones."""
+    asked, there = query.shape[-2], keys.shape[-2]
+    if query.dim() != keys.dim() or there < asked or query.shape[-1] != keys.shape[-1]:
+        return None
+    if query.shape[:-2] != keys.shape[:-2]:  # grouped queries: one of the heads that share the key
+        heads, shared = query.shape[-3], keys.shape[-3]
+        if heads % shared or query.shape[:-3] != keys.shape[:-3]:
+            return None
+        query = query.unflatten(-3, (shared, heads // shared))
+        query = query.select(-3, int(torch.randint(heads // shared, (1,), generator=draw)))
+    at = torch.arange(asked)
+    room = (asked - at).clamp_max(window or asked)
+    at = at + (torch.rand(asked, generator=draw) * room).long()
+    sign = torch.randint(2, (*query.shape[:-2], asked, 1), generator=draw) * 2 - 1
+    drawn = query[..., at.to(query.device), :] * sign.to(query)
+    return torch.nn.functional.pad(drawn, (0, 0, 0, there - asked)).to(keys.dtype)
 
 
 def mask_of(reader: Reader, limit: int = 12) -> tuple[Node, Node | None]:
@@ -121,6 +184,7 @@ class Sums:
         self.sink_square = 0.0
         self.outer = second_moment(torch.zeros(0, width, dtype=torch.float64), self.groups)
         self.gradient: torch.Tensor | None = None
+        self.local = False
         self.sample = torch.zeros(0, width, dtype=torch.float64)
 
     def add(self, y: torch.Tensor, real: torch.Tensor | None, name: str) -> None:
@@ -139,8 +203,10 @@ class Sums:
         self.outer += second_moment(rest, self.groups)
         self.sample = rest[torch.linspace(0, len(rest) - 1, min(SAMPLE, len(rest))).long()].clone()
 
-    def add_gradient(self, gradient: torch.Tensor, ordinary: torch.Tensor) -> None:
-        """``gradient`` [B, T, n] at y, of whose tokens those of ``ordinary`` [B, T] bool count."""
+    def add_gradient(self, gradient: torch.Tensor, ordinary: torch.Tensor, local: bool = False) -> None:
+        """``gradient`` [B, T, n] at y, of whose tokens those of ``ordinary`` [B, T] bool count; ``local``: that of
+        attention scores, not of the loss."""
+        self.local = local
         rest = gradient.to("cpu", torch.float64)[ordinary]
         outer = second_moment(rest, self.groups)
         self.gradients += len(rest)
@@ -159,6 +225,7 @@ class Sums:
             sink_square=self.sink_square,
             gradients=self.gradients,
             gradient=self.gradient,
+            local=self.local,
         )
 
 

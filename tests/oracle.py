@@ -58,7 +58,8 @@ def _coded(features: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, cod
         exact = y[..., features].double()
         index = (exact[..., None, :] - means).square().sum(-1).argmin(-1)
         centred = exact - means[index]
-        project = torch.linalg.pinv(synthesis) if codec.decode is not None else synthesis.T
+        # P from P^T W: it is no pseudo-inverse of S where the basis is that of a metric
+        project = synthesis.T if codec.decode is None else (codec.encode[:r].double() @ torch.linalg.pinv(weight)).T
         columns = centred @ project
         bits = torch.tensor([b for n, b in form.segments for _ in range(n)])
         spread = torch.ones(r, dtype=torch.float64) if codec.spread is None else codec.spread.double()

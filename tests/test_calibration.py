@@ -16,7 +16,7 @@ from helpers import assert_close, compiled, error, latents, new_cache, piecewise
 from lorc_fx import Calibration, calibrate, calibration
 from lorc_fx.calibration import PRIOR, basis_of, fingerprint, groups_of
 from lorc_fx.errors import BadCalibration, QualityWarning
-from lorc_fx.gather import parted
+from lorc_fx.gather import drawn_queries, parted
 
 pytestmark = pytest.mark.usefixtures("clean", "many_shapes")
 NAMES = ["llama-gqa", "llama-bias", "gpt2", "gemma3", "gpt-neox", "falcon-mqa"]
@@ -248,6 +248,51 @@ def test_sinks_are_exact_at_any_budget():
     assert_close("the sink", first, want[0, "value"][0, 0], 1e-5)
     other = value.dense()[0, :, 5].flatten().double()
     assert error(other, projected(family, model, text(rows=2, tokens=12))[0, "value"][0, 5]) > 1e-3
+
+
+@pytest.mark.parametrize(("window", "spare"), [(None, 0), (3, 0), (None, 4)])
+@pytest.mark.parametrize("shared", [2, 6])
+def test_queries_drawn_for_a_key_are_those_that_read_it(window, spare, shared):
+    """Of its own heads, of the same token or a later one in the window, with either sign; no token, no query."""
+    query, keys = torch.randn(2, 6, 7, 3), torch.randn(2, shared, 7 + spare, 3)
+    signs = set()
+    for seed in range(20):
+        drawn = drawn_queries(query, keys, window, torch.Generator().manual_seed(seed))
+        assert drawn.shape == keys.shape and not drawn[:, :, 7:].any()
+        for b, h, t in torch.cartesian_prod(torch.arange(2), torch.arange(shared), torch.arange(7)).tolist():
+            heads = slice(h * 6 // shared, (h + 1) * 6 // shared)
+            may = query[b, heads, t : None if window is None else t + window].reshape(-1, 3)
+            equal = [sign for sign in (1, -1) if bool((may * sign == drawn[b, h, t]).all(1).any())]
+            assert equal
+            signs.update(equal)
+    assert signs == {1, -1}
+    assert drawn_queries(query, keys[:, :, :5], window, torch.Generator()) is None
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "gpt2", "gemma3"])
+def test_keys_are_coded_for_the_queries_that_read_them(name):
+    """Without gradients of the loss: the metric is that of the scores for keys, none for values; and columns that no
+    query asks for are the last."""
+    family = FAMILIES[name]
+    model = family.build(layers=family.fewest)
+    for site in quiet(model, [text(rows=8, tokens=32)]).sites:
+        assert site.local == (site.gradient is not None) == (site.kind == "key")
+    if name != "llama-gqa":
+        return
+    attention = model.model.layers[0].self_attn
+    dim = attention.head_dim
+    with torch.no_grad():  # rotary pairs i and i + dim / 2: queries are silent in all pairs but the first
+        mute = torch.arange(attention.q_proj.weight.shape[0]) % (dim // 2) != 0
+        attention.q_proj.weight[mute] = 0
+        if attention.q_proj.bias is not None:
+            attention.q_proj.bias[mute] = 0
+    site = next(s for s in quiet(model, [text(rows=8, tokens=32)]).sites if (s.layer, s.kind) == (0, "key"))
+    loud = torch.arange(len(site.total)) % (dim // 2) == 0
+    share = site.gradient[0].diagonal()[loud].sum() / site.gradient[0].diagonal().sum()
+    assert float(share) == pytest.approx(1.0, abs=1e-9)
+    basis = basis_of(site, attention.k_proj.weight.detach().double())
+    first = basis.analysis[:, : int(loud.sum())].detach().square()
+    assert float(first[loud].sum() / first.sum()) > 0.9
 
 
 @pytest.mark.parametrize("bos", [True, False])

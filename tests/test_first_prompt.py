@@ -176,6 +176,17 @@ def test_a_prompt_that_is_read_back_badly_is_said():
         fill(model, LONG)
 
 
+def test_inference_mode_gives_the_same_statistics():
+    """Gradients of scores are taken there too."""
+    found = []
+    for mode in (torch.no_grad, torch.inference_mode):
+        model = compiled(FAMILIES["llama-gqa"].build(layers=2), **ASKED)
+        with mode():
+            _, cache = fill(model, LONG)
+        found.append([latent.codec.encode for pair in latents(cache) for latent in pair])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 PROCESS = """
 import hashlib, sys, torch, lorc_fx
 sys.path[:0] = sys.argv[1:]
