@@ -81,7 +81,8 @@ class Walker(Interpreter):
 
     def _ask(self, reader: Node) -> None:
         """The product of queries and keys comes now: sum up what the scores say of y, and end the gradient here."""
-        query, key = (self.env[arg] for arg in reader.args[int(reader.target is aten.baddbmm.default) :][:2])
+        first = int(reader.target is aten.baddbmm.default)
+        query, key = (self.env[arg] for arg in reader.args[first : first + 2] if isinstance(arg, Node))
         keys = key if reader.target is aten.scaled_dot_product_attention.default else key.mT
         for site, mask in self.readers[reader]:
             leaf = self.leaves.pop(site, None)
