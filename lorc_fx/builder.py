@@ -65,6 +65,10 @@ class Prepared:
     factors: Factors
     basis: Basis
 
+    def basis_for(self, planned: PlannedSite) -> Basis:
+        """What the codec is made of: around the bias alone where the plan gives the site one mean."""
+        return self.basis if planned.choices == len(self.basis.means) else around_bias(self.basis, self.bias)
+
     def kept(self, planned: PlannedSite) -> float:
         """Share of the site's energy in the stored columns (1.0 for an all-zero weight)."""
         total = float(self.basis.energy.sum())
@@ -190,7 +194,7 @@ class Builder:
         """In the basis' own metric, which is the one that the prediction is in."""
         with torch.no_grad():
             y, metric = sample.to(made.weight.device), made.basis.analysis
-            lost = float(((through(codec, made.basis, y) - y) @ metric).square().sum())
+            lost = float(((through(codec, made.basis_for(line), y) - y) @ metric).square().sum())
             size = float(((y - y.mean(0)) @ metric).square().sum())
         measured = math.sqrt(lost / size) if size else 0.0
         return Fidelity(site.name, math.sqrt(line.predicted or 0.0), measured)
@@ -290,8 +294,7 @@ class Builder:
             for (site, p), line in zip(prepared.items(), plan.sites, strict=True):
                 consts = tuple(STORE.snapshot(self.real(n, arguments)) for n in site.consts)
                 dtype = site.rows.y.meta["val"].dtype
-                basis = p.basis if line.choices == len(p.basis.means) else around_bias(p.basis, p.bias)
-                basis = kept(basis, line.rank)
+                basis = kept(p.basis_for(line), line.rank)
                 made[site] = make_codec(p.weight, p.bias, basis, line.segments, site.decoder, consts, dtype)
         return made
 

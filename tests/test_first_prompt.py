@@ -176,6 +176,21 @@ def test_a_prompt_that_is_read_back_badly_is_said():
         fill(model, LONG)
 
 
+def test_bytes_for_everything_at_less_than_full_rank():
+    """Keys whose heads repeat need fewer columns than they have; the sink then needs no mean, and nothing is lost."""
+    model = FAMILIES["llama-gqa"].build(layers=1)
+    weight = model.model.layers[0].self_attn.k_proj.weight
+    with torch.no_grad():
+        half = len(weight) // 2
+        weight[half:] = weight[:half]
+    want, _ = fill(copy.deepcopy(model), LONG)
+    compiled(model, **ASKED | {"ratio": 1.0})
+    got, cache = fill(model, LONG)
+    assert_close("logits", got, want, 1e-4)
+    assert latents(cache)[0][0].codec.rank == half
+    assert max(f.measured for f in lorc_fx.fidelity(model)) < 1e-4
+
+
 def test_inference_mode_gives_the_same_statistics():
     """Gradients of scores are taken there too."""
     found = []
