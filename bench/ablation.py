@@ -41,14 +41,15 @@ Key = tuple[int, str]
 @dataclass(frozen=True)
 class Change:
     """What a row does otherwise. ``patches``: (module, name, value) while codecs are made and used; ``gathered``: also
-    while statistics are; ``sinks``: "mean" as shipped, "none", "slot" (the first token is exact), or both; ``of``: the
-    tokens of statistics, None for all."""
+    while statistics are; ``sinks``: "mean" as shipped, "none", "slot" (the first token is exact), or both; ``metric``:
+    what columns are weighed by, gradients of the "loss", of "scores" (a forward pass), or nothing; ``rows``: texts that
+    statistics are of, None for all; ``power``: of the energies, where they are no losses."""
 
     patches: tuple[tuple[Any, str, Any], ...] = ()
     gathered: tuple[tuple[Any, str, Any], ...] = ()
     levels: tuple[int, ...] = (MODEL, *BITS, DROPPED)
     sinks: str = "mean"
-    gradients: bool = True
+    metric: str = "loss"
     rows: int | None = None
     power: float = 1.0
 
@@ -70,9 +71,10 @@ CHANGES: dict[str, Change] = {
     "G flattened by 0.1": Change(patches=((calibration, "FLATTEN", 0.1),)),
     "statistics of 2048 tokens": Change(rows=2),
     "statistics of 4096 tokens": Change(rows=4),
-    "no gradients": Change(gradients=False),
-    "no gradients, energies to the power 0.75": Change(gradients=False, power=0.75),
-    "no gradients, energies to the power 0.5": Change(gradients=False, power=0.5),
+    "gradients of scores only": Change(metric="scores"),
+    "no gradients": Change(metric=""),
+    "no gradients, energies to the power 0.75": Change(metric="", power=0.75),
+    "no gradients, energies to the power 0.5": Change(metric="", power=0.5),
 }
 
 
@@ -95,11 +97,11 @@ class Bench:
         return self.modules[site].weight.detach().double()
 
     def statistics(self, change: Change) -> dict[Key, SiteStatistics]:
-        key = (change.gathered, change.rows)
+        key = (change.gathered, change.rows, change.metric == "scores")
         if key not in self.known:
             with patched(change.gathered):
                 rows = self.text.calibration[: change.rows]
-                made = lorc_fx.calibrate(self.model, rows, gradients=True, progress=False)
+                made = lorc_fx.calibrate(self.model, rows, gradients=change.metric != "scores", progress=False)
             marks = {site: fingerprint(self.weight(site)) for site in self.modules}
             self.known[key] = {
                 site: next(s for s in made.sites if s.is_of(site[1], len(s.total), mark))
@@ -110,7 +112,7 @@ class Bench:
     def bases(self, change: Change) -> dict[Key, Basis]:
         found = {}
         for site, statistics in self.statistics(change).items():
-            if not change.gradients:
+            if not change.metric:
                 statistics = replace(statistics, gradient=None)
             basis = basis_of(statistics, self.weight(site))
             found[site] = basis if "mean" in change.sinks else replace(basis, means=basis.means[:1])
@@ -124,15 +126,10 @@ class Bench:
                 def hook(module: Any, args: Any, y: torch.Tensor, coder: Any = coder) -> torch.Tensor:
                     return coder(y[0]).to(y.dtype)[None]
 
-                hooks.enter_context(contextlib.closing(_Handle(self.modules[site].register_forward_hook(hook))))
+                hooks.callback(self.modules[site].register_forward_hook(hook).remove)
             row = self.text.scored[0]
             logits = self.model(input_ids=row[None, :-1], use_cache=False).logits[0]
             return mean_nats(logits, row[1:])
-
-
-class _Handle:
-    def __init__(self, handle: Any) -> None:
-        self.close = handle.remove
 
 
 @contextlib.contextmanager

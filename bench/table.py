@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import cases
+from lorc_fx import Options
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -102,7 +103,7 @@ def demo(result: dict[str, Any]) -> str:
     """What ``lorc demo`` found its budgets to cost."""
     base = result["dense"]["loss"]
     points = [("dense", base)]
-    asked = f"first prompt, {result['options'].get('ratio', DEFAULT_RATIO):g}"
+    asked = f"first prompt, {result['options'].get('ratio', Options().ratio):g}"
     points += [(asked, result["lorc"]["loss"])] + [(f"first prompt, {p['ratio']:g}", p) for p in result["sweep"]]
     points += [(f"after `lorc calibrate`, {p['ratio']:g}", p) for p in result["calibrated"]]
     points += [(f"LoRC as published, {p['ratio']:g}", p) for p in result["paper"]]
@@ -139,7 +140,6 @@ def ablation(result: dict[str, Any]) -> str:
     return markdown(["change", *(f"{ratio:g}" for ratio in ratios)], lines)
 
 
-DEFAULT_RATIO = 0.45
 TABLES: dict[str, list[Callable[[dict[str, Any]], str]]] = {
     "cpu": [times, compiles],
     "memory": [memory],
