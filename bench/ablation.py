@@ -24,7 +24,7 @@ from unittest import mock
 import torch
 
 import lorc_fx
-from bench.prompted import mean_nats
+from bench.prompted import PIECE, mean_nats
 from bench.quality import RESULTS, Text, read_text
 from bench.run import machine
 from lorc_fx import allocate, calibration, gather, models, packing
@@ -85,6 +85,7 @@ class Bench:
     model: Any
     text: Text
     known: dict[Any, dict[Key, SiteStatistics]] = field(default_factory=dict)
+    dense: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         layers = enumerate(self.model.model.layers)
@@ -118,8 +119,15 @@ class Bench:
             found[site] = basis if "mean" in change.sinks else replace(basis, means=basis.means[:1])
         return found
 
+    def loss(self, coders: dict[Key, Callable[[torch.Tensor], torch.Tensor]]) -> tuple[float, float]:
+        """Nats, and the divergence KL(dense | coded) in nats, which has less noise; the first call must be dense."""
+        logits, targets = self.logits(coders), self.text.scored[0][1:]
+        if self.dense is None:
+            self.dense = logits
+        return mean_nats(logits, targets), mean_divergence(self.dense, logits)
+
     @torch.no_grad()
-    def loss(self, coders: dict[Key, Callable[[torch.Tensor], torch.Tensor]]) -> float:
+    def logits(self, coders: dict[Key, Callable[[torch.Tensor], torch.Tensor]]) -> torch.Tensor:
         with contextlib.ExitStack() as hooks:
             for site, coder in coders.items():
 
@@ -128,8 +136,16 @@ class Bench:
 
                 hooks.callback(self.modules[site].register_forward_hook(hook).remove)
             row = self.text.scored[0]
-            logits = self.model(input_ids=row[None, :-1], use_cache=False).logits[0]
-            return mean_nats(logits, row[1:])
+            return self.model(input_ids=row[None, :-1], use_cache=False).logits[0]
+
+
+def mean_divergence(dense: torch.Tensor, coded: torch.Tensor) -> float:
+    """Mean KL(dense | coded) in nats of two logits [N, vocabulary]; fp32, summed in fp64."""
+    total = 0.0
+    for ours, theirs in zip(coded.split(PIECE), dense.split(PIECE), strict=True):
+        known, found = theirs.float().log_softmax(-1), ours.float().log_softmax(-1)
+        total += float((known.exp() * (known - found)).sum(-1).double().sum())
+    return total / len(dense)
 
 
 @contextlib.contextmanager
@@ -142,8 +158,8 @@ def patched(patches: Sequence[tuple[Any, str, Any]]) -> Iterator[None]:
         yield
 
 
-def measure(bench: Bench, change: Change, ratio: float) -> float:
-    """Loss with every key and value read back from its codec."""
+def measure(bench: Bench, change: Change, ratio: float) -> tuple[float, float]:
+    """Loss and divergence with every key and value read back from its codec."""
     with patched(change.patches):
         bases = bench.bases(change)
         columns = [_columns(b, change) for b in bases.values()]
@@ -186,17 +202,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     warnings.simplefilter("ignore")
     model, tokenizer = models.load_model(None, dtype=torch.float32)
     bench = Bench(model, read_text(model, tokenizer, None, args.handbook, args.tokens))
-    dense = bench.loss({})
+    dense, _ = bench.loss({})
     rows = []
     for name in args.only:
         for ratio in args.ratios:
             begin = time.perf_counter()
-            nats = measure(bench, CHANGES[name], ratio)
-            rows.append({"change": name, "ratio": ratio, "nats": nats, "added": nats / dense - 1})
-            seconds = time.perf_counter() - begin
-            print(
-                f"{name} at {ratio}: {100 * (nats / dense - 1):+.2f} % ({seconds:.0f} s)", file=sys.stderr, flush=True
-            )
+            nats, divergence = measure(bench, CHANGES[name], ratio)
+            added = nats / dense - 1
+            rows.append({"change": name, "ratio": ratio, "nats": nats, "added": added, "divergence": divergence})
+            told = f"{name} at {ratio}: {100 * added:+.2f} %, KL {divergence:.4f}"
+            print(f"{told} ({time.perf_counter() - begin:.0f} s)", file=sys.stderr, flush=True)
     about = {"machine": machine(), "model": models.DEMO_NAME, "dtype": "float32", "tokens": args.tokens}
     about |= {"calibration_tokens": sum(map(len, bench.text.calibration)), "dense_nats": dense, "rows": rows}
     write_json(args.out, about | {"command": f"python -m bench.ablation {' '.join(argv or sys.argv[1:])}"})

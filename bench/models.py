@@ -1,6 +1,6 @@
 """Models to measure: real shapes with random weights, and two small trained Llamas (nothing is downloaded).
 
-    python -m bench.models [--texts FOLDER] [--out ~/.cache/lorc_fx/trained] [--models mha gqa] [--steps 1000]
+    python -m bench.models [--texts FOLDER] [--out ~/.cache/lorc_fx/trained] [--models mha gqa] [--steps 2500]
 
 trains the two on the text of Debian packages (``bench.texts``), one thread, about 20 minutes each, and prints their
 loss on held-out pages. The checkpoints are ordinary ones, with their tokenizer and the held-out text beside them.
@@ -103,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--texts", type=Path, default=None, help="where the Debian packages were unpacked")
     parser.add_argument("--out", type=Path, default=cache_root() / "trained", help="a folder for the checkpoints")
     parser.add_argument("--models", nargs="+", default=list(TRAINED), choices=list(TRAINED))
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=2500)
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     texts = training.split(args.texts)

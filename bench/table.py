@@ -132,12 +132,17 @@ def peers(result: dict[str, Any]) -> str:
 
 
 def ablation(result: dict[str, Any]) -> str:
-    """Added loss with one part changed, a column per ratio."""
-    added = {(row["change"], row["ratio"]): row["added"] for row in result["rows"]}
-    ratios = sorted({ratio for _, ratio in added}, reverse=True)
-    changes = dict.fromkeys(change for change, _ in added)
-    lines = [[change, *(f"{100 * added[change, ratio]:+.2f} %" for ratio in ratios)] for change in changes]
-    return markdown(["change", *(f"{ratio:g}" for ratio in ratios)], lines)
+    """Divergence and added loss with one part changed, a pair of columns per ratio."""
+    found = {(row["change"], row["ratio"]): row for row in result["rows"]}
+    ratios = sorted({ratio for _, ratio in found}, reverse=True)
+    header = ["change", *(name for r in ratios for name in (f"{r:g}: KL, nats", f"{r:g}: added loss"))]
+    lines = []
+    for change in dict.fromkeys(change for change, _ in found):
+        rows = [found[change, ratio] for ratio in ratios]
+        lines.append(
+            [change, *(t for row in rows for t in (f"{row['divergence']:.4f}", f"{100 * row['added']:+.2f} %"))]
+        )
+    return markdown(header, lines)
 
 
 TABLES: dict[str, list[Callable[[dict[str, Any]], str]]] = {
