@@ -6,7 +6,8 @@ from .calibration import Calibration
 from .errors import LorcError, LorcWarning
 from .latent import LatentKV, cache_nbytes
 from .options import PAPER, Options
-from .passes.rules import Mixes, register_rule
+from .passes.axes import Mixes
+from .passes.rules import register_rule
 from .records import Fidelity, Miss, Plan
 from .report import Report, explain, make_plan
 from .schedulers import register_scheduler

@@ -10,8 +10,8 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from .calibration import SINK_NEAR, SiteStatistics, groups_of, second_moment
 from .errors import BadCalibration
+from .passes.axes import arg
 from .passes.readers import Reader
-from .passes.rules import _arg
 from .passes.sites import Site
 
 aten = torch.ops.aten
@@ -82,7 +82,7 @@ class Walker(Interpreter):
     def _ask(self, reader: Node) -> None:
         """The product of queries and keys comes now: sum up what the scores say of y, and end the gradient here."""
         first = int(reader.target is aten.baddbmm.default)
-        query, key = (self.env[arg] for arg in reader.args[first : first + 2] if isinstance(arg, Node))
+        query, key = (self.env[a] for a in reader.args[first : first + 2] if isinstance(a, Node))
         keys = key if reader.target is aten.scaled_dot_product_attention.default else key.mT
         for site, mask in self.readers[reader]:
             leaf = self.leaves.pop(site, None)
@@ -97,9 +97,9 @@ class Walker(Interpreter):
                 (gradient,) = torch.autograd.grad(keys, leaf, drawn, retain_graph=True, allow_unused=True)
                 if gradient is not None:
                     self.sums[site].add_gradient(_tokens(gradient, site), ordinary, local=True)
-        for arg in reader.all_input_nodes:
-            if isinstance(self.env[arg], torch.Tensor):
-                self.env[arg] = self.env[arg].detach()
+        for source in reader.all_input_nodes:
+            if isinstance(self.env[source], torch.Tensor):
+                self.env[source] = self.env[source].detach()
 
     def _flush(self, mask: Any) -> None:
         """Sum up the sites whose y is there: those of the layer whose attention comes now."""
@@ -138,7 +138,7 @@ def drawn_queries(
 def mask_of(reader: Reader, limit: int = 12) -> tuple[Node, Node | None]:
     """The node where attention applies its mask to the scores of these keys, and the mask (None: it has none)."""
     if reader.node.target is aten.scaled_dot_product_attention.default:
-        mask = _arg(reader.node, 3, "attn_mask")
+        mask = arg(reader.node, 3, "attn_mask")
         return reader.node, mask if isinstance(mask, Node) else None
     queue = [reader.node]
     while queue and limit:

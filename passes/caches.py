@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from .axes import arg, dim_of, shape, tensors
 from .facts import static_size
 from .readers import CACHE_OPS, find_reader
-from .rules import _arg, _dim, shape, tensors
 
 aten = torch.ops.aten
 
@@ -122,7 +122,7 @@ class Caches:
         path: list[Node] = []
         while node.target is aten.slice.Tensor and node not in self.cells:
             source = tensors(node)[0]
-            at = _dim(_arg(node, 1, "dim", 0), len(shape(source)))
+            at = dim_of(arg(node, 1, "dim", 0), len(shape(source)))
             whole = shape(source)[at] == shape(node)[at] and not path
             if axis is not None and at != axis and not whole:
                 break
@@ -207,7 +207,7 @@ def _cache_like(caches: Caches, node: Node) -> bool:
 
 def _cat(caches: Caches, node: Node) -> None:
     parts: list[Node] = list(node.args[0])
-    dim = _dim(_arg(node, 1, "dim", 0), len(shape(node)))
+    dim = dim_of(arg(node, 1, "dim", 0), len(shape(node)))
     cells = [p for p in parts if p in caches.cells]
     if cells and any(caches.cells[c].find().token != dim for c in cells):
         return
@@ -224,12 +224,12 @@ def _slice(caches: Caches, node: Node) -> None:
     if source not in caches.cells:
         return
     group = caches.cells[source].find()
-    if _dim(_arg(node, 1, "dim", 0), len(shape(source))) != group.token:
+    if dim_of(arg(node, 1, "dim", 0), len(shape(source))) != group.token:
         return
-    start, end = _arg(node, 2, "start"), _arg(node, 3, "end")
+    start, end = arg(node, 2, "start"), arg(node, 3, "end")
     if isinstance(start, int) and start < 0 and (end is None or (isinstance(end, int) and end > 1 << 40)):
         group.window = -start if node.users and any(u.op == "output" for u in node.users) else group.window
-    if _arg(node, 4, "step", 1) == 1:
+    if arg(node, 4, "step", 1) == 1:
         caches.join(node, [source], group.token)
 
 
@@ -241,17 +241,17 @@ def _same(caches: Caches, node: Node) -> None:
 
 def _roll(caches: Caches, node: Node) -> None:
     source = tensors(node)[0]
-    dims = _arg(node, 2, "dims", ())
+    dims = arg(node, 2, "dims", ())
     if source in caches.cells and len(dims) == 1:
         group = caches.cells[source].find()
-        if _dim(dims[0], len(shape(source))) == group.token:
+        if dim_of(dims[0], len(shape(source))) == group.token:
             caches.join(node, [source], group.token)
 
 
 def _index_copy(caches: Caches, node: Node) -> None:
     target, dim, _, rows = node.args[:4]
     assert isinstance(target, Node) and isinstance(rows, Node)
-    dim = _dim(dim, len(shape(target)))
+    dim = dim_of(dim, len(shape(target)))
     _write(caches, node, target, rows, dim)
 
 
@@ -260,7 +260,7 @@ def _index_put(caches: Caches, node: Node) -> None:
     assert isinstance(target, Node) and isinstance(rows, Node)
     used = [i for i, x in enumerate(indices) if x is not None]
     index = indices[used[0]] if len(used) == 1 else None
-    plain = isinstance(index, Node) and index.meta["val"].dim() == 1 and not _arg(node, 3, "accumulate", False)
+    plain = isinstance(index, Node) and index.meta["val"].dim() == 1 and not arg(node, 3, "accumulate", False)
     if plain:
         _write(caches, node, target, rows, used[0])
     elif target in caches.cells:

@@ -11,8 +11,9 @@ from torch.fx.node import map_arg
 
 from lorc_fx.decoder import Decoder
 
+from .axes import Axes
 from .facts import NoSite, Region, Rows, static_size
-from .rules import Axes, rule_of
+from .rules import rule_of
 
 aten = torch.ops.aten
 _EXPANDS = {aten.expand.default, aten.broadcast_to.default}

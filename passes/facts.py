@@ -17,7 +17,8 @@ from torch.fx import Node
 
 from lorc_fx.compat import size_expr
 
-from .rules import Axes, Mixes, rule_of, shape
+from .axes import Axes, Mixes, shape
+from .rules import rule_of
 
 
 class NoSite(Exception):

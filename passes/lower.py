@@ -22,11 +22,12 @@ from torch.fx import Graph, GraphModule, Node
 from lorc_fx.codec import Codec
 from lorc_fx.decoder import Decoder
 
+from .axes import Axes, Mixes, arg, shape
 from .caches import Group
 from .cost import absorbs
 from .epilogue import _emit
 from .facts import Facts, NoSite, static_size
-from .rules import Axes, Mixes, _arg, rule_of, shape
+from .rules import rule_of
 
 if TYPE_CHECKING:
     from .rewrite import Rewriter
@@ -237,7 +238,7 @@ class Attention:
         scale = node.kwargs.get("scale")
         scale = 1 / math.sqrt(int(shape(query)[3])) if scale is None else scale
         scores = r.call(aten.mul.Tensor, r.call(aten.to.dtype, scores, torch.float32), scale)
-        mask = _arg(node, 3, "attn_mask")
+        mask = arg(node, 3, "attn_mask")
         if mask is not None:
             kept = r.env_value(mask)
             if mask.meta["val"].dtype == torch.bool:
@@ -304,7 +305,7 @@ def _attention(
     node: Node, matched: Matched, codecs: Mapping[Group, Codec], facts: Facts, step: bool
 ) -> Attention | None:
     sizes = _sizes(node, step)
-    dropout, causal = _arg(node, 4, "dropout_p", 0.0), _arg(node, 5, "is_causal", False)
+    dropout, causal = arg(node, 4, "dropout_p", 0.0), arg(node, 5, "is_causal", False)
     if sizes is None or len(shape(node)) != 4 or dropout or (causal and not step):
         return None
     key, value = (

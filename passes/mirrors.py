@@ -12,7 +12,7 @@ from torch.fx import Node
 
 from lorc_fx.rows import blank
 
-from .rules import _arg, shape, tensors
+from .axes import arg, shape, tensors
 
 if TYPE_CHECKING:
     from .rewrite import Rewriter
@@ -68,7 +68,7 @@ def _slice(r: Rewriter, node: Node) -> Mirror | Cell:
     group = r.coded(node)
     assert group is not None
     cell = r.cells[source]
-    start, end = _arg(node, 2, "start"), _arg(node, 3, "end")
+    start, end = arg(node, 2, "start"), arg(node, 3, "end")
     total, kept = shape(source)[group.token], shape(node)[group.token]
     if total == kept:
         return cell

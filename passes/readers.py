@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
-from .rules import Axes, Mixes, rule_of, shape
+from .axes import Axes, Mixes, shape
+from .rules import rule_of
 
 aten = torch.ops.aten
 

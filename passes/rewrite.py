@@ -28,12 +28,12 @@ from lorc_fx.errors import GraphInvariant
 from lorc_fx.kernels import ops as _ops  # noqa: F401  (registers lorc::table)
 from lorc_fx.packing import pack, unpack
 
+from .axes import shape
 from .caches import Group, viewed, written
 from .interface import Input, Output, Rewritten, Sharing
 from .lower import Absorption, absorb, readings
 from .mirrors import MIRRORS, Cell
 from .normalise import is_impure
-from .rules import shape
 from .sites import Matched, Site
 from .tracks import shared_tracks
 

@@ -15,8 +15,8 @@ from torch.fx import GraphModule, Node
 
 from lorc_fx.decoder import Decoder
 
+from .axes import shape
 from .caches import Group, is_empty
-from .rules import shape
 from .sites import Matched, Site
 
 Program = list[tuple[Any, ...]]

@@ -12,7 +12,7 @@ from torch.fx import Graph
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from lorc_fx.compat import canonical_trace
-from lorc_fx.passes.rules import Axes
+from lorc_fx.passes.axes import Axes
 
 aten = torch.ops.aten
 B, T, H, D = 2, 3, 4, 6

@@ -3,65 +3,23 @@
 from __future__ import annotations
 
 import copy
-import warnings
 
 import pytest
 import torch
+from calibrating import ordinary, projected, quiet, text
 from families import FAMILIES
 from oracle import coded_oracle
 from transformers import DynamicCache
 
 import lorc_fx
 from helpers import assert_close, compiled, error, latents, new_cache, piecewise, prompt
-from lorc_fx import Calibration, calibrate, calibration
-from lorc_fx.calibration import PRIOR, basis_of, fingerprint, groups_of
-from lorc_fx.errors import BadCalibration, QualityWarning
+from lorc_fx import Calibration, calibration
+from lorc_fx.calibration import basis_of, fingerprint, groups_of
+from lorc_fx.errors import BadCalibration
 from lorc_fx.gather import drawn_queries, parted
 
 pytestmark = pytest.mark.usefixtures("clean", "many_shapes")
 NAMES = ["llama-gqa", "llama-bias", "gpt2", "gemma3", "gpt-neox", "falcon-mqa"]
-
-
-def text(rows=4, tokens=24, seed=3, vocabulary=60):
-    """Rows that begin with the same token, as with a BOS."""
-    ids = torch.randint(1, vocabulary, (rows, tokens), generator=torch.Generator().manual_seed(seed))
-    ids[:, 0] = 1
-    return ids
-
-
-def quiet(model, batches, **kwargs):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", QualityWarning)
-        return calibrate(model, batches, progress=False, **kwargs)
-
-
-def projected(family, model, ids, mask=None):
-    """(layer, kind) -> y [B, T, n] of the model's own projections, by hooks."""
-    found, handles = {}, []
-    for p in family.projections(model):
-
-        def hook(module, args, y, p=p):
-            found[p.layer, p.kind] = y[..., p.features].detach().double()
-
-        handles.append(p.module.register_forward_hook(hook))
-    with torch.no_grad():
-        model(input_ids=ids, attention_mask=mask)
-    for handle in handles:
-        handle.remove()
-    return found
-
-
-def ordinary(y, real):
-    """[B, T] bool, row by row: neither padding nor the first token nor nearer to it than a tenth of the variance."""
-    found = torch.zeros_like(real)
-    for b in range(len(y)):
-        at = real[b].nonzero().flatten()
-        row = y[b, at]
-        variance = (row - row.mean(0)).square().sum(1).mean()
-        far = (row - row[0]).square().sum(1) >= 0.1 * variance
-        far[0] = False
-        found[b, at] = far
-    return found
 
 
 def test_tokens_that_lie_on_the_sink_are_sinks():
@@ -341,65 +299,6 @@ def test_gradients_are_the_second_moment_of_the_loss():
         assert_close("S P", eye, torch.eye(len(eye), dtype=torch.float64), 1e-8)
 
 
-def test_the_prior_fills_in_for_few_tokens():
-    model = FAMILIES["llama-gqa"].build()
-    with pytest.warns(QualityWarning, match="more calibration text"):
-        made = calibrate(model, [text(rows=1, tokens=3)], progress=False)
-    site = made.sites[0]
-    basis = basis_of(
-        site,
-        next(
-            p.weight.double()
-            for p in FAMILIES["llama-gqa"].projections(model)
-            if (p.layer, p.kind) == (site.layer, site.kind)
-        ),
-    )
-    assert bool((basis.energy > 0).all()) and PRIOR > 0
-
-
-def test_zero_variance_is_no_trouble():
-    """Every token the same: the covariance is zero, and the prior alone orders the columns."""
-    model = FAMILIES["gpt2"].build(layers=1)
-    model.transformer.wpe.weight.data.zero_()
-    same = torch.ones(2, 40, dtype=torch.long)
-    made = quiet(model, [same])
-    compiled(model, ratio=0.4, calibration=made, precision="auto", scheduler="loss")
-    with torch.no_grad():
-        out = model(text(rows=1), use_cache=True)
-    assert bool(torch.isfinite(out.logits).all())
-
-
-BAD = {
-    "no batches": ([], "no text"),
-    "a string": ("wiki", "neither an iterable"),
-    "floats": ([torch.randn(2, 4)], "ints of shape"),
-    "an empty row": ([torch.ones(0, dtype=torch.long)], "ints of shape"),
-    "a number": ([7], "a batch is"),
-    "ids out of range": ([torch.full((1, 9), 10_000)], "token id 10000"),
-    "negative ids": ([torch.full((1, 9), -1)], "token id -1"),
-    "one token": ([torch.ones(2, 1, dtype=torch.long)], "no token after the first"),
-}
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_bad_text_is_refused(name):
-    batches, words = BAD[name]
-    with pytest.raises(BadCalibration, match=words):
-        quiet(FAMILIES["llama-gqa"].build(layers=1), batches)
-
-
-def test_activations_that_are_not_finite_are_refused():
-    model = FAMILIES["llama-gqa"].build(layers=1)
-    model.model.embed_tokens.weight.data[5] = float("nan")
-    with pytest.raises(BadCalibration, match="not finite"):
-        quiet(model, [torch.full((1, 9), 5)])
-
-
-def test_a_model_without_a_cache_is_refused():
-    with pytest.raises(BadCalibration, match="no cached projection"):
-        quiet(torch.nn.Linear(4, 4), [{"input": torch.randn(2, 4)}])
-
-
 def test_text_of_the_models_own():
     model = FAMILIES["llama-gqa"].build(layers=1)
     model.generation_config.bos_token_id = None
@@ -429,26 +328,6 @@ def test_with_bytes_for_everything_nothing_is_lost(dtype):
     for pair in latents(cache):
         for latent in pair:
             assert latent.codec.format.plain and latent.codec.decode is None, "the identity"
-
-
-def test_large_activations_do_not_overflow():
-    """fp16 up to 60000: squares are summed in fp64, and what is read back is near what was written."""
-    model = FAMILIES["gpt2"].build(layers=1).to(torch.float16)
-    inner = model.transformer.h[0]
-    width = inner.attn.c_attn.weight.shape[0]
-    with torch.no_grad():
-        y = inner.attn.c_attn(inner.ln_1(model.transformer.wte(text()) + model.transformer.wpe.weight[:24]))
-        inner.attn.c_attn.weight[:, 2 * width :] *= 3e4 / float(y[..., 2 * width :].abs().max())
-        inner.attn.c_proj.weight *= 1e-5
-    found = quiet(model, [text(rows=16)])
-    assert float(found.sites[1].outer.max()) > 65504**2 / 100 and bool(torch.isfinite(found.sites[1].outer).all())
-    want = projected(FAMILIES["gpt2"], model, text(rows=2, tokens=12))[0, "value"]
-    compiled(model, ratio=0.5, calibration=found)
-    cache = new_cache(model, "dynamic", 12)
-    logits = piecewise(model, text(rows=2, tokens=12), cache, [12])
-    assert bool(torch.isfinite(logits).all())
-    value = latents(cache)[0][1].dense().transpose(1, 2).flatten(2).double()
-    assert error(value, want) < 0.1
 
 
 def test_a_smaller_budget_is_a_prefix(tmp_path):

@@ -9,9 +9,9 @@ import warnings
 
 import pytest
 import torch
+from calibrating import ordinary, projected, quiet, text
 from families import FAMILIES
 from oracle import coded_oracle
-from test_calibration import ordinary, projected, quiet, text
 
 import lorc_fx
 from helpers import assert_close, compiled, generate, latents, new_cache, piecewise

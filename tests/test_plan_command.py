@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from test_calibration import quiet
+from calibrating import quiet
 from test_cli import run
 
 import lorc_fx

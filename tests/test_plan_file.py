@@ -11,8 +11,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from calibrating import quiet, text
 from families import FAMILIES
-from test_calibration import quiet, text
 
 import lorc_fx
 from helpers import compiled, latents, new_cache, piecewise

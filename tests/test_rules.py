@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from rule_cases import BTHD, NEVER_MIX, NO, ROWS, B, BTn, D, R, T, c, call, name_of, node_of, traced
 
 from lorc_fx.errors import AlreadyRegistered
-from lorc_fx.passes.rules import RULES, Axes, Mixes, groups, register_rule, rule_of, shape, tensors
+from lorc_fx.passes.axes import Axes, Mixes, groups, shape, tensors
+from lorc_fx.passes.rules import RULES, register_rule, rule_of
 
 aten = torch.ops.aten
 

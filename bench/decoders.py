@@ -1,0 +1,334 @@
+"""Every decoder of the installed transformers under backend="lorc": right, and what of its caches is coded.
+
+    python -m bench.decoders [--only LlamaForCausalLM ...] [--jobs 2] [--out bench/results/decoders.json]
+
+Each class runs small (``bench.zoo``) in a process of its own: batch 2 with left padding, a prompt and five decode
+steps, with a dynamic cache (the prompt whole, and in chunks of five) and a static one. Full rank (LoRC's codec, ratio
+1.0) is compared with the eager model; ratio 0.5 with the eager model whose own weights were projected on the columns
+that were kept: rows of an effective weight W become rows of U U^T W, found in the parameters by their values.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import multiprocessing
+import queue
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+import lorc_fx
+from bench import zoo
+from bench.run import machine
+from lorc_fx import backend, builder
+from lorc_fx.console import write_json
+from lorc_fx.latent import LatentKV
+
+RESULTS = Path(__file__).parent / "results"
+PROMPT, PAD, CHUNK, NEW = 9, 3, 5, 5
+#: relative to the largest logit
+TOLERANCE = 1e-3
+LIMIT_S = 600
+
+#: name -> arguments of ``generate``
+WAYS: dict[str, dict[str, Any]] = {
+    "dynamic": {},
+    "dynamic, chunks": {"prefill_chunk_size": CHUNK},
+    "static": {"cache_implementation": "static"},
+}
+Row = dict[str, Any]
+
+
+@dataclasses.dataclass
+class Seen:
+    """What the backend did in one or several runs: ``sites`` by name with their epilogues, misses, and what it made of
+    each site's weight."""
+
+    sites: dict[str, str] = dataclasses.field(default_factory=dict)
+    misses: dict[str, str] = dataclasses.field(default_factory=dict)
+    weights: dict[Any, torch.Tensor] = dataclasses.field(default_factory=dict)
+    ranks: dict[Any, int] = dataclasses.field(default_factory=dict)
+    said: list[str] = dataclasses.field(default_factory=list)
+
+
+@contextlib.contextmanager
+def watching(seen: Seen) -> Iterator[None]:
+    """The pipeline's stages, with a note of what passes between them."""
+    match, made = backend.match, builder.Builder.made
+
+    def matching(graph: Any) -> Any:
+        found = match(graph)
+        seen.sites |= {s.name: s.decoder.words for s in found.sites}
+        seen.misses |= {m.reason: m.kind for m in found.misses}
+        return found
+
+    def making(self: Any, prepared: Any, plan: Any, arguments: Any) -> Any:
+        for (site, p), line in zip(prepared.items(), plan.sites, strict=True):
+            key = (site.kind, p.weight.data_ptr(), tuple(p.weight.shape), float(p.weight.double().sum()))
+            seen.weights[key], seen.ranks[key] = p.weight.detach().clone(), line.rank
+        return made(self, prepared, plan, arguments)
+
+    with (
+        mock.patch.object(backend, "match", matching),
+        mock.patch.object(builder.Builder, "made", making),
+        warnings.catch_warnings(record=True) as caught,
+    ):
+        warnings.simplefilter("always")
+        yield
+    ours = [str(w.message) for w in caught if issubclass(w.category, lorc_fx.errors.LorcWarning)]
+    seen.said += [text for text in dict.fromkeys(ours) if text not in seen.said]
+
+
+def inputs(model: Any, entry: zoo.Entry) -> dict[str, torch.Tensor]:
+    """A batch of two prompts, the first padded on the left; decoders with an encoder get both."""
+    draw = torch.Generator().manual_seed(3)
+    ids = torch.randint(3, 90, (2, PROMPT), generator=draw)
+    mask = torch.ones_like(ids)
+    ids[0, :PAD], mask[0, :PAD] = 0, 0
+    if not model.config.is_encoder_decoder:
+        return {"input_ids": ids, "attention_mask": mask}
+    begin = torch.randint(3, 90, (2, CHUNK), generator=draw)
+    if model.main_input_name == "input_features":
+        bins, frames = zoo.features(model.config)
+        return {"input_features": torch.randn(2, bins, frames, generator=draw), "decoder_input_ids": begin}
+    return {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": begin}
+
+
+@torch.no_grad()
+def run(model: Any, given: dict[str, torch.Tensor], way: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, Any]:
+    """Sequences, logits [steps, 2, vocabulary], and the cache."""
+    torch.manual_seed(0)
+    fixed = {"do_sample": False, "max_new_tokens": NEW, "return_dict_in_generate": True, "output_logits": True}
+    out = model.generate(**{k: v.clone() for k, v in given.items()}, **fixed, **way)
+    cache = getattr(out, "past_key_values", None)
+    return out.sequences, torch.stack([step.float() for step in out.logits]), cache
+
+
+def compressing(model: Any, ratio: float) -> None:
+    torch._dynamo.reset()
+    lorc_fx.reset(model)
+    model.compile(backend="lorc", options={**lorc_fx.PAPER, "scheduler": "uniform", "ratio": ratio, "inner": "eager"})
+
+
+def dense(model: Any) -> None:
+    model._compiled_call_impl = None
+
+
+def held(cache: Any) -> list[tuple[str, bool]]:
+    """Every key and value tensor of a cache: its name, and whether it is coded."""
+    found = []
+    for name in ("self_attention_cache", "cross_attention_cache"):
+        if hasattr(cache, name):
+            found += [(f"{name.partition('_')[0]} {part}", coded) for part, coded in held(getattr(cache, name))]
+    for i, layer in enumerate(getattr(cache, "layers", None) or ()):
+        for kind in ("keys", "values"):
+            value = getattr(layer, kind, None)
+            if isinstance(value, LatentKV) or (isinstance(value, torch.Tensor) and value.numel()):
+                found.append((f"{kind} {i}", isinstance(value, LatentKV)))
+    return found
+
+
+def far(got: torch.Tensor, want: torch.Tensor) -> float:
+    """The largest error, relative to the largest wanted value."""
+    if got.shape != want.shape:
+        return float("inf")
+    both = torch.isfinite(want)  # suppressed tokens
+    return float((got - want)[both].abs().max() / want[both].abs().max().clamp_min(1e-30))
+
+
+def project(model: Any, seen: Seen) -> list[str]:
+    """Replace each effective weight's rows in the model's parameters by their projections; those not found."""
+    lost = []
+    with torch.no_grad():
+        for key, weight in seen.weights.items():
+            exact = weight.double()
+            u = torch.linalg.svd(exact, full_matrices=False)[0][:, : seen.ranks[key]]
+            if not _replace(model, weight, (u @ (u.T @ exact)).to(weight.dtype)):
+                lost.append(f"{key[0]} {tuple(weight.shape)}")
+    return lost
+
+
+def _replace(model: Any, old: torch.Tensor, new: torch.Tensor) -> bool:
+    """Whether all rows of ``old`` [n, d] lie in one parameter, as rows or columns; they are then ``new``."""
+    n, d = old.shape
+    for parameter in model.parameters():
+        if parameter.numel() < old.numel() or parameter.dim() < 2:
+            continue
+        flat = parameter.detach().reshape(parameter.shape[0], -1)
+        for view in (flat, flat.T):
+            if view.shape[1] != d:
+                continue
+            places = {row.tobytes(): i for i, row in enumerate(view.contiguous().cpu().numpy())}
+            at = [places.get(row.tobytes()) for row in old.contiguous().cpu().numpy()]
+            if all(i is not None for i in at):
+                view[torch.tensor(at)] = new
+                return True
+    return False
+
+
+def check(entry: zoo.Entry) -> Row:
+    """All ways of running one class."""
+    torch.set_num_threads(1)
+    row: Row = {"class": entry.cls, "model_type": entry.model_type, "kind": entry.kind, "ways": {}}
+    begin = time.perf_counter()
+    try:
+        model = entry.build()
+    except Exception as error:
+        return {**row, "not_built": _said(error)}
+    seen, given = Seen(), inputs(model, entry)
+    for name, way in WAYS.items():
+        row["ways"][name] = _way(model, given, way, seen)
+    row |= {"sites": seen.sites, "misses": seen.misses, "said": seen.said, "seconds": time.perf_counter() - begin}
+    return row
+
+
+def _way(model: Any, given: dict[str, torch.Tensor], way: dict[str, Any], seen: Seen) -> Row:
+    dense(model)
+    try:
+        want = run(model, given, way)
+    except Exception as error:
+        return {"eager_fails": _said(error)}
+    try:
+        compressing(model, 1.0)
+        with watching(seen):
+            got = run(model, given, way)
+        parts = held(got[2])
+        found: Row = {
+            "error": far(got[1], want[1]),
+            "tokens": torch.equal(got[0], want[0]),
+            "cached": len(held(want[2])),
+            "coded": sum(coded for _, coded in parts),
+            "dense": [name for name, coded in parts if not coded],
+        }
+        if found["coded"]:
+            found |= _half(model, given, way)
+        return found
+    except Exception as error:
+        return {"fails": _said(error), "trace": traceback.format_exc(limit=-6)}
+    finally:
+        dense(model)
+
+
+def _half(model: Any, given: dict[str, torch.Tensor], way: dict[str, Any]) -> Row:
+    """At half the bytes, beside the model with projected weights."""
+    compressing(model, 0.5)
+    seen = Seen()
+    with watching(seen):
+        got = run(model, given, way)
+    dense(model)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    lost = project(model, seen)
+    try:
+        if lost:
+            return {"half_not_checked": lost}
+        want = run(model, given, way)
+        return {"half_error": far(got[1], want[1]), "half_tokens": torch.equal(got[0], want[0])}
+    finally:
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                p.copy_(before[name])
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".strip().splitlines()[0][:300]
+
+
+def right(way: Row) -> bool:
+    """Whether a way that eager can run is right at full rank and, where it was checked, at half the bytes."""
+    if "eager_fails" in way:
+        return True
+    if "fails" in way or not (way["error"] <= TOLERANCE and way["tokens"]):
+        return False
+    return "half_error" not in way or (way["half_error"] <= TOLERANCE and way["half_tokens"])
+
+
+def whole(row: Row) -> bool:
+    """Whether every key and value cache of the class is coded, however it is run."""
+    ran = [way for way in row["ways"].values() if "cached" in way]
+    return bool(ran) and all(way["coded"] == way["cached"] for way in ran)
+
+
+# -- many classes ------------------------------------------------------------------------------------------------------
+
+
+def _worker(entry: zoo.Entry, answers: Any) -> None:
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    sys.stderr = sys.stdout = open("/dev/null", "w")  # noqa: SIM115
+    answers.put(check(entry))
+
+
+def isolated(entry: zoo.Entry, limit: float = LIMIT_S) -> Row:
+    """``check`` in a process of its own, which may die or hang."""
+    context = multiprocessing.get_context("fork")
+    answers = context.Queue()
+    process = context.Process(target=_worker, args=(entry, answers))
+    process.start()
+    end = time.monotonic() + limit
+    try:
+        while time.monotonic() < end:
+            with contextlib.suppress(queue.Empty):
+                return answers.get(timeout=0.5)
+            if not process.is_alive() and answers.empty():
+                return {"class": entry.cls, "kind": entry.kind, "ways": {}, "died": process.exitcode}
+        return {"class": entry.cls, "kind": entry.kind, "ways": {}, "died": f"longer than {limit} s"}
+    finally:
+        process.kill()
+        process.join()
+
+
+def verdict(row: Row) -> str:
+    """One word, or one and a reason."""
+    if "not_built" in row:
+        return f"not built: {row['not_built']}"
+    if "died" in row:
+        return f"DIED: {row['died']}"
+    wrong = [name for name, way in row["ways"].items() if not right(way)]
+    if wrong:
+        ways = {name: row["ways"][name] for name in wrong}
+        return "WRONG: " + "; ".join(f"{name}: {way.get('fails') or way}" for name, way in ways.items())
+    if all("eager_fails" in way for way in row["ways"].values()):
+        return f"eager fails: {next(iter(row['ways'].values()))['eager_fails']}"
+    if whole(row):
+        return "whole"
+    counts = {n: f"{w['coded']}/{w['cached']}" for n, w in row["ways"].items() if "cached" in w}
+    return f"part {counts}: {list(row['misses'])[:3] or row['said'][:2]}"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    parser = argparse.ArgumentParser(description="Every decoder of transformers, right and coded.")
+    parser.add_argument("--only", nargs="+", default=None, help="names of classes or model types")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=RESULTS / "decoders.json")
+    args = parser.parse_args(argv)
+    import transformers  # noqa: F401  (the processes are copies of this one)
+
+    torch.set_num_threads(1)
+    chosen = [e for e in zoo.entries() if not args.only or e.cls in args.only or e.model_type in args.only]
+    rows: list[Row] = []
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for entry, row in zip(chosen, pool.map(isolated, chosen), strict=True):
+            rows.append(row)
+            print(f"{entry.kind} {entry.cls} ({row.get('seconds', 0):.0f} s): {verdict(row)}", flush=True)
+    if not args.only:
+        command = f"python -m bench.decoders {' '.join(argv or sys.argv[1:])}".strip()
+        write_json(args.out, {"machine": machine(), "tolerance": TOLERANCE, "rows": rows, "command": command})
+    else:
+        print(json.dumps(rows, indent=1, default=str))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,198 @@
+"""Every decoder of the installed transformers, small: two layers or as few as show each kind, random weights, fp32.
+
+Configurations are the classes' own defaults with what makes a model large replaced (``SMALL``); ``OWN`` has what a
+single class needs beside that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+VOCAB, HIDDEN, HEAD, WINDOW, EOS = 99, 64, 16, 8, 2
+
+#: attribute of a configuration -> a small value, where the class has that attribute
+SMALL: dict[str, Any] = {
+    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input", "audio_vocab_size"), VOCAB),
+    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "emb_dim", "embedding_size", "embed_dim"), HIDDEN),
+    **dict.fromkeys(("input_embedding_size", "output_embedding_size", "word_embed_proj_dim"), HIDDEN),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth"), 2),
+    **dict.fromkeys(("encoder_layers", "decoder_layers", "num_decoder_layers", "num_encoder_layers"), 2),
+    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads"), 4),
+    **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 4),
+    **dict.fromkeys(("num_decoder_attention_heads", "num_encoder_attention_heads"), 4),
+    **dict.fromkeys(("num_key_value_heads", "num_kv_heads"), 2),
+    **dict.fromkeys(("head_dim", "d_kv", "d_head", "dim_head", "v_head_dim", "qk_nope_head_dim"), HEAD),
+    **dict.fromkeys(("intermediate_size", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "d_ff", "d_inner"), 96),
+    **dict.fromkeys(("n_inner", "dff", "dim_ff", "ffn_hidden_size"), 96),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 32),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
+    **dict.fromkeys(("num_experts_per_tok", "top_k", "moe_topk"), 2),
+    **dict.fromkeys(("n_group", "topk_group", "n_shared_experts", "first_k_dense_replace"), 1),
+    **dict.fromkeys(("sliding_window", "attention_window"), WINDOW),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx"), 128),
+    "kv_lora_rank": 16,
+    "q_lora_rank": 24,
+    "qk_rope_head_dim": 8,
+    "query_pre_attn_scalar": 24,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": EOS,
+    "decoder_start_token_id": 1,
+}
+
+#: model type -> what its configuration needs beside ``SMALL``; None takes the class's own value
+OWN: dict[str, dict[str, Any]] = {
+    "blt": {"encoder_hash_byte_group_vocab": 64},
+    "cohere_compass_text": {
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}
+            for kind in ("full_attention", "sliding_attention")
+        },
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 1.0},
+        "ffn_config": {"hidden_size": HIDDEN, "ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2},
+        "max_seq_len": 128,
+    },
+    "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
+    "dots3_note_text": {"num_key_value_heads": 4, "per_layer_config": {}},
+    "gemma3n_text": {
+        "num_hidden_layers": 4,
+        "num_kv_shared_layers": 2,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "intermediate_size": [96] * 4,
+        "activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0],
+        "hidden_size_per_layer_input": 16,
+    },
+    "gemma4_text": {
+        "num_hidden_layers": 4,
+        "num_kv_shared_layers": 2,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "hidden_size_per_layer_input": 16,
+    },
+    "gpt_neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]], "window_size": WINDOW},
+    "granite_speech_encoder": {"num_layers": 2, "hidden_dim": HIDDEN},
+    "hunyuan_v1_dense": {"head_dim": HEAD},
+    "hunyuan_v1_moe": {"head_dim": HEAD},
+    "inkling2_text": {"unpadded_vocab_size": VOCAB, "sliding_window_size": WINDOW},
+    "inkling2_loop_text": {"unpadded_vocab_size": VOCAB, "sliding_window_size": WINDOW},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "longcat_flash": {"n_routed_experts": 4, "zero_expert_num": 2, "expert_ffn_hidden_size": 32},
+    "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 2},
+    "ministral": {"head_dim": HEAD},
+    "nemotron": {"num_key_value_heads": 2},
+    "reformer": {"is_decoder": True},
+    "roc_bert": {"shape_vocab_size": VOCAB, "pronunciation_vocab_size": VOCAB},
+    "fsmt": {"src_vocab_size": VOCAB, "tgt_vocab_size": VOCAB},
+    "vibevoice_acoustic_tokenizer_encoder": {"num_filters": 4, "depths": [1] * 7, "hidden_size": 32},
+    "zamba": {"num_hidden_layers": 3, "layers_block_type": ["linear_attention", "hybrid", "linear_attention"]},
+    "zamba2": {
+        "num_hidden_layers": 3,
+        "layers_block_type": ["linear_attention", "hybrid", "hybrid"],
+        "n_mamba_heads": 8,
+        "num_key_value_heads": 4,
+    },
+    "zaya": {"num_experts_per_tok": 1},
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One class of the library: ``model_type`` of its configuration, ``kind`` "causal" or "seq2seq"."""
+
+    kind: str
+    model_type: str
+    cls: str
+
+    @property
+    def name(self) -> str:
+        return self.cls
+
+    def config(self) -> Any:
+        """Where the class models the text alone, that part of the configuration."""
+        import transformers
+
+        config, cls = small_config(transformers.CONFIG_MAPPING[self.model_type]), getattr(transformers, self.cls)
+        wanted = getattr(cls, "config_class", None)
+        return config if wanted is None or isinstance(config, wanted) else config.get_text_config()
+
+    def build(self, seed: int = 0) -> Any:
+        """The model in eval mode, fp32, every weight random. Raises what the class raises."""
+        import transformers
+
+        cls = getattr(transformers, self.cls)
+        torch.manual_seed(seed)
+        model = cls._from_config(self.config(), dtype=torch.float32).eval()
+        randomise(model, seed)
+        generation = model.generation_config
+        generation.eos_token_id, generation.pad_token_id, generation.bos_token_id = None, 0, 1
+        generation.cache_implementation = None
+        return model
+
+
+def entries() -> Iterator[Entry]:
+    """All classes that the library's two tables name; a class under two model types comes once for each."""
+    from transformers.models.auto import modeling_auto as auto
+
+    tables = {
+        "causal": auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        "seq2seq": auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    }
+    for kind, table in tables.items():
+        for model_type, names in table.items():
+            for cls in names if isinstance(names, (tuple, list)) else (names,):
+                yield Entry(kind, model_type, cls)
+
+
+def small_config(cls: type) -> Any:
+    """A configuration of this class with ``SMALL`` and ``OWN`` in place of its defaults, and so for those inside it."""
+    from transformers import PreTrainedConfig
+
+    own = OWN.get(cls.model_type, {})
+    default = cls()
+    has, renamed = default.to_dict(), getattr(default, "attribute_map", {})
+    given = {k: v for k, v in SMALL.items() if has.get(k) is not None and k not in renamed and k not in own}
+    given |= _kinds_of_layers(has, given)
+    for name in getattr(cls, "sub_configs", None) or {}:
+        part = getattr(default, name, None)
+        if isinstance(part, PreTrainedConfig) and name not in own:
+            given[name] = small_config(type(part)).to_dict()
+    given |= {k: v(given) if callable(v) else v for k, v in own.items() if v is not None}
+    return cls(**given)
+
+
+def _kinds_of_layers(has: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """One layer of each kind that the class mixes, where it names them."""
+    found: dict[str, Any] = {}
+    for name in ("layer_types", "layers_block_type"):
+        kinds = list(dict.fromkeys(has.get(name) or ()))
+        if len(kinds) > 1:
+            found |= {name: kinds, "num_hidden_layers": len(kinds)}
+    return found
+
+
+def randomise(model: torch.nn.Module, seed: int) -> None:
+    """Everything random and of a size that shows: projections with gain 1, biases 0.3, norm weights 20 % apart."""
+    generator = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            noise = torch.randn(p.shape, generator=generator)
+            norm = any(part in name.lower() for part in ("norm", "ln_", "layernorm"))
+            if p.dim() > 1:
+                wide = min(p.shape) if "embed" not in name and "wte" not in name and "wpe" not in name else 4
+                p.copy_(noise / wide**0.5)
+            elif norm and name.endswith("weight"):
+                p.add_(0.2 * noise)
+            else:
+                p.copy_(0.3 * noise)
+
+
+def features(config: Any) -> tuple[int, int]:
+    """Mel bins and frames of an audio encoder's input."""
+    bins = getattr(config, "num_mel_bins", None) or getattr(config, "input_feat_per_channel", 80)
+    return bins, 2 * getattr(config, "max_source_positions", 64)
