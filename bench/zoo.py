@@ -44,27 +44,31 @@ SMALL: dict[str, Any] = {
     "decoder_start_token_id": 1,
 }
 
+_BOTH = ["sliding_attention", "full_attention"]
+
 #: model type -> what its configuration needs beside ``SMALL``; None takes the class's own value
 OWN: dict[str, dict[str, Any]] = {
     "blt": {"encoder_hash_byte_group_vocab": 64},
+    "codegen": {"rotary_dim": 8},
     "cohere_compass_text": {
         "rope_parameters": {
             kind: {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}
             for kind in ("full_attention", "sliding_attention")
         },
-        "layer_types": ["sliding_attention", "full_attention"],
+        "layer_types": _BOTH,
     },
     "dbrx": {
-        "attn_config": {"kv_n_heads": 2, "clip_qkv": 1.0},
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 1.0, "rope_theta": 1e4},
         "ffn_config": {"hidden_size": HIDDEN, "ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2},
         "max_seq_len": 128,
     },
+    "dory": {"num_hidden_layers": 4, "n_input_layers": 1, "n_output_layers": 1, "layer_types": _BOTH * 2},
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
-    "dots3_note_text": {"num_key_value_heads": 4, "per_layer_config": {}},
+    "dots3_note_text": {"num_key_value_heads": 4, "per_layer_config": {}, "head_dim": 24},
     "gemma3n_text": {
         "num_hidden_layers": 4,
         "num_kv_shared_layers": 2,
-        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "layer_types": _BOTH * 2,
         "intermediate_size": [96] * 4,
         "activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0],
         "hidden_size_per_layer_input": 16,
@@ -72,7 +76,7 @@ OWN: dict[str, dict[str, Any]] = {
     "gemma4_text": {
         "num_hidden_layers": 4,
         "num_kv_shared_layers": 2,
-        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "layer_types": _BOTH * 2,
         "hidden_size_per_layer_input": 16,
     },
     "gpt_neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]], "window_size": WINDOW},
@@ -86,7 +90,7 @@ OWN: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 2},
     "ministral": {"head_dim": HEAD},
     "nemotron": {"num_key_value_heads": 2},
-    "reformer": {"is_decoder": True},
+    "reformer": {"is_decoder": True, "axial_pos_shape": [8, 16], "axial_pos_embds_dim": [32, 32]},
     "roc_bert": {"shape_vocab_size": VOCAB, "pronunciation_vocab_size": VOCAB},
     "fsmt": {"src_vocab_size": VOCAB, "tgt_vocab_size": VOCAB},
     "vibevoice_acoustic_tokenizer_encoder": {"num_filters": 4, "depths": [1] * 7, "hidden_size": 32},
@@ -119,7 +123,9 @@ class Entry:
 
         config, cls = small_config(transformers.CONFIG_MAPPING[self.model_type]), getattr(transformers, self.cls)
         wanted = getattr(cls, "config_class", None)
-        return config if wanted is None or isinstance(config, wanted) else config.get_text_config()
+        if wanted is None or isinstance(config, wanted):
+            return config
+        return config.get_text_config(decoder=config.is_encoder_decoder or None)
 
     def build(self, seed: int = 0) -> Any:
         """The model in eval mode, fp32, every weight random. Raises what the class raises."""
@@ -157,7 +163,9 @@ def small_config(cls: type) -> Any:
     default = cls()
     has, renamed = default.to_dict(), getattr(default, "attribute_map", {})
     given = {k: v for k, v in SMALL.items() if has.get(k) is not None and k not in renamed and k not in own}
-    given |= _kinds_of_layers(has, given)
+    given |= _kinds_of_layers(has)
+    if has.get("head_dim") and has["head_dim"] == has.get("qk_rope_head_dim"):
+        given["head_dim"] = given["qk_rope_head_dim"]
     for name in getattr(cls, "sub_configs", None) or {}:
         part = getattr(default, name, None)
         if isinstance(part, PreTrainedConfig) and name not in own:
@@ -166,7 +174,7 @@ def small_config(cls: type) -> Any:
     return cls(**given)
 
 
-def _kinds_of_layers(has: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+def _kinds_of_layers(has: dict[str, Any]) -> dict[str, Any]:
     """One layer of each kind that the class mixes, where it names them."""
     found: dict[str, Any] = {}
     for name in ("layer_types", "layers_block_type"):

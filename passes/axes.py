@@ -288,6 +288,12 @@ def passes(node: Node, axis: int) -> list[tuple[Node, int | None]]:
     return [(tensors(node)[0], axis)]
 
 
+def as_real(node: Node, axis: int) -> list[tuple[Node, int | None]]:
+    if axis == len(shape(node)) - 1:
+        raise Mixes("has the real and imaginary parts there, not tokens")
+    return [(tensors(node)[0], axis)]
+
+
 # -- views regroup axes, so they need batch and token together ------------------------------------------------
 
 

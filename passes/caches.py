@@ -81,10 +81,11 @@ class Caches:
         return None if found is None else found.find()
 
     def groups(self) -> list[Group]:
-        found: dict[int, Group] = {}
-        for group in self.cells.values():
-            found.setdefault(id(group.find()), group.find())
-        return list(found.values())
+        """Those that hold a LatentKV or leave the graph; others are values of the moment (routing tables, masks)."""
+        output = next(n for n in self.nodes if n.op == "output")
+        kept = {self.group(seen) for node in output.all_input_nodes for seen in viewed(node)}
+        found = dict.fromkeys(group.find() for group in self.cells.values())
+        return [group for group in found if group in kept or group.latents]
 
     # -- the scan ---------------------------------------------------------------------------------------------
 

@@ -153,7 +153,7 @@ class Facts:
             names = ", ".join(sorted(f"`{n.name}`" for n, _ in roots))
             raise NoSite(rows, f"it mixes projections of several activations ({names})")
         root, root_axes = roots.pop()
-        y, y_axes = self._meet(boundary, root)
+        y, y_axes = _whole(*self._meet(boundary, root))
         if y is root:
             raise NoSite(rows, "it depends on its projections in a way that has no single vector to code")
         x, x_axes = self._trim(y, y_axes, root, root_axes)
@@ -230,6 +230,15 @@ class Facts:
                 else:
                     stack.append((source, found))
         return next(iter(first.items())) if len(first) == 1 else (root, root_axes)
+
+
+def _whole(node: Node, axes: Axes) -> tuple[Node, Axes]:
+    """The value that was cut into pieces, where ``node`` is a list of these."""
+    while isinstance(node.meta.get("val"), (list, tuple)):
+        rule = rule_of(node)
+        assert rule is not None  # it was stepped over to get here
+        ((node, axes),) = [(n, a) for n, a in rule.back(node, axes) if a.token is not None]
+    return node, axes
 
 
 def _is_activation_side(node: Node, source: Node) -> bool:

@@ -100,7 +100,7 @@ def _latent(matched: Matched, codecs: Mapping[Group, Codec], facts: Facts, opera
     rows = columns.movedim((axes.batch, axes.token), (0, 1))[0, 0]
     if rows.dim() != 2:
         return None
-    return _grouped(node, group, rows)
+    return _grouped(node, group, rows, decoder.width)
 
 
 def _through(facts: Facts, operand: Node, axes: Axes, cell: Node, at: Axes, index: torch.Tensor) -> Any:
@@ -115,7 +115,7 @@ def _through(facts: Facts, operand: Node, axes: Axes, cell: Node, at: Axes, inde
         return None
 
 
-def _grouped(cell: Node, group: Group, rows: torch.Tensor) -> Latent | None:
+def _grouped(cell: Node, group: Group, rows: torch.Tensor, width: int) -> Latent | None:
     """[heads of the operand, D] column numbers -> consecutive repeats of the cached heads."""
     heads = [rows[0]]
     for row in rows[1:]:
@@ -125,7 +125,7 @@ def _grouped(cell: Node, group: Group, rows: torch.Tensor) -> Latent | None:
     base = torch.stack(heads)
     if not torch.equal(base.repeat_interleave(repeat, 0), rows):
         return None
-    plain = torch.equal(base.flatten(), torch.arange(base.numel()))
+    plain = torch.equal(base.flatten(), torch.arange(width))  # all of them: a reader may take some heads only
     return Latent(cell, group, len(heads), rows.shape[1], repeat, None if plain else tuple(base.flatten().tolist()))
 
 

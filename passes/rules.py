@@ -43,6 +43,9 @@ class Rule:
 
 RULES: dict[Any, Rule] = {}
 
+ALIKE = (aten.ones_like.default, aten.zeros_like.default, aten.full_like.default)
+"""They depend on no token, but need as many as their input has."""
+
 
 def register_rule(op: Any, *, role: str = "pointwise", words: str = "") -> Callable[[AxisRule], AxisRule]:
     """Teach the matcher an op: the decorated ``fn(node, axis) -> [(input node, its axis or None), ...]`` is called
@@ -104,6 +107,9 @@ _rows("pointwise", "normalises the features", axes.layer_norm, aten.layer_norm.d
 _rows("pointwise", "looks a row up in a table", axes.table, aten.embedding.default)
 _rows("layout", "picks features, or looks a row up in a table", axes.index, aten.index.Tensor)
 _rows("pointwise", "looks a row up in a table", axes.index_select, aten.index_select.default)
+_rows("pointwise", "joins pairs of features to complex numbers", axes.passes, aten.view_as_complex.default)
+_rows("pointwise", "takes complex numbers apart", axes.as_real, aten.view_as_real.default)
+_rows("pointwise", "is a constant of the same shape", axes.passes, *ALIKE)
 _rows("pointwise", "casts", axes.passes, *[getattr(aten.to, o) for o in ("dtype", "device", "dtype_layout")])
 _rows("pointwise", "casts", axes.passes, aten._to_copy.default)
 
@@ -116,6 +122,8 @@ for _op in (aten.expand.default, aten.broadcast_to.default):
 
 for _op in (aten.add.Tensor, aten.sub.Tensor):
     RULES[_op] = Rule(axes.pointwise, "sum", "adds")
+for _op in (aten.polar.default, aten.complex.default):
+    RULES[_op] = Rule(axes.pointwise, "pointwise", "makes complex numbers of two features")
 for _op in (aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar):
     RULES[_op] = Rule(axes.pointwise, "scale", "scales")
 

@@ -218,6 +218,7 @@ FAMILIES: dict[str, Family] = {
         Family("gemma2", "Gemma2", separate, _GEMMA | {"layer_types": _ALTERNATING}, sdpa=False),
         Family("gemma3", "Gemma3Text", separate, _GEMMA | {"layer_types": _ALTERNATING}),
         Family("phi3", "Phi3", stacked),
+        Family("diffllama", "DiffLlama", separate),  # two readers of a cache, each of half of its value heads
         Family("gpt-neox", "GPTNeoX", per_head, **_NEOX),
         Family("gpt2", "GPT2", conv1d_thirds, layers="transformer.h", attention="attn"),
         Family("opt", "OPT", separate, layers="model.decoder.layers"),

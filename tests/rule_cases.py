@@ -13,6 +13,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 
 from lorc_fx.compat import canonical_trace
 from lorc_fx.passes.axes import Axes
+from lorc_fx.passes.rules import ALIKE
 
 aten = torch.ops.aten
 B, T, H, D = 2, 3, 4, 6
@@ -156,6 +157,13 @@ row(aten.index.Tensor, c("0", ["1", "2"]), [R(5, 5, D), I(T), I(T)], (None, 0), 
 row(aten.index_select.default, c("0", 0, "1"), [R(5, D), I(T)], (None, 0), NO, (None, 0))
 row(aten.index_select.default, c("0", 3, "1"), [BHTD, I(4)], (0, 2), (0, 2), NO)
 row(aten.index_select.default, c("0", 2, "1"), [BHTD, I(T, high=3)], (0, 2), None)
+row(aten.view_as_complex.default, c("0"), [R(B, T, H, 2)], (0, 1), (0, 1))
+row(aten.view_as_real.default, c("0"), [R(B, T, H, dtype=torch.complex64)], (0, 1), (0, 1))
+row(aten.view_as_real.default, c("0"), [R(B, T, H, dtype=torch.complex64)], (0, 3), None)
+for op in (aten.polar.default, aten.complex.default):
+    row(op, c("0", "1"), [BHTD, BHTD + 1], (0, 2), (0, 2), (0, 2))
+for op, more in zip(ALIKE, ((), (), (2.5,)), strict=True):
+    row(op, c("0", *more), [BHTD], (0, 2), (0, 2))
 row(aten.to.dtype, c("0", torch.float64), [BHTD], (0, 2), (0, 2))
 row(aten.to.device, c("0", torch.device("cpu"), torch.float64), [BHTD], (0, 2), (0, 2))
 for op in (aten.to.dtype_layout, aten._to_copy.default):
@@ -187,7 +195,7 @@ NEVER_MIX = {
     aten.contiguous.default, aten.neg.default, aten.stack.default, aten.to.dtype, aten.to.device,
     aten.to.dtype_layout, aten._to_copy.default, aten.expand.default, aten.broadcast_to.default, aten.add.Tensor,
     aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar, aten.mm.default,
-    aten.bmm.default,
+    aten.bmm.default, aten.view_as_complex.default, aten.polar.default, aten.complex.default, *ALIKE,
 }  # fmt: skip
 
 
