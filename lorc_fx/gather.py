@@ -167,11 +167,13 @@ def _attends_itself(mask: torch.Tensor, y: torch.Tensor) -> torch.Tensor | None:
 
 def _tokens(value: torch.Tensor, site: Site) -> torch.Tensor:
     """y in its own layout -> [B, T, n]."""
-    axes = site.rows.y_axes
+    axes, features = site.rows.y_axes, site.rows.features
     assert axes.token is not None
     if axes.batch is None or axes.batch == axes.token:
-        return value.movedim(axes.token, 0).flatten(1)[None]
-    return value.movedim((axes.batch, axes.token), (0, 1)).flatten(2)
+        flat = value.movedim(axes.token, 0).flatten(1)[None]
+    else:
+        flat = value.movedim((axes.batch, axes.token), (0, 1)).flatten(2)
+    return flat if features is None else flat[..., list(features)]
 
 
 class Sums:

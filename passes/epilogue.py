@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -118,7 +120,9 @@ def make_decoder(rows: Rows, words: str) -> tuple[Decoder, tuple[Node, ...]]:
     batch = graph.call_function(aten.sym_size.int, (sized, 0))
     tokens = graph.call_function(aten.sym_size.int, (sized, 1))
     sizes = feature_sizes(rows.y, rows.y_axes)
-    env[rows.y] = from_rows(graph, y, sizes, rows.y_axes, batch, tokens)
+    width = math.prod(sizes)
+    whole = y if rows.features is None else _spread(graph, y, rows.features, width)
+    env[rows.y] = from_rows(graph, whole, sizes, rows.y_axes, batch, tokens)
     if rows.position is not None and rows.position_axes is not None:
         ones = feature_sizes(rows.position, rows.position_axes)
         if any(s != 1 for s in ones):
@@ -133,13 +137,60 @@ def make_decoder(rows: Rows, words: str) -> tuple[Decoder, tuple[Node, ...]]:
         "B" if i == axes.batch else "T" if i == axes.token else int(s)
         for i, s in enumerate(_static_or_zero(value.shape, axes))
     ]
-    width = 1
-    for size in sizes:
-        width *= size
+    width = width if rows.features is None else len(rows.features)
     module = GraphModule(torch.nn.Module(), graph)
     shared = rows.position_axes is not None and rows.position_axes.batch is None and axes.batch is not None
     decoder = Decoder(module, width, tuple(layout), value.dtype, rows.position is not None, words, shared)
     return decoder, constants
+
+
+def _spread(graph: Graph, y: Node, features: tuple[int, ...], width: int) -> Node:
+    """[B, T, len(features)] -> [B, T, width] with these at their places and zeros elsewhere."""
+    runs: list[list[int]] = []
+    for feature in features:
+        if runs and feature == runs[-1][1]:
+            runs[-1][1] += 1
+        else:
+            runs.append([feature, feature + 1])
+    pieces, taken, end = [], 0, 0
+    for i, (start, stop) in enumerate(runs):
+        piece = graph.call_function(aten.slice.Tensor, (y, 2, taken, taken + stop - start)) if len(runs) > 1 else y
+        after = width - stop if i == len(runs) - 1 else 0
+        pieces.append(graph.call_function(aten.constant_pad_nd.default, (piece, [start - end, after])))
+        taken, end = taken + stop - start, stop
+    return pieces[0] if len(pieces) == 1 else graph.call_function(aten.cat.default, (pieces, 2))
+
+
+def needed(rows: Rows, words: str) -> Rows:
+    """``rows`` with the features of y that they depend on: a clamp or a norm may stand before a fused projection is
+    split. Raises NoSite where these are more than the cache holds, so that coding them would lose what it keeps.
+
+    Found by running the epilogue, a token for each feature, with that one changed: to NaN, which most ops pass on, and
+    to other numbers.
+    """
+    decoder, constants = make_decoder(rows, words)
+    held = math.prod(size for size in decoder.layout if isinstance(size, int))
+    if decoder.width <= held:
+        return rows
+    n, draw = decoder.width, torch.Generator().manual_seed(0)
+    base = torch.randn(n, generator=draw).to(decoder.dtype)
+    values = [c.meta["val"] for c in constants]
+    consts = [torch.ones([int(s) for s in v.shape], dtype=v.dtype) for v in values]
+    positions = torch.ones(1, n, dtype=torch.int32)
+
+    def run(y: torch.Tensor) -> torch.Tensor:
+        found = decoder.module(y[None], positions, *consts)
+        return found.movedim(decoder.token_dim, 0).flatten(1)
+
+    plain, used = run(base.expand(n, n).contiguous()), torch.zeros(n, dtype=torch.bool)
+    for other in (torch.nan, 0.0, -1.0, 1.0, -100.0, 100.0):
+        changed = base.expand(n, n).clone()
+        changed.fill_diagonal_(other)
+        used |= ~(run(changed) == plain).all(1)
+    if int(used.sum()) > held:
+        reason = f"{int(used.sum())} features of its projection become {held} in the cache: coding them saves nothing"
+        raise NoSite(rows.y, reason)
+    return replace(rows, features=tuple(used.nonzero().flatten().tolist()))
 
 
 def _static_or_zero(sizes: Any, axes: Axes) -> list[int]:
@@ -156,8 +207,10 @@ def effective_weight(rows: Rows, real: Mapping[Node, torch.Tensor]) -> tuple[tor
     width_in = int(rows.x.meta["val"].shape[-1])
     with torch.no_grad():
         matrix = _run(rows, real, None, width_in)
-        weight = matrix.reshape(width_in, -1).T.contiguous()
+        weight = matrix.reshape(width_in, -1).T
+        weight = (weight if rows.features is None else weight[list(rows.features)]).contiguous()
         shift = _run(rows, real, torch.zeros(1, width_in, dtype=weight.dtype, device=weight.device), 1).reshape(-1)
+        shift = shift if rows.features is None else shift[list(rows.features)]
     return weight, shift if bool((shift != 0).any()) else None
 
 

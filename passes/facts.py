@@ -41,7 +41,8 @@ class Region:
 
 @dataclass(frozen=True)
 class Rows:
-    """What ``describe`` found. ``chain`` goes from x to y, ``epilogue`` from y, positions and constants to the rows."""
+    """What ``describe`` found. ``chain`` goes from x to y, ``epilogue`` from y, positions and constants to the rows.
+    ``features``: which of y's features the rows depend on, None for all (``epilogue.needed`` finds out)."""
 
     x: Node
     x_axes: Axes
@@ -52,6 +53,7 @@ class Rows:
     chain: Region
     epilogue: Region
     contractions: int
+    features: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)

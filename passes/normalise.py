@@ -35,10 +35,11 @@ def normalise(gm: GraphModule, example_inputs: Sequence[Any]) -> GraphModule:
     3. ``baddbmm(a, x, y)``  ->  ``beta * a + alpha * bmm(x, y)``
     4. ``bmm`` of [B*H, ..] views of [B, H, ..]  ->  ``matmul`` in four dims, viewed as [B*H, ..]
     5. ``index_put_(x, .., view(v))`` that only drops leading axes of one  ->  ``index_put_(x, .., v)``
+    6. ``clamp_(x)`` and other writes feature by feature into a value that nothing else sees  ->  ``clamp(x)``
 
     Each placeholder keeps, in ``meta``: ``val`` (the dense fake of the logical shape), ``latent`` (the fake LatentKV,
     where the input is one), ``decode`` (True for a LatentKV with dense tokens at its end: it goes in decoded) and
-    ``state`` (True for parameters and buffers). In-place writes stay in place.
+    ``state`` (True for parameters and buffers). Other in-place writes stay in place.
     """
     sources = placeholders(gm)
     values = [example_value(p) for p in sources]
@@ -54,6 +55,7 @@ def normalise(gm: GraphModule, example_inputs: Sequence[Any]) -> GraphModule:
             _keep_leading_ones(node)
         else:
             _simplify(node)
+    _out_of_place(canonical)
     for node in list(canonical.graph.nodes):
         if node.target is aten.baddbmm.default:
             node = _split_baddbmm(node)
@@ -63,6 +65,45 @@ def normalise(gm: GraphModule, example_inputs: Sequence[Any]) -> GraphModule:
     canonical.graph.lint()
     canonical.recompile()
     return canonical
+
+
+def _out_of_place(gm: GraphModule) -> None:
+    """Case 6. The value must own its storage, and no view of it may be about when it is written."""
+    order = {node: i for i, node in enumerate(gm.graph.nodes)}
+    for node in list(gm.graph.nodes):
+        target = _functional(node)
+        source = node.args[0] if target is not None else None
+        if target is None or not isinstance(source, Node) or not _fresh(source):
+            continue
+        if any(order[user] < order[node] and not _fresh(user) for user in source.users):
+            continue
+        with gm.graph.inserting_before(node):
+            made = gm.graph.call_function(target, node.args, node.kwargs)
+        made.meta = dict(node.meta)
+        order[made] = order[node]
+        later = {user for user in source.users if order[user] > order[node]}
+        source.replace_all_uses_with(made, delete_user_cb=later.__contains__)
+        node.replace_all_uses_with(made)
+        gm.graph.erase_node(node)
+
+
+def _functional(node: Node) -> Any:
+    """The op that returns what this one writes into its first argument, where it works feature by feature in one
+    dtype; else None."""
+    schema = getattr(node.target, "_schema", None)
+    if node.op != "call_function" or schema is None or not schema.is_mutable or not schema.name.endswith("_"):
+        return None
+    packet = getattr(aten, schema.name.removeprefix("aten::").removesuffix("_"), None)
+    found = getattr(packet, schema.overload_name or "default", None)
+    values = [a.meta.get("val") for a in node.all_input_nodes]
+    same = all(isinstance(v, torch.Tensor) and v.dtype == values[0].dtype for v in values)
+    return found if found is not None and same and torch.Tag.pointwise in found.tags else None
+
+
+def _fresh(node: Node) -> bool:
+    """Whether an op makes a new value, which is no view of another."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and not schema.is_mutable and all(r.alias_info is None for r in schema.returns)
 
 
 _CASTS = {aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.to.other, aten._to_copy.default}

@@ -11,7 +11,7 @@ from lorc_fx.decoder import Decoder
 from lorc_fx.records import Miss
 
 from .caches import Caches, Group
-from .epilogue import make_decoder
+from .epilogue import make_decoder, needed
 from .facts import Facts, NoSite, Rows
 from .readers import Reader, find_reader
 from .rules import rule_of
@@ -76,6 +76,7 @@ def match(gm: GraphModule) -> Matched:
             if group.broken is not None:
                 raise NoSite(*group.broken)
             parts = [(node, facts.describe(node, token)) for node, token in group.rows.items()]
+            parts = [(node, needed(rows, words(rows))) for node, rows in parts]
             made = [(node, rows, group, *make_decoder(rows, words(rows))) for node, rows in parts]
             _same_projection([m[1] for m in made])
             found += made

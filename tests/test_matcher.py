@@ -24,8 +24,14 @@ def turns(pos, base=100.0):
     return angle.cos(), angle.sin()
 
 
-def rotate(x, cos, sin):
-    """[..., S, D] with cos and sin [S, D]."""
+def rotate(x, cos, sin, spin="halves"):
+    """[..., S, D] with cos and sin [S, D]; ``spin``: how it is written."""
+    if spin == "chunks":
+        (a, b), (cos, sin) = x.chunk(2, -1), (t[:, : DIM // 2] for t in (cos, sin))
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+    if spin == "complex":
+        turn = torch.polar(torch.ones_like(cos), torch.atan2(sin, cos))[:, : DIM // 2]
+        return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) * turn).flatten(-2)
     return x * cos + torch.cat([-x[..., DIM // 2 :], x[..., : DIM // 2]], -1) * sin
 
 
@@ -42,20 +48,26 @@ class Attention(nn.Module):
     """One layer. ``layout`` of the cache; ``rope``: "before" or "after" the cache, or None; ``fused``: None, "rows"
     (q, k, v one behind the other) or "heads" (interleaved per kv head); ``lora``: a low-rank update on K and V."""
 
-    def __init__(self, layout="BHTD", rope="before", fused=None, lora=False, form="cat", twist=None):
+    def __init__(self, layout="BHTD", rope="before", fused=None, lora=False, form="cat", twist=None, spin="halves"):
         super().__init__()
-        self.layout, self.rope, self.fused, self.form, self.twist = layout, rope, fused, form, twist
+        self.layout, self.rope, self.fused, self.form = layout, rope, fused, form
+        self.twist, self.spin = twist, spin
         make = Lora if lora else nn.Linear
         self.q, self.o = nn.Linear(WIDTH, HEADS * DIM), nn.Linear(HEADS * DIM, WIDTH)
         self.k, self.v = make(WIDTH, N), make(WIDTH, N)
         self.qkv = nn.Linear(WIDTH, HEADS * DIM + 2 * N)
+        self.kk = nn.Linear(WIDTH, 2 * N)
         self.g, self.conv = nn.Linear(WIDTH, N), nn.Conv1d(WIDTH, WIDTH, 2)
 
     def project(self, x):
         if self.fused == "rows":
-            return self.qkv(x).split([HEADS * DIM, N, N], -1)
+            y = self.qkv(x)
+            if self.twist == "norm":
+                y = F.layer_norm(y.unflatten(-1, (-1, DIM)), (DIM,)).flatten(-2)
+            return (y.clamp(-0.5, 0.5) if self.twist == "clamp" else y).split([HEADS * DIM, N, N], -1)
         if self.fused == "heads":
-            grouped = self.qkv(x).unflatten(-1, (KV, HEADS // KV + 2, DIM))
+            y = self.qkv(x)
+            grouped = (y.clamp_(-0.5, 0.5) if self.twist == "clamp" else y).unflatten(-1, (KV, HEADS // KV + 2, DIM))
             parts = (grouped[..., :-2, :].flatten(-3, -2), grouped[..., -2, :], grouped[..., -1, :])
             return [part.flatten(-2) for part in parts]
         source = x
@@ -66,6 +78,8 @@ class Attention(nn.Module):
         k, v = self.k(source), self.v(source)
         if self.twist == "gate":
             k, v = k * torch.sigmoid(self.g(x)), v * torch.sigmoid(self.g(x))
+        if self.twist == "glu":
+            k, v = (a * torch.sigmoid(b) for a, b in (self.kk(x).chunk(2, -1), self.kk(x + 1).chunk(2, -1)))
         if self.twist == "late shift":
             k, v = k + F.pad(k, (0, 0, 1, 0))[:, :-1], v + F.pad(v, (0, 0, 1, 0))[:, :-1]
         if self.twist == "unknown":
@@ -111,15 +125,15 @@ class Attention(nn.Module):
         pos = torch.arange(past, past + s)
         turn = turns(pos) if turn is None else turn
         if self.rope:
-            q = rotate(q, *turn)
+            q = rotate(q, *turn, self.spin)
         if self.rope == "before":
-            k = rotate(k, *turn)
+            k = rotate(k, *turn, self.spin)
         old = cached or (None, None)
         keys, values = (self.store(c, self.to_cache(n), past) for c, n in zip(old, (k, v), strict=True))
         k, v = self.from_cache(keys), self.from_cache(values)
         at = torch.arange(k.shape[2])
         if self.rope == "after":
-            k = rotate(k, *turns(at))
+            k = rotate(k, *turns(at), self.spin)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=at[None] <= pos[:, None], enable_gqa=True)
         return self.o(out.transpose(1, 2).flatten(2)), (keys, values)
 
@@ -180,6 +194,8 @@ FORMS = [
     {"nest": "tuple"}, {"nest": "dict"}, {"form": "slice"}, {"form": "index"}, {"form": "slice", "rope": "after"},
     {"form": "slice", "layout": "BTHD"}, {"form": "index", "layout": "TBn", "rope": None}, {"form": "narrow"},
     {"layout": "BTn", "twist": "unflatten"}, {"layers": 2},
+    {"spin": "chunks"}, {"spin": "complex"}, {"spin": "complex", "fused": "heads", "layout": "BTn"},
+    {"fused": "rows", "twist": "clamp"}, {"fused": "heads", "twist": "clamp"}, {"fused": "rows", "twist": "norm"},
 ]  # fmt: skip
 
 
@@ -210,6 +226,7 @@ def test_what_mixes_tokens_before_the_projection_is_fair(twist):
 @pytest.mark.parametrize(("twist", "reason"), [
     ("late shift", "`aten.cat.default` concatenates along the tokens|has no rule|takes some tokens"),
     ("gate", "no single vector to code"),
+    ("glu", "32 features of its projection become 16 in the cache"),
     ("unknown", "aten.cumsum.default"),
 ])  # fmt: skip
 def test_what_is_not_understood_stays_dense_and_right(twist, reason):

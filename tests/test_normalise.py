@@ -34,6 +34,23 @@ CASES: dict[str, tuple[Any, list[Any], list[Any], list[Any]]] = {
 }  # fmt: skip
 
 
+def clamped(x: Any, view: bool = False) -> Any:
+    """Written into after it was read, perhaps with a view of it about."""
+    y = x * 2
+    seen = y[0] if view else y[0] + 1
+    y.clamp_(-0.5, 0.5)
+    return seen + y
+
+
+HERE, THERE = [aten.clamp_.default], [aten.clamp.default]
+CASES |= {
+    "in place in a value of its own": (clamped, [R(3, 4)], HERE, THERE),
+    "in place under a view": (lambda x: clamped(x, view=True), [R(3, 4)], THERE, HERE),
+    "in place in an input": (lambda x: x.clamp_(-0.5, 0.5) + x, [R(3, 4)], THERE, HERE),
+    "in place in another dtype": (lambda x, y: (x * 2).mul_(y), [R(3).double(), R(3)], [], [aten.mul_.Tensor]),
+}
+
+
 def normalised(fn: Any, inputs: list[Any]) -> Any:
     """What the backend makes of Dynamo's graph of ``fn``."""
     found = []
