@@ -37,7 +37,7 @@ CASES: dict[str, tuple[Any, list[Any], list[Any], list[Any]]] = {
 def clamped(x: Any, view: bool = False) -> Any:
     """Written into after it was read, perhaps with a view of it about."""
     y = x * 2
-    seen = y[0] if view else y[0] + 1
+    seen = y[0] if view else (y + 1)[0]
     y.clamp_(-0.5, 0.5)
     return seen + y
 
