@@ -34,6 +34,8 @@ SMALL: dict[str, Any] = {
     **dict.fromkeys(("n_group", "topk_group", "n_shared_experts", "first_k_dense_replace"), 1),
     **dict.fromkeys(("sliding_window", "attention_window"), WINDOW),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx"), 128),
+    **dict.fromkeys(("num_experts_per_token", "moe_k"), 2),
+    **dict.fromkeys(("is_decoder", "use_cache"), True),
     "kv_lora_rank": 16,
     "q_lora_rank": 24,
     "qk_rope_head_dim": 8,
@@ -79,15 +81,34 @@ OWN: dict[str, dict[str, Any]] = {
         "layer_types": _BOTH * 2,
         "hidden_size_per_layer_input": 16,
     },
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "gptj": {"rotary_dim": 8},
+    "granitemoehybrid": {
+        "layer_types": ["linear_attention", "full_attention"],
+        "mamba_n_heads": 8,
+        "mamba_d_head": 16,
+    },
     "gpt_neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]], "window_size": WINDOW},
     "granite_speech_encoder": {"num_layers": 2, "hidden_dim": HIDDEN},
     "hunyuan_v1_dense": {"head_dim": HEAD},
     "hunyuan_v1_moe": {"head_dim": HEAD},
     "inkling2_text": {"unpadded_vocab_size": VOCAB, "sliding_window_size": WINDOW},
     "inkling2_loop_text": {"unpadded_vocab_size": VOCAB, "sliding_window_size": WINDOW},
+    "bailing_hybrid": {"num_expert_group": 2},
+    "bamba": {"attn_layer_indices": [1]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "recurrent_gemma": {"num_hidden_layers": 3},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "longcat_flash": {"n_routed_experts": 4, "zero_expert_num": 2, "expert_ffn_hidden_size": 32},
     "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 2},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": HEAD,
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 2,
+    },
+    "xmod": {"default_language": "en_XX"},
     "ministral": {"head_dim": HEAD},
     "nemotron": {"num_key_value_heads": 2},
     "reformer": {"is_decoder": True, "axial_pos_shape": [8, 16], "axial_pos_embds_dim": [32, 32]},
@@ -166,6 +187,8 @@ def small_config(cls: type) -> Any:
     given |= _kinds_of_layers(has)
     if has.get("head_dim") and has["head_dim"] == has.get("qk_rope_head_dim"):
         given["head_dim"] = given["qk_rope_head_dim"]
+    if has.get("kv_lora_rank") and has.get("num_key_value_heads") == has.get("num_attention_heads"):
+        given["num_key_value_heads"] = given["num_attention_heads"]
     for name in getattr(cls, "sub_configs", None) or {}:
         part = getattr(default, name, None)
         if isinstance(part, PreTrainedConfig) and name not in own:

@@ -145,12 +145,12 @@ def _plain(gm: GraphModule, options: Options) -> Callee:
 
 def _report(matched: Matched, options: Options) -> None:
     """Nothing silent: a miss is a warning (an error under strict), so is a graph without any site."""
-    if options.strict and matched.misses:
-        raise StrictMiss(matched.misses)
+    if options.strict and matched.lost:
+        raise StrictMiss(matched.lost)
     if options.strict and not matched.sites and not matched.coded:
         raise NoSites(matched.misses)
-    filled = [m for m in matched.misses if m.kind == "preallocated"]
-    others = [m for m in matched.misses if m.kind != "preallocated"]
+    filled = [m for m in matched.lost if m.kind == "preallocated"]
+    others = [m for m in matched.lost if m.kind != "preallocated"]
     if filled:
         text = (
             f"{len(filled)} cache writes stay dense (and right): {filled[0].reason}. Compile the model itself with "

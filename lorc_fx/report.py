@@ -17,6 +17,7 @@ from .backend import examine
 from .errors import StrictMiss
 from .options import FIRST_PROMPT, FIRST_PROMPT_TOKENS, Options
 from .packing import MODEL, Segment
+from .passes.sites import UNREAD
 from .records import Fidelity, Miss, Plan
 from .store import fidelity
 
@@ -166,8 +167,9 @@ def examined(model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, A
         plans.append(plan)
 
     traced(model, args, kwargs, record)
-    if options.strict and misses:
-        raise StrictMiss(misses)
+    lost = [m for m in misses if m.kind != UNREAD]
+    if options.strict and lost:
+        raise StrictMiss(lost)
     waiting = options.calibration == FIRST_PROMPT
     return Report(tuple(sites), tuple(misses), Plan.joined(plans) if sites else None, waiting, fidelity(model))
 

@@ -80,12 +80,15 @@ class Caches:
         found = self.cells.get(node)
         return None if found is None else found.find()
 
-    def groups(self) -> list[Group]:
-        """Those that hold a LatentKV or leave the graph; others are values of the moment (routing tables, masks)."""
+    def groups(self) -> dict[Group, list[Node]]:
+        """Those that hold a LatentKV or leave the graph, with their cells; others are values of the moment (routing
+        tables, masks)."""
         output = next(n for n in self.nodes if n.op == "output")
         kept = {self.group(seen) for node in output.all_input_nodes for seen in viewed(node)}
-        found = dict.fromkeys(group.find() for group in self.cells.values())
-        return [group for group in found if group in kept or group.latents]
+        found: dict[Group, list[Node]] = {}
+        for cell, group in self.cells.items():
+            found.setdefault(group.find(), []).append(cell)
+        return {group: cells for group, cells in found.items() if group in kept or group.latents}
 
     # -- the scan ---------------------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ one per-token activation ``x`` and through which everything else passes; what fo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -160,7 +161,7 @@ class Facts:
             raise NoSite(rows, "it depends on its projections in a way that has no single vector to code")
         x, x_axes = self._trim(y, y_axes, root, root_axes)
         _check_tokens(x, x_axes)
-        position, position_axes = self._meet(positions, None) if positions else (None, None)
+        position, position_axes = _single(*self._meet(positions, None)) if positions else (None, None)
         stops = {y: y_axes} if position is None else {y: y_axes, position: position_axes}
         chain = self.region(y, y_axes, {x: x_axes}, _is_constant_leaf)
         epilogue = self.region(rows, axes, stops, _is_constant_leaf)
@@ -241,6 +242,25 @@ def _whole(node: Node, axes: Axes) -> tuple[Node, Axes]:
         assert rule is not None  # it was stepped over to get here
         ((node, axes),) = [(n, a) for n, a in rule.back(node, axes) if a.token is not None]
     return node, axes
+
+
+def _single(node: Node, axes: Axes) -> tuple[Node, Axes]:
+    """The one position of each token, where ``node`` repeats it for several axes (text in a vision-language model)."""
+    while math.prod(size for i, size in enumerate(_known(node)) if i not in axes) > 1:
+        rule = rule_of(node)
+        try:
+            sources = [] if rule is None else [(n, a) for n, a in rule.back(node, axes) if a.token is not None]
+        except Mixes:
+            break
+        if len(sources) != 1 or rule is None or rule.role != "layout":
+            break
+        node, axes = sources[0]
+    return node, axes
+
+
+def _known(node: Node) -> list[int]:
+    """The sizes of a node's value, 1 where a size is not static."""
+    return [static_size(size) or 1 for size in node.meta["val"].shape]
 
 
 def _is_activation_side(node: Node, source: Node) -> bool:

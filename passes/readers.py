@@ -38,11 +38,14 @@ class Reader:
     path: tuple[Node, ...]
 
 
+LIMIT = 256
+
 _PRODUCTS = {aten.matmul.default, aten.bmm.default, aten.baddbmm.default}
 
 
-def find_reader(node: Node, limit: int = 64) -> Reader | None:
-    """The first attention product that reads ``node`` through token-wise ops, breadth first."""
+def find_reader(node: Node, limit: int = LIMIT) -> Reader | None:
+    """The first attention product that reads ``node`` through token-wise ops, breadth first. None where there is none
+    among the first ``limit`` nodes."""
     queue: list[tuple[Node, tuple[Node, ...]]] = [(node, ())]
     seen = {node}
     while queue and limit:

@@ -10,13 +10,17 @@ from torch.fx import GraphModule, Node
 from lorc_fx.decoder import Decoder
 from lorc_fx.records import Miss
 
-from .caches import Caches, Group
+from .caches import Caches, Group, viewed, written
 from .epilogue import make_decoder, needed
 from .facts import Facts, NoSite, Rows
 from .readers import Reader, find_reader
 from .rules import rule_of
 
 aten = torch.ops.aten
+
+UNREAD = "no attention"
+"""Kind of a Miss that is no loss: a state of another sort (a convolution's last inputs, say), to which all this does
+not apply."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +67,11 @@ class Matched:
     misses: tuple[Miss, ...]
     coded: frozenset[Group]
 
+    @property
+    def lost(self) -> tuple[Miss, ...]:
+        """Misses that cost memory."""
+        return tuple(m for m in self.misses if m.kind != UNREAD)
+
 
 def match(gm: GraphModule) -> Matched:
     """Find the sites of a canonical graph. Never raises for a value it does not understand: that is a Miss."""
@@ -71,8 +80,11 @@ def match(gm: GraphModule) -> Matched:
     misses: list[Miss] = []
     found: list[tuple[Node, Rows, Group, Decoder, tuple[Node, ...]]] = []
     coded: set[Group] = set()
-    for group in caches.groups():
+    for group, cells in caches.groups().items():
         try:
+            if not group.latents and all(find_reader(cell) is None for cell in cells):
+                misses.append(_unread(cells[0]))
+                continue
             if group.broken is not None:
                 raise NoSite(*group.broken)
             parts = [(node, facts.describe(node, token)) for node, token in group.rows.items()]
@@ -89,9 +101,16 @@ def match(gm: GraphModule) -> Matched:
             facts.describe(write.rows, write.token)
         except NoSite:
             continue
+        if all(find_reader(seen) is None for seen in (write.node, *viewed(written(write.node) or write.node))):
+            misses.append(_unread(write.node))
+            continue
         reason = "the cache was filled or allocated outside of a compiled graph, so it stays dense"
         misses.append(Miss(write.node.name, "preallocated", reason))
     return Matched(caches, tuple(_sites(found, facts)), tuple(misses), frozenset(coded))
+
+
+def _unread(node: Node) -> Miss:
+    return Miss(node.name, UNREAD, "no attention reads it, so it is left as it is")
 
 
 def _same_projection(rows: list[Rows]) -> None:

@@ -244,6 +244,35 @@ def test_angles_as_inputs_of_the_call():
     assert any("neither projected nor a position" in text or "no position" in text for text in said), said
 
 
+class WithState(nn.Module):
+    """A decoder that also keeps the inputs of a convolution, and a table of where each token was sorted to."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.p, self.conv = decoder(), nn.Linear(WIDTH, WIDTH), nn.Conv1d(WIDTH, VOCAB, 3)
+
+    def forward(self, ids, cache, past):
+        pairs, state = (None, torch.zeros(len(ids), 0, WIDTH)) if cache is None else cache
+        logits, pairs = self.inner(ids, pairs, past)
+        state = torch.cat([state, self.p(self.inner.embed(ids))], 1)
+        order = ids.flatten().argsort()
+        back = torch.empty_like(order)
+        back[order] = torch.arange(len(order))
+        mixed = self.conv(F.pad(state.mT, (2, 0))).mT[:, -ids.shape[1] :].flatten(0, 1)
+        return logits + mixed[order][back].view_as(logits), (pairs, state)
+
+
+def test_a_state_that_no_attention_reads_is_left_alone():
+    torch.manual_seed(0)
+    model = WithState().eval().requires_grad_(False)
+    want, _ = run(model)
+    call = torch.compile(model, backend="lorc", options=options(ratio=1.0, strict=True))
+    got, (pairs, state) = run(call)
+    assert_close("logits", got, want, 1e-5)
+    assert all(isinstance(v, LatentKV) for pair in pairs for v in pair)
+    assert type(state) is torch.Tensor and state.shape == (3, 12, WIDTH)
+
+
 @pytest.mark.parametrize("form", ["slice", "index", "narrow"])
 def test_a_buffer_from_outside_stays_dense(form):
     cache = [tuple(torch.zeros(3, KV, ROOM, DIM) for _ in range(2))]
