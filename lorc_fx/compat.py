@@ -11,8 +11,9 @@ import sympy
 import torch
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.traceback import preserve_node_meta
 
 
 def example_value(node: Node) -> Any:
@@ -54,11 +55,12 @@ def fake_mode_of(values: Sequence[Any]) -> FakeTensorMode:
 def canonical_trace(gm: GraphModule, values: Sequence[Any]) -> GraphModule:
     """Trace ``gm`` on fake ``values`` to ATen before decompositions (``linear`` and SDPA stay whole).
 
-    Constants in the graph (``torch.tensor([])`` of an empty cache) are real tensors, hence allow_non_fake_inputs.
+    Constants in the graph (``torch.tensor([])`` of an empty cache) are real tensors, hence allow_non_fake_inputs. Nodes
+    keep the ``stack_trace`` of the user's line that they come from.
     """
     mode = fake_mode_of(values)
-    with mock.patch.object(mode, "allow_non_fake_inputs", True), mode, torch.no_grad():
-        return make_fx(gm, pre_dispatch=True)(*values)
+    with mock.patch.object(mode, "allow_non_fake_inputs", True), mode, torch.no_grad(), preserve_node_meta():
+        return make_fx(lambda *given: Interpreter(gm).run(*given), pre_dispatch=True)(*values)
 
 
 @contextlib.contextmanager

@@ -56,14 +56,18 @@ class SiteSpec:
 
 @dataclass(frozen=True)
 class Miss:
-    """A cache write that stays dense: where (``node``, a graph name), why (``reason``), and a short ``kind``."""
+    """A cache write that stays dense: ``node`` in the graph and ``source``, the user's line that it comes from; why, in
+    short (``kind``) and in full (``reason``); and what to do (``step``)."""
 
     node: str
     kind: str
     reason: str
+    source: str = ""
+    step: str = ""
 
     def __str__(self) -> str:
-        return f"{self.node}: {self.kind}: {self.reason}"
+        where = f" [{self.source}]" if self.source else ""
+        return f"{self.node}: {self.kind}: {self.reason}{where}" + (f"; {self.step}" if self.step else "")
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,9 @@ from .facts import NoSite, Region, Rows, static_size
 from .rules import rule_of
 
 aten = torch.ops.aten
+PRODUCTS = {
+    aten.linear.default, aten.addmm.default, aten.mm.default, aten.bmm.default, aten.matmul.default
+}  # fmt: skip
 _EXPANDS = {aten.expand.default, aten.broadcast_to.default}
 
 
@@ -255,9 +258,11 @@ def _step(node: Node, axes: Axes, env: dict[Node, Any], rows: Rows, tokens: int,
         sizes = resized(node, axes, 1, tokens)
         return value.expand(sizes) if node.target in _EXPANDS else value.reshape(sizes)
     if linear and depends and rows.x in depends:
-        if rule.role == "contract":
+        if rule.role == "contract" and node.target in PRODUCTS:
             return _placed(_weight_rows(node, env), node, axes)
         env.setdefault(rows.x, _identity(rows))
+    if linear and depends and rule.role == "contract" and node.target not in PRODUCTS:
+        return _without_shift(node, env, depends)
     args, kwargs = _static_args(node)
     if linear and depends and node.target is aten.linear.default:
         args = args[:2]
@@ -269,6 +274,18 @@ def _step(node: Node, axes: Axes, env: dict[Node, Any], rows: Rows, tokens: int,
     elif linear and depends and rule.role == "sum" and not all(isinstance(a, Node) for a in args[:2]):
         args = tuple(a if isinstance(a, Node) or i != 1 or _is_dim(node) else 0 for i, a in enumerate(args))
     return node.target(*map_arg(args, env.__getitem__), **map_arg(kwargs, env.__getitem__))
+
+
+def _without_shift(node: Node, env: dict[Node, Any], depends: list[Node]) -> Any:
+    """A product of a library's own, which may add a bias inside: less what it makes of zeros."""
+    args, kwargs = _static_args(node)
+    nothing = {**env, **{n: torch.zeros_like(env[n]) for n in depends}}
+    found, shift = (
+        node.target(*map_arg(args, known.__getitem__), **map_arg(kwargs, known.__getitem__)) for known in (env, nothing)
+    )
+    if isinstance(found, (list, tuple)):
+        return [one - other for one, other in zip(found, shift, strict=True)]
+    return found - shift
 
 
 def _is_dim(node: Node) -> bool:

@@ -21,13 +21,17 @@ from lorc_fx.compat import size_expr
 from .axes import Axes, Mixes, shape
 from .rules import rule_of
 
+TEACH = "teach the matcher what it does: lorc_fx.register_rule, docs/new_architecture.md"
+INSIDE = "let the compiled module compute it from token positions, without a graph break between"
+STAYS = "nothing to do: this cache stays dense, and right"
+
 
 class NoSite(Exception):
-    """Why rows are not a site: a node and a reason (a lazily formatted text)."""
+    """Why rows are not a site: a node, a reason, and what a user can do about it."""
 
-    def __init__(self, node: Node, reason: str) -> None:
+    def __init__(self, node: Node, reason: str, step: str = STAYS) -> None:
         super().__init__(reason)
-        self.node, self.reason = node, reason
+        self.node, self.reason, self.step = node, reason, step
 
 
 @dataclass(frozen=True)
@@ -124,7 +128,7 @@ class Facts:
                 if at.token is None and at.batch is None:
                     stack.extend((n, Axes(None, None)) for n in node.all_input_nodes)
                     continue
-                raise NoSite(node, f"op `{node.target}` has no rule: what it does to tokens is unknown")
+                raise NoSite(node, f"op `{node.target}` has no rule: what it does to tokens is unknown", TEACH)
             try:
                 stack.extend(rule.back(node, at))
             except Mixes as why:
@@ -188,7 +192,8 @@ class Facts:
                 rule = rule_of(node)
                 if rule is None:
                     kind = "input" if node.op == "placeholder" else f"result of `{node.target}`"
-                    raise NoSite(node, f"it depends on a per-token {kind} that is neither projected nor a position")
+                    reason = f"it depends on a per-token {kind} that is neither projected nor a position"
+                    raise NoSite(node, reason, INSIDE if node.op == "placeholder" else TEACH)
                 try:
                     stack.extend(rule.back(node, at))
                 except Mixes as why:
@@ -291,14 +296,14 @@ def _check_tokens(x: Node, axes: Axes) -> None:
 def _check_constants(region: Region, known: set[Node | None]) -> None:
     for node in region.inputs:
         if node not in known and not _is_constant_leaf(node, Axes(None, None)):
-            raise NoSite(node, f"it depends on `{node.name}`, an input of the call that is no position")
+            raise NoSite(node, f"it depends on `{node.name}`, an input of the call that is no position", INSIDE)
     for node, axes in region.nodes:
         if (
             node.op == "placeholder"
             and not _is_constant_leaf(node, axes)
             and isinstance(node.meta["val"], torch.Tensor)
         ):
-            raise NoSite(node, f"it depends on `{node.name}`, an input of the call that is no position")
+            raise NoSite(node, f"it depends on `{node.name}`, an input of the call that is no position", INSIDE)
         if node.op == "call_function" and getattr(node.target, "_schema", None) and node.target._schema.is_mutable:
             raise NoSite(node, f"op `{node.target}` writes in place between projection and cache")
 

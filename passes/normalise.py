@@ -149,7 +149,7 @@ def _replace(node: Node, target: Any, args: tuple[Any, ...], value: Any) -> Node
     """Insert an op before ``node`` with the fake value that it has."""
     with node.graph.inserting_before(node):
         made = node.graph.call_function(target, args)
-    made.meta["val"] = value
+    made.meta |= {"val": value, "stack_trace": node.meta.get("stack_trace")}
     return made
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,7 @@ from lorc_fx.records import Miss
 
 from .caches import Caches, Group, viewed, written
 from .epilogue import make_decoder, needed
-from .facts import Facts, NoSite, Rows
+from .facts import STAYS, Facts, NoSite, Rows
 from .readers import Reader, find_reader
 from .rules import rule_of
 
@@ -95,7 +96,7 @@ def match(gm: GraphModule) -> Matched:
             if group.latents or made:
                 coded.add(group)
         except NoSite as why:
-            misses.append(Miss(why.node.name, "not understood", why.reason))
+            misses.append(Miss(why.node.name, "not understood", why.reason, source_line(why.node), why.step))
     for write in caches.dense:
         try:
             facts.describe(write.rows, write.token)
@@ -105,12 +106,24 @@ def match(gm: GraphModule) -> Matched:
             misses.append(_unread(write.node))
             continue
         reason = "the cache was filled or allocated outside of a compiled graph, so it stays dense"
-        misses.append(Miss(write.node.name, "preallocated", reason))
+        step = 'compile the model itself, model.compile(backend="lorc"), so that what fills it is compiled too'
+        misses.append(Miss(write.node.name, "preallocated", reason, source_line(write.node), step))
     return Matched(caches, tuple(_sites(found, facts)), tuple(misses), frozenset(coded))
 
 
 def _unread(node: Node) -> Miss:
-    return Miss(node.name, UNREAD, "no attention reads it, so it is left as it is")
+    return Miss(node.name, UNREAD, "no attention reads it, so it is left as it is", source_line(node), STAYS)
+
+
+_FRAME = re.compile(r'File "([^"]+)", line (\d+), in \S+\n\s*(.*)')
+
+
+def source_line(node: Node, limit: int = 8) -> str:
+    """``path:line: code`` of the user's line that a node comes from (else of what it is made of), or nothing."""
+    while limit and not node.meta.get("stack_trace") and node.all_input_nodes:
+        node, limit = node.all_input_nodes[0], limit - 1
+    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
+    return "{}:{}: {}".format(*frames[-1]).strip() if frames else ""
 
 
 def _same_projection(rows: list[Rows]) -> None:
