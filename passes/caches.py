@@ -8,7 +8,7 @@ is a reader, and gets decoded tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch.fx import Node
 
 from .axes import arg, dim_of, shape, tensors
 from .facts import static_size
-from .readers import CACHE_OPS, find_reader
+from .readers import CACHE_OPS, find_reader, viewed, written
 
 aten = torch.ops.aten
 
@@ -160,25 +160,6 @@ class Caches:
             reader = find_reader(node)
             if reader is not None:
                 self.join(node, [node], reader.token)
-
-
-def viewed(node: Node) -> Iterator[Node]:
-    """``node`` and what it is a view of, back to the value that owns the storage."""
-    while True:
-        yield node
-        schema = getattr(node.target, "_schema", None)
-        views = schema is not None and any(r.alias_info is not None for r in schema.returns)
-        if node.op != "call_function" or not views or not node.args or not isinstance(node.args[0], Node):
-            return
-        node = node.args[0]
-
-
-def written(node: Node) -> Node | None:
-    """The value that an op writes into in place, or None."""
-    schema = getattr(node.target, "_schema", None)
-    if schema is None or not schema.is_mutable or not node.args or not isinstance(node.args[0], Node):
-        return None
-    return node.args[0]
 
 
 def is_empty(node: Node) -> bool:

@@ -35,6 +35,7 @@ def normalise(gm: GraphModule, example_inputs: Sequence[Any]) -> GraphModule:
     3. ``baddbmm(a, x, y)``  ->  ``beta * a + alpha * bmm(x, y)``
     4. ``bmm`` of [B*H, ..] views of [B, H, ..]  ->  ``matmul`` in four dims, viewed as [B*H, ..]
     5. ``index_put_(x, .., view(v))`` that only drops leading axes of one  ->  ``index_put_(x, .., v)``
+       ``reshape_as(x, y)``, ``view_as``, ``expand_as``  ->  the op with the sizes of y
     6. ``clamp_(x)`` and other writes feature by feature into a value that nothing else sees  ->  ``clamp(x)``
 
     Each placeholder keeps, in ``meta``: ``val`` (the dense fake of the logical shape), ``latent`` (the fake LatentKV,
@@ -51,6 +52,8 @@ def normalise(gm: GraphModule, example_inputs: Sequence[Any]) -> GraphModule:
     for node in list(canonical.graph.nodes):
         if node.target is aten.narrow.default:
             _slice_of_narrow(node)
+        elif node.target in _AS:
+            _sizes_of_other(node)
         elif node.target is aten.index_put_.default:
             _keep_leading_ones(node)
         else:
@@ -162,6 +165,23 @@ def _slice_of_narrow(node: Node) -> None:
         first, extent = (a.meta["val"] if isinstance(a, Node) else a for a in (start, length))
         end = _replace(node, operator.add, (start, length), first + extent)
     node.replace_all_uses_with(_replace(node, aten.slice.Tensor, (source, dim, start, end), node.meta["val"]))
+    node.graph.erase_node(node)
+
+
+_AS = {
+    aten.reshape_as.default: aten.reshape.default,
+    aten.view_as.default: aten.view.default,
+    aten.expand_as.default: aten.expand.default,
+}
+
+
+def _sizes_of_other(node: Node) -> None:
+    source, other = node.args
+    sizes: list[Any] = []
+    for dim, size in enumerate(other.meta["val"].shape):
+        known = size_expr(size)
+        sizes.append(int(known) if known.is_number else _replace(node, aten.sym_size.int, (other, dim), size))
+    node.replace_all_uses_with(_replace(node, _AS[node.target], (source, sizes), node.meta["val"]))
     node.graph.erase_node(node)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -61,6 +62,49 @@ def find_reader(node: Node, limit: int = LIMIT) -> Reader | None:
             seen.add(user)
             queue.append((user, (*path, user)))
     return None
+
+
+def viewed(node: Node) -> Iterator[Node]:
+    """``node`` and what it is a view of, back to the value that owns the storage."""
+    while True:
+        yield node
+        schema = getattr(node.target, "_schema", None)
+        views = schema is not None and any(r.alias_info is not None for r in schema.returns)
+        if node.op != "call_function" or not views or not node.args or not isinstance(node.args[0], Node):
+            return
+        node = node.args[0]
+
+
+def written(node: Node) -> Node | None:
+    """The value that an op writes into in place, or None."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or not schema.is_mutable or not node.args or not isinstance(node.args[0], Node):
+        return None
+    return node.args[0]
+
+
+def is_read(node: Node, limit: int = LIMIT) -> bool:
+    """Whether attention reads ``node``, perhaps through one more product with a weight (multi-head latent attention
+    caches what it expands to keys and values later)."""
+    queue, seen = [node], {node}
+    while queue and limit:
+        limit -= 1
+        node = queue.pop(0)
+        if any(_reads(user, node) for user in node.users):
+            return True
+        for user in node.users:
+            rule = rule_of(user)
+            if user in seen or rule is None and user.target not in CACHE_OPS:
+                continue
+            seen.add(user)
+            if rule is not None and rule.role == "contract":
+                if find_reader(user) is not None:
+                    return True
+            else:
+                queue.append(user)
+            target = written(user)
+            queue += [base for base in viewed(target) if base not in seen] if target is not None else []
+    return False
 
 
 def _carries(user: Node) -> bool:

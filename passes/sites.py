@@ -11,10 +11,10 @@ from torch.fx import GraphModule, Node
 from lorc_fx.decoder import Decoder
 from lorc_fx.records import Miss
 
-from .caches import Caches, Group, viewed, written
+from .caches import Caches, Group
 from .epilogue import make_decoder, needed
 from .facts import STAYS, Facts, NoSite, Rows
-from .readers import Reader, find_reader
+from .readers import Reader, find_reader, is_read, viewed, written
 from .rules import rule_of
 
 aten = torch.ops.aten
@@ -83,7 +83,7 @@ def match(gm: GraphModule) -> Matched:
     coded: set[Group] = set()
     for group, cells in caches.groups().items():
         try:
-            if not group.latents and all(find_reader(cell) is None for cell in cells):
+            if not group.latents and not any(map(is_read, cells)):
                 misses.append(_unread(cells[0]))
                 continue
             if group.broken is not None:
@@ -102,7 +102,7 @@ def match(gm: GraphModule) -> Matched:
             facts.describe(write.rows, write.token)
         except NoSite:
             continue
-        if all(find_reader(seen) is None for seen in (write.node, *viewed(written(write.node) or write.node))):
+        if not any(map(is_read, (write.node, *viewed(written(write.node) or write.node)))):
             misses.append(_unread(write.node))
             continue
         reason = "the cache was filled or allocated outside of a compiled graph, so it stays dense"

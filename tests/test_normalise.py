@@ -17,6 +17,10 @@ CASES: dict[str, tuple[Any, list[Any], list[Any], list[Any]]] = {
     "narrow": (lambda x: x.narrow(1, 1, 2) * 1, [R(2, 4)], [aten.narrow.default], [aten.slice.Tensor]),
     "same cast": (lambda x: x.to(torch.float32) * 2, [R(3)], [aten.to.dtype], [aten.mul.Tensor]),
     "type_as": (lambda x, y: x.type_as(y), [R(3), R(3).double()], [aten.type_as.default], [aten.to.dtype]),
+    "reshape_as": (
+        lambda x, y: x.reshape_as(y) * 2, [R(6, 2), R(3, 4)], [aten.reshape_as.default], [aten.reshape.default],
+    ),
+    "expand_as": (lambda x, y: x.expand_as(y) + y, [R(1, 4), R(3, 4)], [aten.expand_as.default], [aten.expand.default]),
     "detach": (lambda x: x.detach() * 2, [R(3)], [aten.detach.default], [aten.mul.Tensor]),
     "copying cast": (lambda x: x.to(torch.float32, copy=True).add_(1), [R(3)], [], [aten.add_.Tensor]),
     "dropout in eval": (
