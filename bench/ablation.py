@@ -24,7 +24,7 @@ from unittest import mock
 import torch
 
 import lorc_fx
-from bench.prompted import PIECE, mean_nats
+from bench.prompted import PIECE
 from bench.quality import RESULTS, Text, read_text
 from bench.run import machine
 from lorc_fx import allocate, calibration, gather, models, packing
@@ -119,15 +119,24 @@ class Bench:
             found[site] = basis if "mean" in change.sinks else replace(basis, means=basis.means[:1])
         return found
 
-    def loss(self, coders: dict[Key, Callable[[torch.Tensor], torch.Tensor]]) -> tuple[float, float]:
-        """Nats, and the divergence KL(dense | coded) in nats, which has less noise; the first call must be dense."""
-        logits, targets = self.logits(coders), self.text.scored[0][1:]
-        if self.dense is None:
-            self.dense = logits
-        return mean_nats(logits, targets), mean_divergence(self.dense, logits)
-
     @torch.no_grad()
-    def logits(self, coders: dict[Key, Callable[[torch.Tensor], torch.Tensor]]) -> torch.Tensor:
+    def loss(self, coders: dict[Key, Callable[[torch.Tensor], torch.Tensor]]) -> tuple[float, float]:
+        """Nats, and the divergence KL(dense | coded) in nats, which has less noise; the first call must be dense.
+
+        A large vocabulary's logits of all tokens, twice, are gigabytes: they are made in pieces of last states.
+        """
+        states, targets = self.states(coders), self.text.scored[0][1:]
+        if self.dense is None:
+            self.dense = states
+        nats = divergence = 0.0
+        for coded, exact, want in zip(states.split(PIECE), self.dense.split(PIECE), targets.split(PIECE), strict=True):
+            known, found = (self.model.lm_head(s).log_softmax(-1) for s in (exact, coded))
+            nats -= float(found.gather(-1, want[:, None]).double().sum())
+            divergence += float((known.exp() * (known - found)).sum(-1).double().sum())
+        return nats / len(targets), divergence / len(targets)
+
+    def states(self, coders: dict[Key, Callable[[torch.Tensor], torch.Tensor]]) -> torch.Tensor:
+        """The last hidden states [N, d] with every site put through its coder."""
         with contextlib.ExitStack() as hooks:
             for site, coder in coders.items():
 
@@ -136,16 +145,7 @@ class Bench:
 
                 hooks.callback(self.modules[site].register_forward_hook(hook).remove)
             row = self.text.scored[0]
-            return self.model(input_ids=row[None, :-1], use_cache=False).logits[0]
-
-
-def mean_divergence(dense: torch.Tensor, coded: torch.Tensor) -> float:
-    """Mean KL(dense | coded) in nats of two logits [N, vocabulary]; fp32, summed in fp64."""
-    total = 0.0
-    for ours, theirs in zip(coded.split(PIECE), dense.split(PIECE), strict=True):
-        known, found = theirs.float().log_softmax(-1), ours.float().log_softmax(-1)
-        total += float((known.exp() * (known - found)).sum(-1).double().sum())
-    return total / len(dense)
+            return self.model.model(input_ids=row[None, :-1], use_cache=False).last_hidden_state[0]
 
 
 @contextlib.contextmanager
@@ -203,7 +203,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     model, tokenizer = models.load_model(None, dtype=torch.float32)
     bench = Bench(model, read_text(model, tokenizer, None, args.handbook, args.tokens))
     dense, _ = bench.loss({})
-    rows = []
+    about = {"model": models.DEMO_NAME, "dtype": "float32", "tokens": args.tokens, "dense_nats": dense}
+    about |= {"calibration_tokens": sum(map(len, bench.text.calibration))}
+    rows: list[dict[str, Any]] = []
+    command = f"python -m bench.ablation {' '.join(argv or sys.argv[1:])}"
     for name in args.only:
         for ratio in args.ratios:
             begin = time.perf_counter()
@@ -212,9 +215,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             rows.append({"change": name, "ratio": ratio, "nats": nats, "added": added, "divergence": divergence})
             told = f"{name} at {ratio}: {100 * added:+.2f} %, KL {divergence:.4f}"
             print(f"{told} ({time.perf_counter() - begin:.0f} s)", file=sys.stderr, flush=True)
-    about = {"machine": machine(), "model": models.DEMO_NAME, "dtype": "float32", "tokens": args.tokens}
-    about |= {"calibration_tokens": sum(map(len, bench.text.calibration)), "dense_nats": dense, "rows": rows}
-    write_json(args.out, about | {"command": f"python -m bench.ablation {' '.join(argv or sys.argv[1:])}"})
+        write_json(args.out, {"machine": machine(), **about, "rows": rows, "command": command})
 
 
 if __name__ == "__main__":

@@ -69,6 +69,7 @@ class Rewriter:
         self.ordinals: dict[Group, int] = {}
         self.lanes: dict[tuple[Group, int], Node | None] = {}
         self.returned: dict[Node, int] = {}
+        self.written = {seen for n in gm.graph.nodes if (into := written(n)) is not None for seen in viewed(into)}
         self.absorptions: dict[Node, Absorption] = absorb(gm, matched, self.templates)
 
     def _owners(self) -> None:
@@ -195,9 +196,12 @@ class Rewriter:
 
         if node.op == "get_attr":
             return self.graph.node_copy(node)
-        args = map_arg(node.args, use)
-        copy = self.graph.create_node(node.op, node.target, args, map_arg(node.kwargs, use), node.name)
-        return copy
+        target, args = node.target, map_arg(node.args, use)
+        if target is aten.view.default and node not in self.written:
+            target = aten.reshape.default  # decoded tokens and absorbed attention may have other strides
+        elif target is aten.as_strided.default and node.args[0].meta["val"].is_contiguous():
+            args = (self.call(aten.contiguous.default, args[0]), *args[1:])
+        return self.graph.create_node(node.op, target, args, map_arg(node.kwargs, use), node.name)
 
     # -- cells ------------------------------------------------------------------------------------------------
 
