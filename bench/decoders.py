@@ -30,14 +30,13 @@ import torch
 import lorc_fx
 from bench import zoo
 from bench.run import machine
+from bench.verdicts import TOLERANCE, Row, page, verdict
 from lorc_fx import backend, builder
 from lorc_fx.console import write_json
 from lorc_fx.latent import LatentKV
 
 RESULTS = Path(__file__).parent / "results"
 PROMPT, PAD, CHUNK, NEW = 9, 3, 5, 5
-#: relative to the largest logit
-TOLERANCE = 1e-3
 LIMIT_S = 600
 
 #: name -> arguments of ``generate``
@@ -46,7 +45,6 @@ WAYS: dict[str, dict[str, Any]] = {
     "dynamic, chunks": {"prefill_chunk_size": CHUNK},
     "static": {"cache_implementation": "static"},
 }
-Row = dict[str, Any]
 
 
 @dataclasses.dataclass
@@ -245,26 +243,6 @@ def _said(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".strip().splitlines()[0][:300]
 
 
-def right(way: Row) -> bool:
-    """Whether a way that eager can run is right at full rank and, where it was checked, at half the bytes."""
-    if "eager_fails" in way:
-        return True
-    if "fails" in way or not (way["error"] <= TOLERANCE and way["tokens"]):
-        return False
-    return "half_error" not in way or (way["half_error"] <= TOLERANCE and way["half_tokens"])
-
-
-def whole(row: Row) -> bool:
-    """Whether every key and value cache of the class is coded, however it is run."""
-    ran = [way for way in row["ways"].values() if "cached" in way]
-    return caches(row) and all(way["coded"] == way["cached"] for way in ran)
-
-
-def caches(row: Row) -> bool:
-    """Whether the class caches keys and values at all, in some way that eager can run."""
-    return any(way.get("cached") for way in row["ways"].values())
-
-
 # -- many classes ------------------------------------------------------------------------------------------------------
 
 
@@ -295,26 +273,6 @@ def isolated(entry: zoo.Entry, limit: float = LIMIT_S) -> Row:
         process.join()
 
 
-def verdict(row: Row) -> str:
-    """One word, or one and a reason."""
-    if "not_built" in row:
-        return f"not built: {row['not_built']}"
-    if "died" in row:
-        return f"DIED: {row['died']}"
-    wrong = [name for name, way in row["ways"].items() if not right(way)]
-    if wrong:
-        ways = {name: row["ways"][name] for name in wrong}
-        return "WRONG: " + "; ".join(f"{name}: {way.get('fails') or way}" for name, way in ways.items())
-    if all("eager_fails" in way for way in row["ways"].values()):
-        return f"eager fails: {next(iter(row['ways'].values()))['eager_fails']}"
-    if not caches(row):
-        return "no cache of keys and values"
-    if whole(row):
-        return "whole"
-    counts = {n: f"{w['coded']}/{w['cached']}" for n, w in row["ways"].items() if "cached" in w}
-    return f"part {counts}: {list(row['misses'])[:3] or row['said'][:2]}"
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
@@ -322,6 +280,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", nargs="+", default=None, help="names of classes or model types")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--out", type=Path, default=RESULTS / "decoders.json")
+    parser.add_argument("--docs", type=Path, default=None, help="write a page on the result here")
     args = parser.parse_args(argv)
     import transformers  # noqa: F401  (the processes are copies of this one)
 
@@ -334,7 +293,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"{entry.kind} {entry.cls} ({row.get('seconds', 0):.0f} s): {verdict(row)}", flush=True)
     if not args.only:
         command = f"python -m bench.decoders {' '.join(argv or sys.argv[1:])}".strip()
-        write_json(args.out, {"machine": machine(), "tolerance": TOLERANCE, "rows": rows, "command": command})
+        result = {"machine": machine(), "tolerance": TOLERANCE, "rows": rows, "command": command}
+        write_json(args.out, result)
+        if args.docs:
+            args.docs.write_text(page(result))
     else:
         print(json.dumps(rows, indent=1, default=str))
 

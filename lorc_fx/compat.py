@@ -56,11 +56,17 @@ def canonical_trace(gm: GraphModule, values: Sequence[Any]) -> GraphModule:
     """Trace ``gm`` on fake ``values`` to ATen before decompositions (``linear`` and SDPA stay whole).
 
     Constants in the graph (``torch.tensor([])`` of an empty cache) are real tensors, hence allow_non_fake_inputs. Nodes
-    keep the ``stack_trace`` of the user's line that they come from.
+    keep the ``stack_trace`` of the user's line that they come from. Raises RuntimeError where the trace has a hole: a
+    value that no op of it makes (under ``vmap``) has become a constant without data.
     """
     mode = fake_mode_of(values)
     with mock.patch.object(mode, "allow_non_fake_inputs", True), mode, torch.no_grad(), preserve_node_meta():
-        return make_fx(lambda *given: Interpreter(gm).run(*given), pre_dispatch=True)(*values)
+        traced = make_fx(lambda *given: Interpreter(gm).run(*given), pre_dispatch=True)(*values)
+    for node in traced.graph.nodes:
+        if node.op == "get_attr" and isinstance(getattr(traced, node.target, None), FakeTensor):
+            users = ", ".join(str(user.target) for user in node.users)
+            raise RuntimeError(f"what {users} reads was not traced (torch.vmap?)")
+    return traced
 
 
 @contextlib.contextmanager

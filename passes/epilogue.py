@@ -100,7 +100,8 @@ def _emit(graph: Graph, region: Region, env: dict[Node, Node], batch: Any, token
         if rule is not None and rule.sized:
             source = env[node.args[0]]
             op = aten.expand.default if node.target in _EXPANDS else aten.reshape.default
-            env[node] = graph.call_function(op, (source, resized(node, axes, batch, tokens)))
+            rows = 1 if _broadcast(node, axes, region) else batch
+            env[node] = graph.call_function(op, (source, resized(node, axes, rows, tokens)))
             continue
         args, kwargs = _static_args(node)
         env[node] = graph.call_function(
@@ -109,6 +110,15 @@ def _emit(graph: Graph, region: Region, env: dict[Node, Node], batch: Any, token
             map_arg(kwargs, env.__getitem__),
         )
     return env[region.output]
+
+
+def _broadcast(node: Node, axes: Axes, region: Region) -> bool:
+    """Whether a value has one batch row for all that the region's output has: a table of angles, say."""
+    at, out = axes.batch, region.output_axes.batch
+    if at is None or out is None or at == axes.token:
+        return False
+    sizes = node.meta["val"].shape[at], region.output.meta["val"].shape[out]
+    return static_size(sizes[0]) == 1 and static_size(sizes[1]) != 1
 
 
 def make_decoder(rows: Rows, words: str) -> tuple[Decoder, tuple[Node, ...]]:

@@ -1,6 +1,9 @@
 """Every test starts from a clean Dynamo and a fixed seed."""
 
 import os
+import sys
+import types
+from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -8,6 +11,11 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+
+# ``bench`` alone: with the repository itself on the path, its ``kernels`` would be taken for the package of that name
+bench = types.ModuleType("bench")
+bench.__path__ = [str(Path(__file__).parents[1] / "bench")]
+sys.modules.setdefault("bench", bench)
 
 
 @pytest.fixture

@@ -134,6 +134,24 @@ def test_a_graph_that_cannot_be_read_runs_as_it_is(monkeypatch):
         strict(x)
 
 
+def test_what_leaves_no_trace_runs_as_it_is():
+    """torch's tracer makes constants without data of what is under vmap: such a graph must not be run."""
+
+    class Mapped(Decoder):
+        def forward(self, ids, cache=None, past=0):
+            logits, kept = super().forward(ids, cache, past)
+            return torch.vmap(lambda a, b: a + torch.zeros(2, b.shape[-1])[:1].sum(0) * b)(logits, logits), kept
+
+    torch.manual_seed(0)
+    model, ids = Mapped().eval(), torch.tensor([[1, 2, 3]])
+    with torch.no_grad():
+        want = model(ids)[0]
+        with pytest.warns(errors.LorcWarning, match="cannot be read"):
+            got, (keys, _) = torch.compile(model, backend="lorc", options=options(ratio=0.5))(ids)
+    assert_close("logits", got, want, 1e-6)
+    assert not isinstance(keys, LatentKV)
+
+
 def test_no_sites_is_a_warning():
     model = decoder(cached=False)
     want = model(IDS)

@@ -1,0 +1,82 @@
+"""What ``bench.decoders`` found, in words: one verdict per class, and the page of documentation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+Row = dict[str, Any]
+
+#: relative to the largest logit
+TOLERANCE = 1e-3
+
+
+def right(way: Row) -> bool:
+    """Whether a way that eager can run is right at full rank and, where it was checked, at half the bytes."""
+    if "eager_fails" in way:
+        return True
+    if "fails" in way or not (way["error"] <= TOLERANCE and way["tokens"]):
+        return False
+    return "half_error" not in way or (way["half_error"] <= TOLERANCE and way["half_tokens"])
+
+
+def whole(row: Row) -> bool:
+    """Whether every key and value cache of the class is coded, however it is run."""
+    ran = [way for way in row["ways"].values() if "cached" in way]
+    return caches(row) and all(way["coded"] == way["cached"] for way in ran)
+
+
+def caches(row: Row) -> bool:
+    """Whether the class caches keys and values at all, in some way that eager can run."""
+    return any(way.get("cached") for way in row["ways"].values())
+
+
+def verdict(row: Row) -> str:
+    """One word, or one and a reason."""
+    if "not_built" in row:
+        return f"not built: {row['not_built']}"
+    if "died" in row:
+        return f"DIED: {row['died']}"
+    wrong = [name for name, way in row["ways"].items() if not right(way)]
+    if wrong:
+        ways = {name: row["ways"][name] for name in wrong}
+        return "WRONG: " + "; ".join(f"{name}: {way.get('fails') or way}" for name, way in ways.items())
+    if all("eager_fails" in way for way in row["ways"].values()):
+        return f"eager fails: {next(iter(row['ways'].values()))['eager_fails']}"
+    if not caches(row):
+        return "no cache of keys and values"
+    if whole(row):
+        return "whole"
+    counts = {n: f"{w['coded']}/{w['cached']}" for n, w in row["ways"].items() if "cached" in w}
+    return f"part {counts}: {list(row['misses'])[:3] or row['said'][:2]}"
+
+
+def page(result: dict[str, Any]) -> str:
+    """The result as a page of documentation."""
+    rows = sorted(result["rows"], key=lambda row: (row["kind"], row["class"]))
+    verdicts = [verdict(row) for row in rows]
+    cached = [row for row in rows if caches(row)]
+    coded, wrong = sum(map(whole, cached)), sum(v.startswith(("WRONG", "DIED")) for v in verdicts)
+    where = result["machine"]
+    lines = [
+        "# Decoders",
+        "",
+        f"`{result['command']}` on transformers {where['transformers']}, torch {where['torch']}: every causal and "
+        "sequence-to-sequence class, small, with random weights. Each is compared with its eager self at full rank "
+        "and, at half the bytes, with its eager self on projected weights: a prompt of two rows, one padded on the "
+        "left, "
+        "whole and in chunks, and five decode steps, with a dynamic and a static cache; logits within "
+        f"{result['tolerance']:g} of the largest, tokens equal.",
+        "",
+        f"{len(rows)} classes; {len(cached)} were built, run in eager and cache keys and values; {coded} of these "
+        f"({coded / max(len(cached), 1):.1%}) are wholly coded; {wrong} are wrong.",
+        "",
+        "| class | caches coded | between projection and cache | the rest |",
+        "| --- | --- | --- | --- |",
+    ]
+    for row, said in zip(rows, verdicts, strict=True):
+        ran = [way for way in row["ways"].values() if way.get("cached")]
+        counts = " / ".join(dict.fromkeys(f"{way['coded']} of {way['cached']}" for way in ran))
+        between = ", ".join(dict.fromkeys(row.get("sites", {}).values()))
+        rest = "" if said == "whole" else said if not ran else "; ".join(row["misses"]) or said
+        lines.append(f"| {row['class']} | {counts} | {between} | {rest.replace('|', '/')[:400]} |")
+    return "\n".join(lines) + "\n"
