@@ -44,6 +44,9 @@ LIMIT = 256
 _PRODUCTS = {aten.matmul.default, aten.bmm.default, aten.baddbmm.default}
 
 
+_CONVOLUTIONS = {aten.conv1d.default, aten.conv1d.padding, aten.conv2d.default, aten.convolution.default}
+
+
 def find_reader(node: Node, limit: int = LIMIT) -> Reader | None:
     """The first attention product that reads ``node`` through token-wise ops, breadth first. None where there is none
     among the first ``limit`` nodes."""
@@ -85,7 +88,8 @@ def written(node: Node) -> Node | None:
 
 def is_read(node: Node, limit: int = LIMIT) -> bool:
     """Whether attention reads ``node``, perhaps through one more product with a weight (multi-head latent attention
-    caches what it expands to keys and values later)."""
+    caches what it expands to keys and values later). An op that is not known might be attention; a convolution is not.
+    """
     queue, seen = [node], {node}
     while queue and limit:
         limit -= 1
@@ -94,8 +98,10 @@ def is_read(node: Node, limit: int = LIMIT) -> bool:
             return True
         for user in node.users:
             rule = rule_of(user)
-            if user in seen or rule is None and user.target not in CACHE_OPS:
+            if user in seen or user.op == "output" or user.target in _CONVOLUTIONS:
                 continue
+            if rule is None and user.target not in CACHE_OPS:
+                return True
             seen.add(user)
             if rule is not None and rule.role == "contract":
                 if find_reader(user) is not None:
@@ -116,7 +122,7 @@ def _carries(user: Node) -> bool:
 def _reads(user: Node, value: Node) -> tuple[str, int] | None:
     """("key" or "value", token axis of ``value``) where ``user`` is attention's product with ``value``."""
     rank = len(shape(value)) if isinstance(value.meta.get("val"), torch.Tensor) else 0
-    if user.target is aten.scaled_dot_product_attention.default:
+    if user.target in (aten.scaled_dot_product_attention.default, torch.ops.higher_order.flex_attention):
         if user.args[1] is value:
             return "key", rank - 2
         return ("value", rank - 2) if user.args[2] is value else None
