@@ -44,6 +44,7 @@ LIMIT = 256
 _PRODUCTS = {aten.matmul.default, aten.bmm.default, aten.baddbmm.default}
 
 
+_PADS = {aten.pad.default, aten.constant_pad_nd.default}
 _CONVOLUTIONS = {aten.conv1d.default, aten.conv1d.padding, aten.conv2d.default, aten.convolution.default}
 
 
@@ -100,7 +101,7 @@ def is_read(node: Node, limit: int = LIMIT) -> bool:
             rule = rule_of(user)
             if user in seen or user.op == "output" or user.target in _CONVOLUTIONS:
                 continue
-            if rule is None and user.target not in CACHE_OPS:
+            if rule is None and user.target not in CACHE_OPS and user.target not in _PADS:
                 return True
             seen.add(user)
             if rule is not None and rule.role == "contract":
