@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
 
@@ -52,7 +52,7 @@ def fake_mode_of(values: Sequence[Any]) -> FakeTensorMode:
     return mode if mode is not None else FakeTensorMode(allow_non_fake_inputs=True)
 
 
-def canonical_trace(gm: GraphModule, values: Sequence[Any]) -> GraphModule:
+def canonical_trace(gm: Callable[..., Any], values: Sequence[Any]) -> GraphModule:
     """Trace ``gm`` on fake ``values`` to ATen before decompositions (``linear`` and SDPA stay whole).
 
     Constants in the graph (``torch.tensor([])`` of an empty cache) are real tensors, hence allow_non_fake_inputs. Nodes
@@ -61,7 +61,8 @@ def canonical_trace(gm: GraphModule, values: Sequence[Any]) -> GraphModule:
     """
     mode = fake_mode_of(values)
     with mock.patch.object(mode, "allow_non_fake_inputs", True), mode, torch.no_grad(), preserve_node_meta():
-        traced = make_fx(lambda *given: Interpreter(gm).run(*given), pre_dispatch=True)(*values)
+        run = Interpreter(gm).run if isinstance(gm, GraphModule) else gm
+        traced = make_fx(lambda *given: run(*given), pre_dispatch=True)(*values)
     for node in traced.graph.nodes:
         if node.op == "get_attr" and isinstance(getattr(traced, node.target, None), FakeTensor):
             users = ", ".join(str(user.target) for user in node.users)

@@ -102,6 +102,15 @@ def transpose(node: Node, axis: int) -> list[tuple[Node, int | None]]:
     return [(source, {a: b, b: a}.get(axis, axis))]
 
 
+def swap_last(node: Node, axis: int) -> list[tuple[Node, int | None]]:
+    last = len(shape(node)) - 1
+    return [(tensors(node)[0], {last: last - 1, last - 1: last}.get(axis, axis))]
+
+
+def reverse_axes(node: Node, axis: int) -> list[tuple[Node, int | None]]:
+    return [(tensors(node)[0], len(shape(node)) - 1 - axis)]
+
+
 def permute(node: Node, axis: int) -> list[tuple[Node, int | None]]:
     source = tensors(node)[0]
     return [(source, dim_of(node.args[1][axis], len(shape(source))))]

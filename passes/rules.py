@@ -72,6 +72,9 @@ def _rows(role: str, words: str, fn: AxisRule, *ops: Any) -> None:
 
 
 _rows("layout", "swaps two axes", axes.transpose, aten.transpose.int, aten.t.default)
+_rows("layout", "swaps two axes", axes.transpose, aten.swapaxes.default, aten.swapdims.default)
+_rows("layout", "swaps the last two axes", axes.swap_last, aten.mT.default)
+_rows("layout", "reverses the axes", axes.reverse_axes, aten.numpy_T.default)
 _rows("layout", "reorders the axes", axes.permute, aten.permute.default)
 _rows("layout", "adds an axis of one", axes.unsqueeze, aten.unsqueeze.default)
 _rows("layout", "drops axes of one", axes.squeeze, aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default)

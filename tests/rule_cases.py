@@ -77,6 +77,11 @@ BTHD, BHTD, BTn = R(B, T, H, D), R(B, H, T, D), R(B, T, H * D)
 NO = (None, None)
 row(aten.t.default, c("0"), [R(D, T)], (None, 0), (None, 1))
 row(aten.transpose.int, c("0", 1, 2), [BTHD], (0, 2), (0, 1))
+for op in (aten.swapaxes.default, aten.swapdims.default):
+    row(op, c("0", 1, -2), [BTHD], (0, 2), (0, 1))
+row(aten.mT.default, c("0"), [BHTD], (0, 3), (0, 2))
+row(aten.mT.default, c("0"), [BHTD], (0, 2), (0, 3))
+row(aten.numpy_T.default, c("0"), [R(D, T)], (None, 0), (None, 1))
 row(aten.permute.default, c("0", [0, 2, 1, 3]), [BTHD], (0, 2), (0, 1))
 row(aten.transpose.int, c("0", -1, -2), [BHTD], (0, 3), (0, 2))
 row(aten.permute.default, c("0", [2, 0, -1, 1]), [BTHD], (1, 3), (0, 1))
@@ -190,6 +195,7 @@ for op in (aten.mul.Scalar, aten.div.Scalar, aten.silu.default, aten.cos.default
 
 #: ops that mix nothing whatever their arguments are: for them, every axis of the output is tried instead
 NEVER_MIX = {
+    aten.mT.default, aten.numpy_T.default, aten.swapaxes.default, aten.swapdims.default,
     aten.transpose.int, aten.t.default, aten.permute.default, aten.unsqueeze.default, aten.squeeze.dim,
     aten.squeeze.dims, aten.squeeze.default, aten.select.int, aten.unbind.int, operator.getitem, aten.clone.default,
     aten.contiguous.default, aten.neg.default, aten.stack.default, aten.to.dtype, aten.to.device,
