@@ -103,8 +103,9 @@ def demo(result: dict[str, Any]) -> str:
     """What ``lorc demo`` found its budgets to cost."""
     base = result["dense"]["loss"]
     points = [("dense", base)]
-    asked = f"first prompt, {result['options'].get('ratio', Options().ratio):g}"
-    points += [(asked, result["lorc"]["loss"])] + [(f"first prompt, {p['ratio']:g}", p) for p in result["sweep"]]
+    known = "first prompt" if result["first_prompt_tokens"] else "no long prompt yet"
+    asked = f"{known}, {result['options'].get('ratio', Options().ratio):g}"
+    points += [(asked, result["lorc"]["loss"])] + [(f"{known}, {p['ratio']:g}", p) for p in result["sweep"]]
     points += [(f"after `lorc calibrate`, {p['ratio']:g}", p) for p in result["calibrated"]]
     points += [(f"LoRC as published, {p['ratio']:g}", p) for p in result["paper"]]
     lines = [

@@ -103,7 +103,13 @@ def run(
             name = f"lorc, calibrated, at ratio {CALIBRATED_RATIO:g}"
             calibrated = [{"ratio": CALIBRATED_RATIO} | loss_with(given, name)]
     torch.compiler.reset()
-    about = {"model": str(path or "Gemma 3 270M"), "dtype": str(model.dtype).removeprefix("torch."), "inner": inner}
+    seen = len(rest) if len(rest) >= FIRST_PROMPT_TOKENS else 0
+    about = {
+        "first_prompt_tokens": seen,
+        "model": str(path or "Gemma 3 270M"),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "inner": inner,
+    }
     about |= {"options": options, "prompts": list(prompts), "new_tokens": new_tokens}
     about |= {"torch": torch.__version__, "transformers": transformers.__version__, "machine": platform.machine()}
     about |= {"threads": torch.get_num_threads(), "seconds": round(time.perf_counter() - start, 1)}
