@@ -21,7 +21,7 @@ from lorc_fx.compat import size_expr
 from .axes import Axes, Mixes, shape
 from .rules import rule_of
 
-TEACH = "teach the matcher what it does: lorc_fx.register_rule, docs/new_architecture.md"
+TEACH = "if it keeps tokens apart, teach the matcher so: lorc_fx.register_rule, docs/new_architecture.md"
 INSIDE = "let the compiled module compute it from token positions, without a graph break between"
 STAYS = "nothing to do: this cache stays dense, and right"
 
