@@ -14,6 +14,8 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
+from bench.zoo import randomise
+
 VOCAB, HIDDEN, HEADS, WINDOW = 101, 64, 4, 6
 HEAD = HIDDEN // HEADS
 
@@ -109,22 +111,6 @@ class Family:
             for kind, (module, features) in zip(("key", "value"), both, strict=True):
                 found.append(Projection(i, kind, module, features))
         return found
-
-
-def randomise(model: torch.nn.Module, seed: int) -> None:
-    """Everything random and of a size that shows: projections with gain 1, biases 0.3, norm weights 20 % apart."""
-    generator = torch.Generator().manual_seed(seed + 1)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            noise = torch.randn(p.shape, generator=generator)
-            norm = any(part in name.lower() for part in ("norm", "ln_", "layernorm"))
-            if p.dim() > 1:
-                wide = min(p.shape) if "embed" not in name and "wte" not in name and "wpe" not in name else 4
-                p.copy_(noise / wide**0.5)
-            elif norm and name.endswith("weight"):
-                p.add_(0.2 * noise)
-            else:
-                p.copy_(0.3 * noise)
 
 
 def make_low_rank(family: Family, model: Any, fraction: float) -> int:
