@@ -87,7 +87,7 @@ def watching(seen: Seen) -> Iterator[None]:
     seen.said += [text for text in dict.fromkeys(ours) if text not in seen.said]
 
 
-def inputs(model: Any, entry: zoo.Entry) -> dict[str, torch.Tensor]:
+def inputs(model: Any) -> dict[str, torch.Tensor]:
     """A batch of two prompts, the first padded on the left; decoders with an encoder get both."""
     draw = torch.Generator().manual_seed(3)
     ids = torch.randint(3, 90, (2, PROMPT), generator=draw)
@@ -183,7 +183,7 @@ def check(entry: zoo.Entry, ways: Sequence[str] = tuple(WAYS)) -> Row:
         model = entry.build()
     except Exception as error:
         return {**row, "not_built": _said(error)}
-    seen, given = Seen(), inputs(model, entry)
+    seen, given = Seen(), inputs(model)
     for name in ways:
         if "prefill_chunk_size" in WAYS[name] and model.config.is_encoder_decoder:
             continue  # generate cuts the encoder's mask too

@@ -174,9 +174,10 @@ def _spread(graph: Graph, y: Node, features: tuple[int, ...], width: int) -> Nod
     return pieces[0] if len(pieces) == 1 else graph.call_function(aten.cat.default, (pieces, 2))
 
 
-def needed(rows: Rows, words: str) -> Rows:
-    """``rows`` with the features of y that they depend on: a clamp or a norm may stand before a fused projection is
-    split. Raises NoSite where these are more than the cache holds, so that coding them would lose what it keeps.
+def trimmed_decoder(rows: Rows, words: str) -> tuple[Rows, Decoder, tuple[Node, ...]]:
+    """``make_decoder`` of those features of y that the rows depend on, and the rows with these: a clamp or a norm may
+    stand before a fused projection is split. Raises NoSite where these are more than the cache holds, so that coding
+    them would lose what it keeps.
 
     Found by running the epilogue, a token for each feature, with that one changed: to NaN, which most ops pass on, and
     to other numbers.
@@ -184,7 +185,7 @@ def needed(rows: Rows, words: str) -> Rows:
     decoder, constants = make_decoder(rows, words)
     held = math.prod(size for size in decoder.layout if isinstance(size, int))
     if decoder.width <= held:
-        return rows
+        return rows, decoder, constants
     n, draw = decoder.width, torch.Generator().manual_seed(0)
     base = torch.randn(n, generator=draw).to(decoder.dtype)
     values = [c.meta["val"] for c in constants]
@@ -203,7 +204,8 @@ def needed(rows: Rows, words: str) -> Rows:
     if int(used.sum()) > held:
         reason = f"{int(used.sum())} features of its projection become {held} in the cache: coding them saves nothing"
         raise NoSite(rows.y, reason)
-    return replace(rows, features=tuple(used.nonzero().flatten().tolist()))
+    rows = replace(rows, features=tuple(used.nonzero().flatten().tolist()))
+    return rows, *make_decoder(rows, words)
 
 
 def _static_or_zero(sizes: Any, axes: Axes) -> list[int]:

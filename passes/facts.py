@@ -47,7 +47,7 @@ class Region:
 @dataclass(frozen=True)
 class Rows:
     """What ``describe`` found. ``chain`` goes from x to y, ``epilogue`` from y, positions and constants to the rows.
-    ``features``: which of y's features the rows depend on, None for all (``epilogue.needed`` finds out)."""
+    ``features``: which of y's features the rows depend on, None for all (``epilogue.trimmed_decoder`` finds out)."""
 
     x: Node
     x_axes: Axes

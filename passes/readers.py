@@ -40,10 +40,9 @@ class Reader:
 
 
 LIMIT = 256
+"""Nodes that are looked at behind a value, in search of what reads it."""
 
 _PRODUCTS = {aten.matmul.default, aten.bmm.default, aten.baddbmm.default}
-
-
 _PADS = {aten.pad.default, aten.constant_pad_nd.default}
 _CONVOLUTIONS = {aten.conv1d.default, aten.conv1d.padding, aten.conv2d.default, aten.convolution.default}
 
@@ -89,7 +88,8 @@ def written(node: Node) -> Node | None:
 
 def is_read(node: Node, limit: int = LIMIT) -> bool:
     """Whether attention reads ``node``, perhaps through one more product with a weight (multi-head latent attention
-    caches what it expands to keys and values later). An op that is not known might be attention; a convolution is not.
+    caches what it expands to keys and values later). An op that is not known might be attention, and so might what
+    lies past the limit; a convolution is not.
     """
     queue, seen = [node], {node}
     while queue and limit:
@@ -110,8 +110,10 @@ def is_read(node: Node, limit: int = LIMIT) -> bool:
             else:
                 queue.append(user)
             target = written(user)
-            queue += [base for base in viewed(target) if base not in seen] if target is not None else []
-    return False
+            bases = [] if target is None else [base for base in viewed(target) if base not in seen]
+            seen.update(bases)
+            queue += bases
+    return bool(queue)
 
 
 def _carries(user: Node) -> bool:

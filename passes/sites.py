@@ -12,7 +12,7 @@ from lorc_fx.decoder import Decoder
 from lorc_fx.records import Miss
 
 from .caches import Caches, Group
-from .epilogue import make_decoder, needed
+from .epilogue import trimmed_decoder
 from .facts import STAYS, Facts, NoSite, Rows
 from .readers import Reader, find_reader, is_read, viewed, written
 from .rules import rule_of
@@ -89,8 +89,8 @@ def match(gm: GraphModule) -> Matched:
             if group.broken is not None:
                 raise NoSite(*group.broken)
             parts = [(node, facts.describe(node, token)) for node, token in group.rows.items()]
-            parts = [(node, needed(rows, words(rows))) for node, rows in parts]
-            made = [(node, rows, group, *make_decoder(rows, words(rows))) for node, rows in parts]
+            cut = [(node, *trimmed_decoder(rows, words(rows))) for node, rows in parts]
+            made = [(node, rows, group, decoder, consts) for node, rows, decoder, consts in cut]
             _same_projection([m[1] for m in made])
             found += made
             if group.latents or made:
