@@ -254,6 +254,10 @@ def _worker(entry: zoo.Entry, answers: Any) -> None:
     answers.put(check(entry))
 
 
+def _dead(entry: zoo.Entry, how: Any) -> Row:
+    return {"class": entry.cls, "model_type": entry.model_type, "kind": entry.kind, "ways": {}, "died": how}
+
+
 def isolated(entry: zoo.Entry, limit: float = LIMIT_S) -> Row:
     """``check`` in a process of its own, which may die or hang."""
     context = multiprocessing.get_context("fork")
@@ -266,8 +270,8 @@ def isolated(entry: zoo.Entry, limit: float = LIMIT_S) -> Row:
             with contextlib.suppress(queue.Empty):
                 return answers.get(timeout=0.5)
             if not process.is_alive() and answers.empty():
-                return {"class": entry.cls, "kind": entry.kind, "ways": {}, "died": process.exitcode}
-        return {"class": entry.cls, "kind": entry.kind, "ways": {}, "died": f"longer than {limit} s"}
+                return _dead(entry, process.exitcode)
+        return _dead(entry, f"longer than {limit} s")
     finally:
         process.kill()
         process.join()
@@ -278,27 +282,30 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     parser = argparse.ArgumentParser(description="Every decoder of transformers, right and coded.")
     parser.add_argument("--only", nargs="+", default=None, help="names of classes or model types")
+    parser.add_argument("--show", action="store_true", help="print what was found as JSON and write nothing")
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=RESULTS / "decoders.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "decoders.json", help="rows of other classes stay in it")
     parser.add_argument("--docs", type=Path, default=None, help="write a page on the result here")
     args = parser.parse_args(argv)
     import transformers  # noqa: F401  (the processes are copies of this one)
 
     torch.set_num_threads(1)
     chosen = [e for e in zoo.entries() if not args.only or e.cls in args.only or e.model_type in args.only]
-    rows: list[Row] = []
+    here = machine()
+    rows: dict[str, Row] = {}
+    if args.only and args.out.exists():
+        rows = {f"{row['model_type']} {row['class']}": row for row in json.loads(args.out.read_text())["rows"]}
+    result: dict[str, Any] = {"machine": here, "tolerance": TOLERANCE, "command": "python -m bench.decoders"}
     with ThreadPoolExecutor(args.jobs) as pool:
         for entry, row in zip(chosen, pool.map(isolated, chosen), strict=True):
-            rows.append(row)
+            rows[f"{entry.model_type} {entry.cls}"] = {**row, "date": machine()["date"]}
             print(f"{entry.kind} {entry.cls} ({row.get('seconds', 0):.0f} s): {verdict(row)}", flush=True)
-    if not args.only:
-        command = f"python -m bench.decoders {' '.join(argv or sys.argv[1:])}".strip()
-        result = {"machine": machine(), "tolerance": TOLERANCE, "rows": rows, "command": command}
-        write_json(args.out, result)
-        if args.docs:
-            args.docs.write_text(page(result))
-    else:
-        print(json.dumps(rows, indent=1, default=str))
+            if not args.show:
+                write_json(args.out, {**result, "rows": list(rows.values())})  # as it goes: the whole takes hours
+    if args.show:
+        print(json.dumps(list(rows.values()), indent=1, default=str))
+    elif args.docs:
+        args.docs.write_text(page({**result, "rows": list(rows.values())}))
 
 
 if __name__ == "__main__":
