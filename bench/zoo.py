@@ -48,9 +48,17 @@ SMALL: dict[str, Any] = {
 
 _BOTH = ["sliding_attention", "full_attention"]
 
+
+def _mrope(pairs: list[int], **more: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": pairs, **more}}
+
+
 #: model type -> what its configuration needs beside ``SMALL``; None takes the class's own value
 OWN: dict[str, dict[str, Any]] = {
     "blt": {"encoder_hash_byte_group_vocab": 64},
+    **dict.fromkeys(("qwen2_vl_text", "qwen2_5_vl_text", "paddleocr_vl_text"), _mrope([4, 2, 2])),
+    **dict.fromkeys(("glm4v_text", "glm_ocr_text"), _mrope([4, 2, 2])),
+    "glm4v_moe_text": _mrope([2, 1, 1], partial_rotary_factor=0.5),
     "codegen": {"rotary_dim": 8},
     "cohere_compass_text": {
         "rope_parameters": {
@@ -128,7 +136,7 @@ OWN: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Entry:
-    """One class of the library: ``model_type`` of its configuration, ``kind`` "causal" or "seq2seq"."""
+    """One class of the library: ``model_type`` of its configuration, ``kind`` the table that names it."""
 
     kind: str
     model_type: str
@@ -163,17 +171,22 @@ class Entry:
 
 
 def entries() -> Iterator[Entry]:
-    """All classes that the library's two tables name; a class under two model types comes once for each."""
+    """All classes that the library's tables name; a class under two model types comes once for each."""
     from transformers.models.auto import modeling_auto as auto
 
     tables = {
         "causal": auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         "seq2seq": auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+        "speech": auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
+        "vision": auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     }
+    seen = set()
     for kind, table in tables.items():
         for model_type, names in table.items():
             for cls in names if isinstance(names, (tuple, list)) else (names,):
-                yield Entry(kind, model_type, cls)
+                if (model_type, cls) not in seen:
+                    seen.add((model_type, cls))
+                    yield Entry(kind, model_type, cls)
 
 
 def small_config(cls: type) -> Any:
@@ -185,6 +198,7 @@ def small_config(cls: type) -> Any:
     has, renamed = default.to_dict(), getattr(default, "attribute_map", {})
     given = {k: v for k, v in SMALL.items() if has.get(k) is not None and k not in renamed and k not in own}
     given |= _kinds_of_layers(has)
+    given |= _sections(has)
     if has.get("head_dim") and has["head_dim"] == has.get("qk_rope_head_dim"):
         given["head_dim"] = given["qk_rope_head_dim"]
     if has.get("kv_lora_rank") and has.get("num_key_value_heads") == has.get("num_attention_heads"):
@@ -207,6 +221,15 @@ def _kinds_of_layers(has: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def _sections(has: dict[str, Any]) -> dict[str, Any]:
+    """Rotary pairs for time, height and width, as many as a small head has."""
+    rope = has.get("rope_parameters") or {}
+    if not isinstance(rope, dict) or len(rope.get("mrope_section") or ()) != 3:
+        return {}
+    pairs = int(HEAD * rope.get("partial_rotary_factor", 1.0)) // 2
+    return {"rope_parameters": {**rope, "mrope_section": [pairs - 2 * (pairs // 4), pairs // 4, pairs // 4]}}
+
+
 def randomise(model: torch.nn.Module, seed: int) -> None:
     """Everything random and of a size that shows: projections with gain 1, biases 0.3, norm weights 20 % apart."""
     generator = torch.Generator().manual_seed(seed + 1)
@@ -223,7 +246,16 @@ def randomise(model: torch.nn.Module, seed: int) -> None:
                 p.copy_(0.3 * noise)
 
 
-def features(config: Any) -> tuple[int, int]:
-    """Mel bins and frames of an audio encoder's input."""
-    bins = getattr(config, "num_mel_bins", None) or getattr(config, "input_feat_per_channel", 80)
-    return bins, 2 * getattr(config, "max_source_positions", 64)
+def encoder_input(model: Any, draw: torch.Generator) -> dict[str, torch.Tensor]:
+    """Two inputs of an encoder of sound, small, under the name that it asks for; nothing for other models."""
+    config, name = model.config, model.main_input_name
+    if name in ("input_values", "inputs"):
+        return {name: torch.randn(2, 4000, generator=draw)}
+    if name != "input_features":
+        return {}
+    parts = [config, getattr(config, "encoder_config", None), getattr(config, "audio_config", None)]
+    names = ("num_mel_bins", "input_feat_per_channel", "feature_projection_input_dim")
+    bins = next((v for c in parts for n in names if (v := getattr(c, n, None))), 80)
+    frames = 2 * getattr(config, "max_source_positions", 64)
+    size = (2, bins, frames) if config.model_type == "whisper" else (2, min(frames, 128), bins)
+    return {name: torch.randn(size, generator=draw)}

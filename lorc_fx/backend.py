@@ -24,6 +24,7 @@ from .errors import (
 from .latent import LatentKV
 from .options import Options
 from .passes.check import check_canonical
+from .passes.epilogue import may_project
 from .passes.lower import absorb, readings
 from .passes.normalise import logical, normalise, placeholders
 from .passes.sites import Matched, match
@@ -56,6 +57,8 @@ def _raiser(error: LorcError) -> Callee:
 
 def compile_graph(gm: GraphModule, example_inputs: Sequence[Any], options: Options) -> Callee:
     """One graph of Dynamo's -> a callable over latents, or the inner compiler on the untouched graph."""
+    if not any(map(_may_hold_tokens, map(compat.example_value, placeholders(gm)))):
+        return _plain(gm, options)  # a mask, made of lengths and flags: nothing to say about it
     if torch.is_grad_enabled() and any(isinstance(e, torch.Tensor) and e.requires_grad for e in example_inputs):
         return _untouched(gm, example_inputs, options, GradRequired())
     try:
@@ -68,10 +71,16 @@ def compile_graph(gm: GraphModule, example_inputs: Sequence[Any], options: Optio
         raise
     except Exception as error:  # whatever torch's tracer says: the graph stays right, and it is said
         return _untouched(gm, example_inputs, options, UnreadableGraph(f"{type(error).__name__}: {error}"))
-    _report(matched, options)
+    if matched.coded or matched.misses or any(map(may_project, canonical.graph.nodes)):
+        _report(matched, options)
     if not matched.sites and not any(n.meta.get("latent") is not None for n in placeholders(canonical)):
         return _plain(gm, options)
     return Compiled(canonical, gm, matched, Builder(canonical, matched, options)).first(example_inputs)
+
+
+def _may_hold_tokens(value: Any) -> bool:
+    """Whether keys and values may come of an input: of integers, flags and sizes alone they do not."""
+    return isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex())
 
 
 def examine(

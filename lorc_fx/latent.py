@@ -15,7 +15,7 @@ from .codec import Codec
 from .compat import mark_weak_dynamic, skip_frame, traced_by_another_backend
 from .decoder import decode_dense
 from .errors import ForeignCache
-from .rows import Rows, Track, alias, alone, reserve, unwritten
+from .rows import Rows, Track, alias, alone, reserve, unwritten, zero_unwritten
 
 _INNER = {
     (False, False): ["codes"],
@@ -145,10 +145,8 @@ class LatentKV(torch.Tensor):
         if self.tail is not None and not self.length:
             return self.tail
         coded = decode_dense(c.decoder, c.latents(self.codes), self.positions, c.decode, c.mean, c.consts).contiguous()
-        empty = unwritten(self.codes)
-        if bool(empty.any()):  # a dense buffer holds zeros there, whatever the mean
-            places = c.decoder.placed(empty)
-            coded = torch.where(places, torch.zeros((), dtype=coded.dtype, device=coded.device), coded)
+        if bool(unwritten(self.codes).any()):  # a dense buffer holds zeros there, whatever the mean
+            coded = zero_unwritten(coded, self.codes, c.decoder.batch_dim, c.decoder.token_dim)
         return coded if self.tail is None else torch.cat([coded, self.tail], c.decoder.token_dim)
 
     def own_(self, positions: bool = False) -> None:

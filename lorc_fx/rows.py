@@ -28,6 +28,13 @@ def unwritten(codes: torch.Tensor) -> torch.Tensor:
     return (empty & torch.signbit(codes) if codes.is_floating_point() else empty).all(-1)
 
 
+def zero_unwritten(value: torch.Tensor, codes: torch.Tensor, batch_dim: int, token_dim: int) -> torch.Tensor:
+    """A decoded value with zeros where rows of codes [T, B, width] hold no token yet, as a dense buffer has there."""
+    empty = unwritten(codes) if batch_dim < 0 else unwritten(codes).permute([0, 1] if token_dim < batch_dim else [1, 0])
+    sizes = [n if i in (batch_dim, token_dim) else 1 for i, n in enumerate(value.shape)]
+    return value.masked_fill(empty.reshape(sizes), 0.0)
+
+
 def alias(tensor: torch.Tensor, start: int, length: int) -> torch.Tensor:
     """Rows [start, start + length) of a contiguous tensor, not as an autograd view: guards would walk to its base."""
     if start == 0 and length == tensor.shape[0]:

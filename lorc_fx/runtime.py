@@ -15,7 +15,7 @@ from torch.fx import GraphModule
 
 from .codec import Codec
 from .compat import is_fake, size_expr
-from .errors import EagerWarning, ForeignCache
+from .errors import EagerWarning
 from .latent import LatentKV, extend, in_step
 from .passes.interface import Output, Rewritten, Sharing
 from .passes.normalise import placeholders
@@ -275,15 +275,18 @@ class Compiled:
         return self.binding(arguments, self.codecs)
 
     def _dense(self, arguments: Sequence[Any]) -> Any:
-        """Run the untouched graph on decoded caches: the cache in hand was written by other weights or another plan."""
-        coded = [n for n in placeholders(self.canonical) if n.meta.get("latent") is not None]
-        if any(writes_to(node, holder) for node in self.canonical.graph.nodes for holder in coded):
-            raise ForeignCache("its buffer is written in place, and the model's weights or plan have changed since")
+        """Run the untouched graph on decoded caches: the cache in hand was written by other weights or another plan.
+        What the graph writes into becomes dense in place, so that the writes reach it."""
         warnings.warn(
             "a cache written by other weights or another plan goes on uncompressed (decoded, right, but dense); "
             "start with a fresh cache to compress again",
             EagerWarning,
             stacklevel=3,
         )
-        plain = [a.dense() if isinstance(a, LatentKV) else a for a in arguments]
+        plain = list(arguments)
+        for i, holder in enumerate(placeholders(self.canonical)):
+            latent = arguments[i]
+            if isinstance(latent, LatentKV):
+                into = any(writes_to(node, holder) for node in self.canonical.graph.nodes)
+                plain[i] = latent.uncompress_() if into else latent.dense()
         return self.original.forward(*plain)

@@ -196,12 +196,19 @@ def _cat(caches: Caches, node: Node) -> None:
     cells = [p for p in parts if p in caches.cells]
     if cells and any(caches.cells[c].find().token != dim for c in cells):
         return
+    if len({caches.cells[c].find() for c in cells if _is_kept(c)}) > 1:
+        return  # attention over two caches at once (an encoder's behind a decoder's): it reads both, and each stays
     if cells or any(is_empty(p) for p in parts):
         caches.join(node, parts, dim)
         return
     past = [p for p in parts if caches.base(p)[0].op == "placeholder" and not caches.base(p)[0].meta.get("state")]
     if past and len(shape(node)) >= 3 and past[0].meta["val"].is_floating_point():
         caches.dense += [DenseWrite(node, p, dim) for p in parts if p not in past]
+
+
+def _is_kept(cell: Node) -> bool:
+    """Whether a cell is a cache of its own: it came in as one, or leaves the graph."""
+    return cell.meta.get("latent") is not None or any(user.op == "output" for user in cell.users)
 
 
 def _slice(caches: Caches, node: Node) -> None:

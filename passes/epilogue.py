@@ -24,6 +24,13 @@ PRODUCTS = {
 _EXPANDS = {aten.expand.default, aten.broadcast_to.default}
 
 
+def may_project(node: Node) -> bool:
+    """Whether a node multiplies by a weight, or might: an op that is not torch's own is not known."""
+    if node.op != "call_function":
+        return False
+    return node.target in PRODUCTS or getattr(node.target, "namespace", "aten") not in ("aten", "prims", "prim")
+
+
 def resized(node: Node, axes: Axes, batch: Any, tokens: Any) -> list[Any]:
     """The sizes of a node's value with its batch and token axes replaced; all others must be static."""
     sizes: list[Any] = []
@@ -94,13 +101,16 @@ def _order(leading: list[int], places: list[int | None], rank: int) -> list[int]
     return [at[i] if i in at else next(rest) for i in range(rank)]
 
 
-def _emit(graph: Graph, region: Region, env: dict[Node, Node], batch: Any, tokens: Any) -> Node:
+def _emit(graph: Graph, region: Region, env: dict[Node, Node], batch: Any, tokens: Any, full: set[Node]) -> Node:
+    """``full``: values that have a row for each batch row here, whether or not they had in the graph."""
     for node, axes in region.nodes:
+        if not full.isdisjoint(node.all_input_nodes):
+            full.add(node)
         rule = rule_of(node)
         if rule is not None and rule.sized:
             source = env[node.args[0]]
             op = aten.expand.default if node.target in _EXPANDS else aten.reshape.default
-            rows = 1 if _broadcast(node, axes, region) else batch
+            rows = 1 if node not in full and _broadcast(node, axes, region) else batch
             env[node] = graph.call_function(op, (source, resized(node, axes, rows, tokens)))
             continue
         args, kwargs = _static_args(node)
@@ -127,22 +137,18 @@ def make_decoder(rows: Rows, words: str) -> tuple[Decoder, tuple[Node, ...]]:
     y = graph.placeholder("y")
     positions = graph.placeholder("positions")
     region = rows.epilogue
-    constants = tuple(n for n in region.inputs if n not in (rows.y, rows.position))
+    constants = tuple(n for n in region.inputs if n is not rows.y and n not in dict(rows.sides))
     env = {c: graph.placeholder(f"const{i}") for i, c in enumerate(constants)}
-    sized = y if rows.position is None else positions  # so that angles depend on positions alone
+    sized = y if rows.side is None else positions  # so that angles depend on positions alone
     batch = graph.call_function(aten.sym_size.int, (sized, 0))
     tokens = graph.call_function(aten.sym_size.int, (sized, 1))
     sizes = feature_sizes(rows.y, rows.y_axes)
     width = math.prod(sizes)
     whole = y if rows.features is None else _spread(graph, y, rows.features, width)
     env[rows.y] = from_rows(graph, whole, sizes, rows.y_axes, batch, tokens)
-    if rows.position is not None and rows.position_axes is not None:
-        ones = feature_sizes(rows.position, rows.position_axes)
-        if any(s != 1 for s in ones):
-            raise NoSite(rows.position, "its tokens have several positions each")
-        cast = graph.call_function(aten.to.dtype, (positions, rows.position.meta["val"].dtype))
-        env[rows.position] = from_rows(graph, cast, ones, rows.position_axes, batch, tokens)
-    graph.output(_emit(graph, region, env, batch, tokens))
+    env |= _sides(graph, rows, positions, batch, tokens)
+    full = {n for n, at in ((rows.y, rows.y_axes), *rows.sides) if at.batch is not None}
+    graph.output(_emit(graph, region, env, batch, tokens, full))
     graph.eliminate_dead_code()
     axes = region.output_axes
     value = region.output.meta["val"]
@@ -152,9 +158,21 @@ def make_decoder(rows: Rows, words: str) -> tuple[Decoder, tuple[Node, ...]]:
     ]
     width = width if rows.features is None else len(rows.features)
     module = GraphModule(torch.nn.Module(), graph)
-    shared = rows.position_axes is not None and rows.position_axes.batch is None and axes.batch is not None
-    decoder = Decoder(module, width, tuple(layout), value.dtype, rows.position is not None, words, shared)
-    return decoder, constants
+    shared = axes.batch is not None and any(at.batch is None for _, at in rows.sides)
+    return Decoder(module, width, tuple(layout), value.dtype, rows.side, words, shared), constants
+
+
+def _sides(graph: Graph, rows: Rows, kept: Node, batch: Any, tokens: Any) -> dict[Node, Node]:
+    """What is kept of each token, [B, T] or [B, T, width of all], as the values that the epilogue reads."""
+    found, begin = {}, 0
+    for node, axes in rows.sides:
+        sizes = feature_sizes(node, axes)
+        end = begin + math.prod(sizes)
+        piece = graph.call_function(aten.slice.Tensor, (kept, 2, begin, end)) if len(rows.sides) > 1 else kept
+        cast = graph.call_function(aten.to.dtype, (piece, node.meta["val"].dtype))
+        found[node] = from_rows(graph, cast, sizes, axes, batch, tokens)
+        begin = end
+    return found
 
 
 def _spread(graph: Graph, y: Node, features: tuple[int, ...], width: int) -> Node:
@@ -190,10 +208,11 @@ def trimmed_decoder(rows: Rows, words: str) -> tuple[Rows, Decoder, tuple[Node, 
     base = torch.randn(n, generator=draw).to(decoder.dtype)
     values = [c.meta["val"] for c in constants]
     consts = [torch.ones([int(s) for s in v.shape], dtype=v.dtype) for v in values]
-    positions = torch.ones(1, n, dtype=torch.int32)
+    side = decoder.side
+    kept = None if side is None else torch.ones(1, n, *side.features, dtype=side.dtype)
 
     def run(y: torch.Tensor) -> torch.Tensor:
-        found = decoder.module(y[None], positions, *consts)
+        found = decoder.module(y[None], kept, *consts)
         return found.movedim(decoder.token_dim, 0).flatten(1)
 
     plain, used = run(base.expand(n, n).contiguous()), torch.zeros(n, dtype=torch.bool)

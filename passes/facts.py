@@ -8,7 +8,6 @@ one per-token activation ``x`` and through which everything else passes; what fo
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -17,9 +16,11 @@ import torch
 from torch.fx import Node
 
 from lorc_fx.compat import size_expr
+from lorc_fx.decoder import Side
 
 from .axes import Axes, Mixes, shape
 from .rules import rule_of
+from .sides import find_sides, stored
 
 TEACH = "if it keeps tokens apart, teach the matcher so: lorc_fx.register_rule, docs/new_architecture.md"
 INSIDE = "let the compiled module compute it from token positions, without a graph break between"
@@ -47,14 +48,15 @@ class Region:
 @dataclass(frozen=True)
 class Rows:
     """What ``describe`` found. ``chain`` goes from x to y, ``epilogue`` from y, positions and constants to the rows.
+    ``sides``: what the epilogue reads of each token beside y, kept as ``side`` says (None where that is nothing).
     ``features``: which of y's features the rows depend on, None for all (``epilogue.trimmed_decoder`` finds out)."""
 
     x: Node
     x_axes: Axes
     y: Node
     y_axes: Axes
-    position: Node | None
-    position_axes: Axes | None
+    sides: tuple[tuple[Node, Axes], ...]
+    side: Side | None
     chain: Region
     epilogue: Region
     contractions: int
@@ -73,7 +75,19 @@ class Facts:
 
     def __init__(self, nodes: Iterable[Node]) -> None:
         self.order = {n: i for i, n in enumerate(nodes)}
+        self._constants = set[Node]()
+        for node in self.order:
+            if (
+                _is_constant_leaf(node, Axes(None, None))
+                or not _is_input(node)
+                and self._constants.issuperset(node.all_input_nodes)
+            ):
+                self._constants.add(node)
         self._roots: dict[tuple[Node, Axes], _Root] = {}
+
+    def constant(self, node: Node) -> bool:
+        """Whether a value is made of parameters, buffers, constants and sizes only."""
+        return node in self._constants
 
     # -- affine roots -----------------------------------------------------------------------------------------
 
@@ -152,7 +166,7 @@ class Facts:
         raise first
 
     def _describe(self, rows: Node, axes: Axes) -> Rows:
-        boundary, positions = self._boundary(rows, axes)
+        boundary = self._boundary(rows, axes)
         if not boundary:
             raise NoSite(rows, "no projection of an activation leads here")
         roots = {(self.root(n, a).node, self.root(n, a).axes) for n, a in boundary.items()}
@@ -165,18 +179,25 @@ class Facts:
             raise NoSite(rows, "it depends on its projections in a way that has no single vector to code")
         x, x_axes = self._trim(y, y_axes, root, root_axes)
         _check_tokens(x, x_axes)
-        position, position_axes = _single(*self._meet(positions, None)) if positions else (None, None)
-        stops = {y: y_axes} if position is None else {y: y_axes, position: position_axes}
+        sides = find_sides(self, self.region(rows, axes, {y: y_axes}, self._is_side_leaf), y)
+        try:
+            side = stored(sides)
+        except ValueError as why:
+            raise NoSite(next(iter(sides)), f"what it reads of each token beside its projection has {why}") from None
         chain = self.region(y, y_axes, {x: x_axes}, _is_constant_leaf)
-        epilogue = self.region(rows, axes, stops, _is_constant_leaf)
+        epilogue = self.region(rows, axes, {y: y_axes, **sides}, _is_constant_leaf)
         for region in (chain, epilogue):
-            _check_constants(region, {x, y, position})
-        return Rows(x, x_axes, y, y_axes, position, position_axes, chain, epilogue, self.root(y, y_axes).contractions)
+            _check_constants(region, {x, y, *sides})
+        depth = self.root(y, y_axes).contractions
+        return Rows(x, x_axes, y, y_axes, tuple(sides.items()), side, chain, epilogue, depth)
 
-    def _boundary(self, rows: Node, axes: Axes) -> tuple[dict[Node, Axes], dict[Node, Axes]]:
-        """The last affine values and the integer (position) values met first on the way back from ``rows``."""
+    def _is_side_leaf(self, node: Node, axes: Axes) -> bool:
+        """Where the search for what a token needs beside y ends: constants, integers, inputs of the call."""
+        return node.op != "call_function" or _is_integer(node) or (axes.token is not None and self.constant(node))
+
+    def _boundary(self, rows: Node, axes: Axes) -> dict[Node, Axes]:
+        """The last affine values on the way back from ``rows``; other ways end at positions and inputs of the call."""
         boundary: dict[Node, Axes] = {}
-        positions: dict[Node, Axes] = {}
         seen: set[tuple[Node, Axes]] = set()
         stack = [(rows, axes)]
         while stack:
@@ -186,21 +207,20 @@ class Facts:
             seen.add((node, at))
             if self.root(node, at).contractions:
                 boundary[node] = at
-            elif _is_integer(node):
-                positions[node] = at
-            elif not _is_constant_leaf(node, at):
+            elif node.op == "call_function" and not _is_integer(node) and not self.constant(node):
                 rule = rule_of(node)
                 if rule is None:
-                    kind = "input" if node.op == "placeholder" else f"result of `{node.target}`"
-                    reason = f"it depends on a per-token {kind} that is neither projected nor a position"
-                    raise NoSite(node, reason, INSIDE if node.op == "placeholder" else TEACH)
+                    reason = (
+                        f"it depends on a per-token result of `{node.target}` that is neither projected nor a position"
+                    )
+                    raise NoSite(node, reason, TEACH)
                 try:
                     stack.extend(rule.back(node, at))
                 except Mixes as why:
                     raise NoSite(node, f"op `{node.target}` {why}") from None
-        return boundary, positions
+        return boundary
 
-    def _meet(self, front: dict[Node, Axes], root: Node | None) -> tuple[Node, Axes]:
+    def _meet(self, front: dict[Node, Axes], root: Node) -> tuple[Node, Axes]:
         """The one node through which all of ``front`` pass: step the latest back until one is left."""
         front = dict(front)
         while len(front) > 1:
@@ -249,23 +269,8 @@ def _whole(node: Node, axes: Axes) -> tuple[Node, Axes]:
     return node, axes
 
 
-def _single(node: Node, axes: Axes) -> tuple[Node, Axes]:
-    """The one position of each token, where ``node`` repeats it for several axes (text in a vision-language model)."""
-    while math.prod(size for i, size in enumerate(_known(node)) if i not in axes) > 1:
-        rule = rule_of(node)
-        try:
-            sources = [] if rule is None else [(n, a) for n, a in rule.back(node, axes) if a.token is not None]
-        except Mixes:
-            break
-        if len(sources) != 1 or rule is None or rule.role != "layout":
-            break
-        node, axes = sources[0]
-    return node, axes
-
-
-def _known(node: Node) -> list[int]:
-    """The sizes of a node's value, 1 where a size is not static."""
-    return [static_size(size) or 1 for size in node.meta["val"].shape]
+def _is_input(node: Node) -> bool:
+    return node.op == "placeholder" and isinstance(node.meta.get("val"), torch.Tensor)
 
 
 def _is_activation_side(node: Node, source: Node) -> bool:

@@ -87,6 +87,8 @@ def _latent(matched: Matched, codecs: Mapping[Group, Codec], facts: Facts, opera
         node, at = sources[0]
     group = matched.caches.group(node)
     assert group is not None
+    if group in matched.bare:
+        return None
     codec = codecs[group]
     decoder = codec.decoder
     if codec.decode is None or (at.batch, at.token) != (decoder.batch_dim, decoder.token_dim):
@@ -109,7 +111,7 @@ def _through(facts: Facts, operand: Node, axes: Axes, cell: Node, at: Axes, inde
     start = graph.placeholder("index")
     try:
         region = facts.region(operand, axes, {cell: at}, lambda n, a: False)
-        graph.output(_emit(graph, region, {cell: start}, 1, 1) if region.nodes else start)
+        graph.output(_emit(graph, region, {cell: start}, 1, 1, {cell}) if region.nodes else start)
         return GraphModule(torch.nn.Module(), graph)(index)
     except (NoSite, RuntimeError):
         return None

@@ -134,8 +134,9 @@ def _blank(r: Rewriter, node: Node) -> Mirror:
     device = node.meta["val"].device
 
     def emit(lane: str) -> Node:
-        if lane == "positions":
-            return r.call(aten.zeros.default, [tokens, batch], dtype=torch.int32, device=device)
+        side = template.decoder.side
+        if lane == "positions" and side is not None:
+            return r.call(aten.zeros.default, [tokens, batch, *side.features], dtype=side.dtype, device=device)
         storage = template.format.storage
         size = [tokens, batch, template.format.width]
         return r.call(aten.full.default, size, blank(storage), dtype=storage, device=device)

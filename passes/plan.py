@@ -54,7 +54,7 @@ def candidate(site: Site, factors: Factors, basis: Basis, keeps_positions: bool,
     dense = element
     for size in decoder.layout:
         dense *= size if isinstance(size, int) else 1
-    fixed = POSITION_BYTES if keeps_positions else 0
+    fixed = decoder.side.nbytes if keeps_positions and decoder.side is not None else 0
     width, only_model = min(factors.rank, len(basis.energy)), options.precision == "model"
     energy = basis.energy[:width].clamp_min(0)
     share = (energy / 2 if basis.absolute else energy / energy.sum().clamp_min(1e-300)).tolist()

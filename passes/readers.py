@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
-from .axes import Axes, Mixes, shape
+from .axes import Axes, Mixes, arg, shape
 from .rules import rule_of
 
 aten = torch.ops.aten
@@ -44,7 +44,9 @@ LIMIT = 256
 
 _PRODUCTS = {aten.matmul.default, aten.bmm.default, aten.baddbmm.default}
 _PADS = {aten.pad.default, aten.constant_pad_nd.default}
-_CONVOLUTIONS = {aten.conv1d.default, aten.conv1d.padding, aten.conv2d.default, aten.convolution.default}
+_CONVOLUTIONS = {
+    aten.conv1d.default, aten.conv1d.padding, aten.conv2d.default, aten.convolution.default, aten.unfold.default
+}  # fmt: skip
 
 
 def find_reader(node: Node, limit: int = LIMIT) -> Reader | None:
@@ -114,6 +116,53 @@ def is_read(node: Node, limit: int = LIMIT) -> bool:
             seen.update(bases)
             queue += bases
     return bool(queue)
+
+
+def is_masked(reader: Reader, limit: int = 24) -> bool:
+    """Whether attention surely keeps some tokens out: it is causal, or its scores meet flags before the softmax, in a
+    mask or as one. A bias alone (ALiBi) keeps nothing out; False also where that cannot be told."""
+    if reader.node.target is aten.scaled_dot_product_attention.default:
+        mask = arg(reader.node, 3, "attn_mask")
+        return bool(arg(reader.node, 5, "is_causal")) or (isinstance(mask, Node) and _has_flags(mask))
+    forward = reader.kind == "key"
+    first = int(reader.node.target is aten.baddbmm.default)
+    start = reader.node if forward else reader.node.args[first]
+    queue: list[Node] = [start] if isinstance(start, Node) else []
+    seen = set(queue)
+    while queue and limit:
+        limit -= 1
+        node = queue.pop(0)
+        for other in node.users if forward else node.all_input_nodes:
+            if other in seen or other.target in _PRODUCTS:
+                continue
+            seen.add(other)
+            queue.append(other)
+            if other.target in _FILLS:
+                return True
+            if other.target is aten.add.Tensor and any(_has_flags(n) for n in other.all_input_nodes if n not in seen):
+                return True
+    return False
+
+
+_FILLS = {aten.masked_fill.Scalar, aten.masked_fill.Tensor, aten.where.self, aten.where.ScalarOther}
+
+
+def _has_flags(mask: Node, limit: int = LIMIT) -> bool:
+    """Whether a mask is made of flags, or comes in ready-made."""
+    queue, seen = [mask], {mask}
+    while queue and limit:
+        limit -= 1
+        node = queue.pop(0)
+        value = node.meta.get("val")
+        if isinstance(value, torch.Tensor):
+            given = node.op == "placeholder" and not node.meta.get("state") and value.dim() == 4
+            if value.dtype == torch.bool or given:
+                return True
+        if node.target not in _PRODUCTS:
+            fresh = [n for n in node.all_input_nodes if n not in seen]
+            seen.update(fresh)
+            queue += fresh
+    return False
 
 
 def _carries(user: Node) -> bool:

@@ -27,13 +27,15 @@ from lorc_fx.compat import size_expr
 from lorc_fx.errors import GraphInvariant
 from lorc_fx.kernels import ops as _ops  # noqa: F401  (registers lorc::table)
 from lorc_fx.packing import pack, unpack
+from lorc_fx.rows import zero_unwritten
 
-from .axes import shape
+from .axes import Axes, shape
 from .caches import Group, viewed, written
 from .interface import Input, Output, Rewritten, Sharing
 from .lower import Absorption, absorb, readings
 from .mirrors import MIRRORS, Cell
 from .normalise import is_impure
+from .sides import width
 from .sites import Matched, Site
 from .tracks import shared_tracks
 
@@ -258,12 +260,21 @@ class Rewriter:
         return self._token_major(codes, site.rows.x_axes, *self._extent(site), [form.width])
 
     def _positions(self, site: Site) -> Node | None:
-        """The positions [S, B] int32 of new rows, where the epilogue needs them."""
-        node = site.rows.position
-        if not site.decoder.needs_positions or node is None:
+        """What is kept of new rows beside codes, [S, B] or [S, B, width]: positions, where the epilogue needs them."""
+        side = site.decoder.side
+        if side is None:
             return None
-        cast = self.call(aten.to.dtype, self.env_value(node), torch.int32)
-        return self._token_major(cast, site.rows.position_axes, *self._extent(site), [])
+        pieces = []
+        for node, axes in site.rows.sides:
+            value = self.call(aten.to.dtype, self.env_value(node), side.dtype)
+            if side.width is None:
+                return self._token_major(value, axes, *self._extent(site), [], given=False)
+            leading = [i for i in dict.fromkeys((axes.batch, axes.token)) if i is not None]
+            order = leading + [i for i in range(len(shape(node))) if i not in leading]
+            moved = self.call(aten.permute.default, value, order)
+            at = Axes(None if axes.batch is None else 0, len(leading) - 1)
+            pieces.append(self._token_major(moved, at, *self._extent(site), [width(node, axes)], given=False))
+        return pieces[0] if len(pieces) == 1 else self.call(aten.cat.default, pieces, 2)
 
     def env_value(self, node: Node) -> Node:
         return self.read(node) if self.coded(node) is not None else self.env[node]
@@ -299,25 +310,20 @@ class Rewriter:
             return total
         raise GraphInvariant("rewrite", "sizes are sums and products of the graph's symbolic inputs", str(expr))
 
-    def _token_major(self, value: Node, axes: Any, batch: Any, tokens: Any, rest: list[int]) -> Node:
-        """A per-token value in the layout ``axes`` -> contiguous [S, B, *rest]."""
+    def _token_major(
+        self, value: Node, axes: Any, batch: Any, tokens: Any, rest: list[int], given: bool = True
+    ) -> Node:
+        """A per-token value in the layout ``axes`` -> contiguous [S, B, *rest]. ``given``: it has all batch rows
+        (positions are often there once for all)."""
         if axes.batch is None or axes.batch == axes.token or axes.batch < axes.token:
-            if axes.batch is None and batch != 1:  # the same for all rows of the batch
-                flat = self.call(aten.reshape.default, value, [1, tokens, *rest])
+            rows = 1 if axes.batch is None else batch if given else -1
+            flat = self.call(aten.reshape.default, value, [rows, tokens, *rest])
+            if rows is not batch and batch != 1:
                 flat = self.call(aten.expand.default, flat, [batch, tokens, *rest])
-            else:
-                flat = self._spread(value, axes, batch, tokens, rest)
             major = self.call(aten.transpose.int, flat, 0, 1)
         else:
             major = self.call(aten.reshape.default, value, [tokens, batch, *rest])
         return self.call(aten.clone.default, major, memory_format=torch.contiguous_format)
-
-    def _spread(self, value: Node, axes: Any, batch: Any, tokens: Any, rest: list[int]) -> Node:
-        """[1 or B, S, *rest] -> [B, S, *rest]; positions are often given once for all rows."""
-        if not rest and batch != 1:
-            flat = self.call(aten.reshape.default, value, [-1, tokens])
-            return self.call(aten.expand.default, flat, [batch, tokens])
-        return self.call(aten.reshape.default, value, [batch, tokens, *rest])
 
     # -- reading ----------------------------------------------------------------------------------------------
 
@@ -327,7 +333,11 @@ class Rewriter:
         assert group is not None
         key = (node, self.writes.get(group, 0))
         if key not in self.reads:
-            self.reads[key] = self._decode(group, self.cells[node])
+            cell, decoder = self.cells[node], self.templates[group].decoder
+            value = self._decode(group, cell)
+            if group in self.matched.bare:
+                value = self.call(zero_unwritten, value, cell.codes, decoder.batch_dim, decoder.token_dim)
+            self.reads[key] = value
         return self.reads[key]
 
     def latents(self, group: Group, cell: Cell) -> Node:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import math
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
@@ -13,8 +16,8 @@ from lorc_fx.records import Miss
 
 from .caches import Caches, Group
 from .epilogue import trimmed_decoder
-from .facts import STAYS, Facts, NoSite, Rows
-from .readers import Reader, find_reader, is_read, viewed, written
+from .facts import INSIDE, STAYS, Facts, NoSite, Rows
+from .readers import Reader, find_reader, is_masked, is_read, viewed, written
 from .rules import rule_of
 
 aten = torch.ops.aten
@@ -22,6 +25,12 @@ aten = torch.ops.aten
 UNREAD = "no attention"
 """Kind of a Miss that is no loss: a state of another sort (a convolution's last inputs, say), to which all this does
 not apply."""
+
+
+SIDE_SHARE = 0.5
+"""What a cache may keep beside codes, cosines say, as a share of its dense bytes; a position always may."""
+
+Found = tuple[Node, Rows, Group, Decoder, tuple[Node, ...]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +77,12 @@ class Matched:
     misses: tuple[Miss, ...]
     coded: frozenset[Group]
 
+    @functools.cached_property
+    def bare(self) -> frozenset[Group]:
+        """Buffers written in place whose attention may read rows that hold no token yet."""
+        sites = [s for s in self.sites if s.group.find().in_place]
+        return frozenset(s.group.find() for s in sites if s.reader is None or not is_masked(s.reader))
+
     @property
     def lost(self) -> tuple[Miss, ...]:
         """Misses that cost memory."""
@@ -79,7 +94,7 @@ def match(gm: GraphModule) -> Matched:
     nodes = list(gm.graph.nodes)
     caches, facts = Caches(nodes), Facts(nodes)
     misses: list[Miss] = []
-    found: list[tuple[Node, Rows, Group, Decoder, tuple[Node, ...]]] = []
+    found: list[Found] = []
     coded: set[Group] = set()
     for group, cells in caches.groups().items():
         try:
@@ -91,12 +106,16 @@ def match(gm: GraphModule) -> Matched:
             parts = [(node, facts.describe(node, token)) for node, token in group.rows.items()]
             cut = [(node, *trimmed_decoder(rows, words(rows))) for node, rows in parts]
             made = [(node, rows, group, decoder, consts) for node, rows, decoder, consts in cut]
-            _same_projection([m[1] for m in made])
+            _same_projection([m[1] for m in made], [m[3] for m in made])
             found += made
             if group.latents or made:
                 coded.add(group)
         except NoSite as why:
-            misses.append(Miss(why.node.name, "not understood", why.reason, source_line(why.node), why.step))
+            misses.append(_not_understood(why))
+    for group, why in _costly(found).items():
+        misses.append(_not_understood(why))
+        found = [item for item in found if item[2] is not group]
+        coded.discard(group)
     for write in caches.dense:
         try:
             facts.describe(write.rows, write.token)
@@ -109,6 +128,29 @@ def match(gm: GraphModule) -> Matched:
         step = 'compile the model itself, model.compile(backend="lorc"), so that what fills it is compiled too'
         misses.append(Miss(write.node.name, "preallocated", reason, source_line(write.node), step))
     return Matched(caches, tuple(_sites(found, facts)), tuple(misses), frozenset(coded))
+
+
+def _not_understood(why: NoSite) -> Miss:
+    return Miss(why.node.name, "not understood", why.reason, source_line(why.node), why.step)
+
+
+def _costly(found: list[Found]) -> dict[Group, NoSite]:
+    """Groups that would keep more of each token beside its codes than ``SIDE_SHARE`` of the dense bytes: with what they
+    share counted once, where they can share."""
+    together: dict[Any, list[Found]] = {}
+    for item in found:
+        _, rows, group, decoder, _ = item
+        if decoder.side is not None and decoder.side.width is not None:
+            together.setdefault((rows.sides, id(group) if group.in_place else group.window), []).append(item)
+    costly = {}
+    for (sides, _), items in together.items():
+        side = items[0][3].side
+        dense = {group: math.prod(x for x in d.layout if isinstance(x, int)) for _, _, group, d, _ in items}
+        size = sum(dense.values()) * items[0][3].dtype.itemsize
+        if side is not None and side.nbytes > SIDE_SHARE * size:
+            reason = f"it needs {side.nbytes} bytes per token beside the projection, and the cache {size}"
+            costly |= {group: NoSite(sides[0][0], reason, INSIDE) for group in dense}
+    return costly
 
 
 def _unread(node: Node) -> Miss:
@@ -126,14 +168,16 @@ def source_line(node: Node, limit: int = 8) -> str:
     return "{}:{}: {}".format(*frames[-1]).strip() if frames else ""
 
 
-def _same_projection(rows: list[Rows]) -> None:
-    """One buffer has one codec: all that is written to it must come through the same weights."""
-    for other in rows[1:]:
+def _same_projection(rows: list[Rows], decoders: list[Decoder]) -> None:
+    """One buffer has one codec: all that is written to it must come through the same weights, and the same ops."""
+    for other, decoder in zip(rows[1:], decoders[1:], strict=True):
         if set(other.chain.inputs) - {other.x} != set(rows[0].chain.inputs) - {rows[0].x}:
             raise NoSite(other.y, "one cache is written by several projections")
+        if decoder.digest != decoders[0].digest:
+            raise NoSite(other.y, "one cache is written by one projection in several ways")
 
 
-def _sites(found: list[tuple[Node, Rows, Group, Decoder, tuple[Node, ...]]], facts: Facts) -> list[Site]:
+def _sites(found: list[Found], facts: Facts) -> list[Site]:
     read = []
     for node, rows, group, decoder, consts in found:
         reader = find_reader(node)
@@ -164,7 +208,7 @@ def words(rows: Rows) -> str:
         parts.append("LayerNorm")
     if any("vector_norm" in t or "aten.norm" in t for t in targets):
         parts.append("L2 norm")
-    if rows.position is not None:
+    if rows.side is not None:
         parts.append("rotary")
     if any("clamp" in t for t in targets):
         parts.append("clamp")

@@ -81,7 +81,7 @@ def _program(group: Group, nodes: list[Node], sites: Mapping[Node, Site], inputs
             program.append(("argument", *inputs[node]))
         elif node in sites:
             batch = shape(node)[decoder.batch_dim] if decoder.batch_dim >= 0 else 1
-            program.append(("rows", sites[node].rows.position, sites[node].rows.position_axes, batch))
+            program.append(("rows", sites[node].rows.sides, batch))
         else:
             program.append((node.target, seen(node.args), tuple(sorted((k, seen(v)) for k, v in node.kwargs.items()))))
     return program

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from lorc_fx.codec import Codec, model_segments
-from lorc_fx.decoder import Decoder
+from lorc_fx.decoder import POSITION, Decoder
 from lorc_fx.latent import LatentKV
 from lorc_fx.packing import Format
 
@@ -37,7 +37,7 @@ class Epilogue(nn.Module):
 
 def codec_of(layout="BHTD", positions=True, seed=0, dtype=torch.float32):
     traced = torch.fx.symbolic_trace(Epilogue(layout, positions))
-    decoder = Decoder(traced, HEADS * DIM, LAYOUTS[layout], dtype, positions, "adds positions")
+    decoder = Decoder(traced, HEADS * DIM, LAYOUTS[layout], dtype, POSITION if positions else None, "adds positions")
     g = torch.Generator().manual_seed(seed)
     encode, decode = torch.randn(RANK, 5, generator=g), torch.randn(RANK, HEADS * DIM, generator=g)
     mean = torch.randn(HEADS * DIM, generator=g).to(dtype)

@@ -21,7 +21,7 @@ class Flat(nn.Module):
 
 
 def decoder(width, dtype=FP64):
-    return Decoder(torch.fx.symbolic_trace(Flat()), width, ("B", "T", width), dtype, False, "none")
+    return Decoder(torch.fx.symbolic_trace(Flat()), width, ("B", "T", width), dtype, None, "none")
 
 
 def codec_of(weight, rank, bias=None, dtype=FP64):

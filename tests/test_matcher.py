@@ -11,6 +11,7 @@ from torch import nn
 from helpers import Recorder, assert_close, options
 from lorc_fx.errors import LorcWarning
 from lorc_fx.latent import LatentKV
+from lorc_fx.passes import sites
 
 VOCAB, WIDTH, HEADS, KV, DIM, ROOM = 50, 32, 4, 2, 8, 32
 N = KV * DIM
@@ -244,12 +245,21 @@ def test_what_is_not_understood_stays_dense_and_right(twist, reason):
 
 
 def test_angles_as_inputs_of_the_call():
-    """cos and sin come with the call: they are no function of a position in this graph."""
+    """cos and sin come with the call, for one layer only: they would cost more than half of what the cache holds."""
     values, _, said = check(decoder(), turn=True)
     keys, others = values[::2], values[1::2]
     assert not any(isinstance(k, LatentKV) for k in keys)
     assert all(isinstance(v, LatentKV) for v in others)
-    assert any("neither projected nor a position" in text or "no position" in text for text in said), said
+    assert any("bytes per token beside the projection" in text for text in said), said
+
+
+@pytest.mark.parametrize("ratio", [1.0, 0.75])
+def test_angles_as_inputs_are_kept_where_that_costs_little(monkeypatch, ratio):
+    """They are kept for each token, once for all layers that share them."""
+    monkeypatch.setattr(sites, "SIDE_SHARE", 2.0)
+    values, _, said = check(decoder(), ratio=ratio, turn=True)
+    assert all(isinstance(v, LatentKV) for v in values), said
+    assert values[0].positions.shape == (12, 3, 2 * DIM) and values[0].positions.dtype == torch.float32
 
 
 class WithState(nn.Module):
