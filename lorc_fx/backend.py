@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.fx import GraphModule
+from torch._subclasses.fake_tensor import DataDependentOutputException
+from torch.fx import GraphModule, Node
 
 from . import compat
 from .builder import Builder, compile_inner, complete
@@ -19,10 +20,12 @@ from .errors import (
     NoSites,
     NoSitesWarning,
     StrictMiss,
+    UnloadedWeights,
     UnreadableGraph,
 )
 from .latent import LatentKV
 from .options import Options
+from .parts import in_parts
 from .passes.check import check_canonical
 from .passes.epilogue import may_project
 from .passes.lower import absorb, readings
@@ -61,21 +64,42 @@ def compile_graph(gm: GraphModule, example_inputs: Sequence[Any], options: Optio
         return _plain(gm, options)  # a mask, made of lengths and flags: nothing to say about it
     if torch.is_grad_enabled() and any(isinstance(e, torch.Tensor) and e.requires_grad for e in example_inputs):
         return _untouched(gm, example_inputs, options, GradRequired())
+    unloaded = [n.name for n, e in zip(placeholders(gm), example_inputs, strict=True) if _unloaded(n, e)]
+    if unloaded:
+        raise UnloadedWeights(unloaded)
     try:
         with timed("normalise_s"):
-            canonical = normalise(gm, example_inputs)
+            opened, take = in_parts(gm, example_inputs)
+            canonical = normalise(opened, take(example_inputs))
             check_canonical(canonical)
         with timed("match_s"):
             matched = match(canonical)
     except LorcError:
         raise
     except Exception as error:  # whatever torch's tracer says: the graph stays right, and it is said
-        return _untouched(gm, example_inputs, options, UnreadableGraph(f"{type(error).__name__}: {error}"))
+        return _untouched(gm, example_inputs, options, UnreadableGraph(_unread(gm, error)))
     if matched.coded or matched.misses or any(map(may_project, canonical.graph.nodes)):
         _report(matched, options)
     if not matched.sites and not any(n.meta.get("latent") is not None for n in placeholders(canonical)):
         return _plain(gm, options)
-    return Compiled(canonical, gm, matched, Builder(canonical, matched, options)).first(example_inputs)
+    compiled = Compiled(canonical, opened, matched, Builder(canonical, matched, options)).first(take(example_inputs))
+    return compiled if opened is gm else lambda *arguments: compiled(*take(arguments))
+
+
+def _unread(gm: GraphModule, error: Exception) -> str:
+    """Why a trace failed. A number of the model that changed between calls has become an input without a value."""
+    read = [n.args[0] for n in gm.graph.nodes if n.op == "call_method" and n.target == "item"]
+    numbers = [str(n) for n in read if isinstance(n, Node) and n.op == "placeholder"]
+    if numbers and isinstance(error, DataDependentOutputException):
+        return (
+            f"a Python number changed between calls, and Dynamo made it an input ({', '.join(numbers[:4])}); "
+            "torch._dynamo.config.specialize_float = True compiles for its value instead"
+        )
+    return f"{type(error).__name__}: {error}"
+
+
+def _unloaded(node: Node, example: Any) -> bool:
+    return isinstance(example, torch.Tensor) and example.is_meta and compat.is_module_state(node, example)
 
 
 def _may_hold_tokens(value: Any) -> bool:
@@ -87,7 +111,9 @@ def examine(
     gm: GraphModule, example_inputs: Sequence[Any], options: Options
 ) -> tuple[list[dict[str, Any]], tuple[Miss, ...], Plan]:
     """The same steps up to the codecs, for reports: one dict per site (fields of ``report.SiteReport``)."""
-    canonical = normalise(gm, example_inputs)
+    opened, take = in_parts(gm, example_inputs)
+    example_inputs = take(example_inputs)
+    canonical = normalise(opened, example_inputs)
     matched = match(canonical)
     builder = Builder(canonical, matched, options)
     prepared, plan = builder.planned(matched.sites, example_inputs)
@@ -121,7 +147,9 @@ def examine(
 def plans(gm: GraphModule, example_inputs: Sequence[Any], many: Sequence[Options]) -> list[Plan]:
     """A plan for each of ``many`` options that differ in how bytes are given and spent only: weights are factorised
     once. Raises what planning raises."""
-    canonical = normalise(gm, example_inputs)
+    opened, take = in_parts(gm, example_inputs)
+    example_inputs = take(example_inputs)
+    canonical = normalise(opened, example_inputs)
     matched = match(canonical)
     builder = Builder(canonical, matched, many[0])
     prepared = builder.prepared(matched.sites, example_inputs)

@@ -124,6 +124,7 @@ class Builder:
         self.places = {
             s: tuple(self.index[n] for n in (*s.weights, *s.consts) if n in self.index) for s in matched.sites
         }
+        self.recipes = {s: s.recipe for s in matched.sites}
         self.constants = {
             s: tuple(_content(self.attributes[n]) for n in (*s.weights, *s.consts) if n in self.attributes)
             for s in matched.sites
@@ -214,7 +215,7 @@ class Builder:
         o = self.options
         budget = tuple(getattr(o, name) for name in CODEC_OPTIONS)
         stored = site.group.find().in_place  # such sites store their own positions, which a budget must count
-        return (budget, site.kind, site.ordinal, stored, self.constants[site])
+        return (budget, site.kind, site.ordinal, stored, self.constants[site], self.recipes[site])
 
     def _informed(self, site: Site, arguments: Sequence[Any]) -> Codec | None:
         return STORE.find((self._key(site), True), self.weights(site, arguments))

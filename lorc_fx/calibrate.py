@@ -15,6 +15,7 @@ from .calibration import Calibration, fingerprint
 from .errors import BadCalibration, QualityWarning
 from .gather import Sums, Walker
 from .options import Options
+from .parts import in_parts
 from .passes.check import check_canonical
 from .passes.normalise import normalise
 from .passes.sites import Site, match
@@ -34,7 +35,8 @@ class Gatherer:
 
     def __call__(self, gm: GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
         try:
-            canonical = normalise(gm, examples)
+            opened, take = in_parts(gm, examples)
+            canonical = normalise(opened, take(examples))
             check_canonical(canonical)
             matched = match(canonical)
         except Exception as error:  # raised again by ``calibrate``, as its own class instead of torch's wrapper
@@ -45,7 +47,8 @@ class Gatherer:
         builder = Builder(canonical, matched, Options())
         walker: list[Walker] = []
 
-        def run(*arguments: Any) -> Any:
+        def run(*given: Any) -> Any:
+            arguments = take(given)
             if not walker:
                 walker.append(
                     Walker(canonical, {s: self._sums(builder, s, arguments) for s in matched.sites}, self.gradients)
@@ -76,8 +79,9 @@ def calibrate(
     better, and as dear as training on the text. Raises BadCalibration for no text, no sites, or activations that are
     not finite.
     """
-    from .report import _uncompiled
+    from .report import _uncompiled, check_loaded
 
+    check_loaded(model)
     gatherer = Gatherer(gradients)
     torch._dynamo.reset()
     compiled = torch.compile(_uncompiled(model), backend=gatherer)

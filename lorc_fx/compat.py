@@ -58,11 +58,23 @@ def canonical_trace(gm: Callable[..., Any], values: Sequence[Any]) -> GraphModul
     Constants in the graph (``torch.tensor([])`` of an empty cache) are real tensors, hence allow_non_fake_inputs. Nodes
     keep the ``stack_trace`` of the user's line that they come from. Raises RuntimeError where the trace has a hole: a
     value that no op of it makes (under ``vmap``) has become a constant without data.
+
+    A subclass that has only ``__torch_dispatch__`` (a shard) cannot run before decompositions. A graph with weights in
+    parts (``parts.in_parts``) is then traced after them.
     """
+    try:
+        return _traced(gm, values, pre_dispatch=True)
+    except Exception:
+        if not (isinstance(gm, GraphModule) and gm.meta.get("in_parts")):
+            raise
+        return _traced(gm, values, pre_dispatch=False)
+
+
+def _traced(gm: Callable[..., Any], values: Sequence[Any], pre_dispatch: bool) -> GraphModule:
     mode = fake_mode_of(values)
     with mock.patch.object(mode, "allow_non_fake_inputs", True), mode, torch.no_grad(), preserve_node_meta():
         run = Interpreter(gm).run if isinstance(gm, GraphModule) else gm
-        traced = make_fx(lambda *given: run(*given), pre_dispatch=True)(*values)
+        traced = make_fx(lambda *given: run(*given), pre_dispatch=pre_dispatch)(*values)
     for node in traced.graph.nodes:
         if node.op == "get_attr" and isinstance(getattr(traced, node.target, None), FakeTensor):
             users = ", ".join(str(user.target) for user in node.users)

@@ -206,6 +206,19 @@ class BadWeight(LorcError, ValueError):
         )
 
 
+class UnloadedWeights(LorcError, ValueError):
+    """Weights on the device ``meta``: they have shapes, and no data yet."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = tuple(names)
+        more = f" and {len(self.names) - 4} more" if len(self.names) > 4 else ""
+        super().__init__(
+            f"{len(self.names)} weight(s) are on the device 'meta' and have no data: {', '.join(self.names[:4])}{more}"
+            "; only weights with data can be factorised. Load them first (from_pretrained, or load_state_dict(..., "
+            "assign=True) on a model made on 'meta'), then call the model again."
+        )
+
+
 class GradRequired(LorcError):
     """The graph is compiled for training: a gradient is required."""
 

@@ -14,7 +14,7 @@ from rich.text import Text
 from torch.fx import GraphModule
 
 from .backend import examine
-from .errors import StrictMiss
+from .errors import StrictMiss, UnloadedWeights
 from .options import FIRST_PROMPT, FIRST_PROMPT_TOKENS, Options
 from .packing import MODEL, Segment
 from .passes.sites import UNREAD
@@ -181,7 +181,8 @@ def traced(
     visit: Callable[[GraphModule, Sequence[Any]], None],
 ) -> None:
     """Run the model once, dense and under no_grad, and show each of its graphs to ``visit`` with its inputs. Raises
-    what ``visit`` raises."""
+    UnloadedWeights, and what ``visit`` raises."""
+    check_loaded(model)
     failed: list[BaseException] = []
 
     def record(gm: GraphModule, examples: Sequence[Any]) -> Any:
@@ -196,6 +197,13 @@ def traced(
         compiled(*args, **kwargs)
     if failed:
         raise failed[0]
+
+
+def check_loaded(model: torch.nn.Module) -> None:
+    """Torch's own error for a model on ``meta`` comes from deep inside of a trace and names no weight."""
+    unloaded = [name for name, weight in model.named_parameters() if weight.is_meta]
+    if unloaded:
+        raise UnloadedWeights(unloaded)
 
 
 def _uncompiled(model: torch.nn.Module) -> Any:

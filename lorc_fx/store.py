@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from .codec import Codec
+from .parts import all_parts
 from .records import Fidelity
 
 
@@ -120,9 +121,9 @@ STORE = CodecStore()
 def reset(model: torch.nn.Module) -> None:
     """Forget the codecs of ``model``, and with them the statistics of its first prompt: the next prompt counts as the
     first again. Caches in use go on decoded: right, dense, and with a warning."""
-    STORE.forget(model.parameters())
+    STORE.forget(all_parts(model.parameters()))
 
 
 def fidelity(model: torch.nn.Module) -> tuple[Fidelity, ...]:
     """How well each codec of ``model`` that the first prompt informed reads that prompt back; () before it has come."""
-    return STORE.fidelities(model.parameters())
+    return STORE.fidelities(all_parts(model.parameters()))

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
+from torch.utils._pytree import tree_leaves
 
 from lorc_fx.decoder import Decoder
 from lorc_fx.records import Miss
 
+from .axes import Axes, arg, dim_of
 from .caches import Caches, Group
 from .epilogue import trimmed_decoder
-from .facts import INSIDE, STAYS, Facts, NoSite, Rows
+from .facts import INSIDE, STAYS, Facts, NoSite, Region, Rows
 from .readers import Reader, find_reader, is_masked, is_read, viewed, written
 from .rules import rule_of
 
@@ -62,6 +66,13 @@ class Site:
         """Columns of one head, 1 where the layout does not tell heads apart."""
         features = [size for size in self.decoder.layout if isinstance(size, int)]
         return features[-1] if len(features) > 1 else 1
+
+    @property
+    def recipe(self) -> tuple[Any, ...]:
+        """What is computed between x and the cache besides the tensors that go in: ops and numbers, in order. Two sites
+        of the same tensors with other recipes (a scale or a slope changed, another activation) need other codecs; the
+        prefill and the decode steps of one site have the same."""
+        return tuple(part for region in (self.rows.chain, self.rows.epilogue) for part in _recipe(region))
 
     @property
     def width_in(self) -> int:
@@ -151,6 +162,29 @@ def _costly(found: list[Found]) -> dict[Group, NoSite]:
             reason = f"it needs {side.nbytes} bytes per token beside the projection, and the cache {size}"
             costly |= {group: NoSite(sides[0][0], reason, INSIDE) for group in dense}
     return costly
+
+
+_CUTS = {aten.slice.Tensor, aten.select.int, aten.split.Tensor, aten.split_with_sizes.default, operator.getitem}
+
+
+def _recipe(region: Region) -> Iterator[tuple[Any, ...]]:
+    """Layout ops count where they pick features only: sizes and axes differ between the graphs of one site."""
+    for node, axes in region.nodes:
+        rule = rule_of(node)
+        if rule is not None and (rule.role == "layout" or rule.sized):
+            if node.target not in _CUTS or _along_tokens(node, axes):
+                continue
+        numbers = [a for a in tree_leaves((node.args, node.kwargs)) if isinstance(a, (int, float, complex))]
+        if rule is not None and rule.role == "contract":
+            yield tuple(numbers)  # ``linear`` and ``addmm`` are one product, spelled for other shapes
+        else:
+            yield str(node.target), *numbers
+
+
+def _along_tokens(node: Node, axes: Axes) -> bool:
+    """Whether a slice is one of tokens or batch rows: it drops none of them, whatever its numbers are."""
+    source = node.args[0].meta["val"]
+    return node.target is aten.slice.Tensor and dim_of(arg(node, 1, "dim", 0), source.dim()) in axes
 
 
 def _unread(node: Node) -> Miss:

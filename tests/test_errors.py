@@ -40,6 +40,10 @@ CASES = {
     "StrictMiss": (errors.StrictMiss(["miss one", "miss two"]), ["2 cached", "- miss one", "strict=False"]),
     "NoSites": (errors.NoSites(["a near miss"]), ["a near miss", "use_cache=True", "strict=False"]),
     "BadWeight": (errors.BadWeight("layer 3 key"), ["layer 3 key", "NaN or inf", "finite", "checkpoint"]),
+    "UnloadedWeights": (
+        errors.UnloadedWeights([f"w{i}" for i in range(6)]),
+        ["6 weight(s)", "'meta'", "w0, w1, w2, w3 and 2 more", "with data", "assign=True"],
+    ),
     "UnreadableGraph": (errors.UnreadableGraph("aten.nonzero"), ["aten.nonzero", "lorc_fx.explain"]),
     "GradRequired": (errors.GradRequired(), ["inference only", "torch.no_grad()"]),
     "ForeignCache": (errors.ForeignCache("of another plan"), ["another plan", "fresh cache"]),
