@@ -1,6 +1,7 @@
 """lorc_fx: torch.compile(model, backend="lorc") gives any decoder a compressed KV cache (LoRC, arXiv 2410.03111)."""
 
 from . import schedulers
+from .bases import register_basis
 from .calibrate import calibrate
 from .calibration import Calibration
 from .errors import LorcError, LorcWarning
@@ -32,6 +33,7 @@ __all__ = [
     "explain",
     "fidelity",
     "make_plan",
+    "register_basis",
     "register_rule",
     "register_scheduler",
     "reset",

@@ -13,6 +13,7 @@ import torch
 from torch.fx import GraphModule
 
 from . import compat
+from .bases import in_columns_of
 from .calibration import Calibration, basis_of, fingerprint
 from .codec import Basis, Codec, Factors, around_bias, factorise, make_codec, prior_basis, through
 from .errors import BadCalibration, BadPlan, QualityWarning
@@ -265,12 +266,19 @@ class Builder:
     def _prepared(self, site: Site, arguments: Sequence[Any], sums: Sums | None) -> Prepared:
         weight, bias = self.effective(site, arguments)
         factors, calibration = factorise(weight, site.name), self.options.calibration
+        statistics = None
         if sums is not None:
-            basis = basis_of(sums.statistics(), weight.detach().double(), site.name)
+            statistics = sums.statistics()
         elif isinstance(calibration, Calibration):
-            basis = calibration.basis(site.name, site.kind, weight, bias)
+            statistics = calibration.of(site.name, site.kind, weight)
+        if statistics is None:
+            basis = prior_basis(factors, bias)
         else:
-            return Prepared(weight, bias, factors, prior_basis(factors, bias))
+            basis = basis_of(statistics, weight.detach().double(), site.name)
+        if self.options.basis != "joint":
+            basis = in_columns_of(self.options.basis, basis, weight, statistics, site.name)
+        if statistics is None:
+            return Prepared(weight, bias, factors, basis)
         return Prepared(weight, bias, replace(factors, left=factors.left[:, :0].clone()), basis)
 
     def _given(self, site: Site, arguments: Sequence[Any], plan: Plan, index: int) -> Prepared:

@@ -207,13 +207,12 @@ class Calibration:
                 raise
             raise BadCalibration(str(path), f"it cannot be read ({why})") from None
 
-    def basis(self, name: str, kind: str, weight: torch.Tensor, bias: torch.Tensor | None) -> Basis:
-        """The basis of a site's effective ``weight`` [n, d] and ``bias`` [n]. Raises BadCalibration where there are no
-        statistics of that weight."""
+    def of(self, name: str, kind: str, weight: torch.Tensor) -> SiteStatistics:
+        """The statistics of a site's effective ``weight`` [n, d]. Raises BadCalibration where there are none."""
         mark = fingerprint(weight)
         for site in self.sites:
             if site.is_of(kind, weight.shape[0], mark):
-                return basis_of(site, weight.detach().double(), name)
+                return site
         raise BadCalibration("this calibration", f"it has no statistics of {name}: it was made for other weights")
 
 

@@ -163,6 +163,17 @@ class BadSchedule(LorcError, ValueError):
         )
 
 
+class BadBasis(LorcError, ValueError):
+    """A registered basis returned something that is none."""
+
+    def __init__(self, basis: str, site: str, reason: str) -> None:
+        self.basis, self.site = basis, site
+        super().__init__(
+            f"Basis {basis!r} returned no basis for {site}: {reason}. A basis is (P [n, k], S [k, n], energy [k] >= 0 "
+            "and falling) with 1 <= k <= n, n the width of the site."
+        )
+
+
 # ------------------------------------------------------------------------------------------- models and weights
 
 

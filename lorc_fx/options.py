@@ -14,6 +14,7 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from lorc_fx import formulas
+from lorc_fx.bases import registered_bases
 from lorc_fx.errors import BadOption, BadPlan, ConflictingOptions, NotYet, UnknownBackend, UnknownOption
 from lorc_fx.schedulers import get_scheduler
 
@@ -36,7 +37,7 @@ FIRST_PROMPT_TOKENS = 256
 #: the options that a codec depends on, beside the weights
 CODEC_OPTIONS = (
     "ratio", "bytes_per_token", "scheduler", "precision", "d_min", "d_max", "protect_first", "protect_last",
-    "calibration", "plan",
+    "calibration", "plan", "basis",
 )  # fmt: skip
 
 
@@ -225,6 +226,7 @@ def _integer(name: str, value: object, low: int, default: object) -> None:
 def _choice(name: str, value: object) -> str:
     """A value of ``CHOICES``; a pair for K and V counts as its value where both are the same (basis only)."""
     now, later = CHOICES[name]
+    now += registered_bases() if name == "basis" else ()
     allowed = " or ".join(repr(choice) for choice in now + later)
     if name == "basis" and isinstance(value, (tuple, list)) and len(value) == 2:
         return [_choice(name, part) for part in value][0]

@@ -36,6 +36,7 @@ CASES = {
         ["'unifrom'", "Did you mean 'uniform'?", "energy, uniform", "register_scheduler"],
     ),
     "AlreadyRegistered": (errors.AlreadyRegistered("scheduler", "x", "f"), ["scheduler 'x'", "by f", "not in use"]),
+    "BadBasis": (errors.BadBasis("mine", "layer 0 key", "shapes [2]"), ["'mine'", "layer 0 key", "P [n, k]"]),
     "BadSchedule": (errors.BadSchedule("mine", "3 entries for 2 sites"), ["'mine'", "3 entries", "1 <= k <= width"]),
     "StrictMiss": (errors.StrictMiss(["miss one", "miss two"]), ["2 cached", "- miss one", "strict=False"]),
     "NoSites": (errors.NoSites(["a near miss"]), ["a near miss", "use_cache=True", "strict=False"]),
