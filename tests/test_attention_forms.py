@@ -80,8 +80,11 @@ def test_rotations(kind, ratio, many_shapes):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("ratio", [1.0, 0.5])
-@pytest.mark.parametrize("form", ["eager", "sdpa", "flex_attention"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "form"),
+    # the library has no SDPA for scores that are capped
+    [(n, f) for n in MODELS for f in ("eager", "sdpa", "flex_attention") if (n, f) != ("gemma2", "sdpa")],
+)
 def test_implementations(name, form, ratio, many_shapes):
     """The eager model computes what all of them do; flex attention itself needs a compiler to run."""
     model = build(name, attn_implementation="eager")
