@@ -77,6 +77,8 @@ def watching(seen: Seen) -> Iterator[None]:
     def making(self: Any, prepared: Any, plan: Any, arguments: Any) -> Any:
         for (site, p), line in zip(prepared.items(), plan.sites, strict=True):
             key = (site.kind, p.weight.data_ptr(), tuple(p.weight.shape), float(p.weight.double().sum()))
+            if seen.ranks.get(key, line.rank) != line.rank:
+                seen.also.add(site.name)  # one weight, two caches
             seen.weights[key], seen.ranks[key] = p.weight.detach().clone(), line.rank
         return made(self, prepared, plan, arguments)
 

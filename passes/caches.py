@@ -120,6 +120,11 @@ class Caches:
         self.cells[node] = group
         return group.find()
 
+    def is_kept(self, group: Group) -> bool:
+        """Whether a group is a cache of its own, as far as its cells are known: it came in as one, or leaves."""
+        cells = [cell for cell, at in self.cells.items() if at.find() is group]
+        return any(c.meta.get("latent") is not None or any(u.op == "output" for u in c.users) for c in cells)
+
     def base(self, node: Node) -> tuple[Node, int | None, list[Node]]:
         """Follow slices along one axis back to what they slice: (base, axis, the slice nodes)."""
         axis: int | None = None
@@ -196,7 +201,8 @@ def _cat(caches: Caches, node: Node) -> None:
     cells = [p for p in parts if p in caches.cells]
     if cells and any(caches.cells[c].find().token != dim for c in cells):
         return
-    if len({caches.cells[c].find() for c in cells if _is_kept(c)}) > 1:
+    groups = {caches.cells[c].find() for c in cells}
+    if len(groups) > 1 and sum(caches.is_kept(group) for group in groups) > 1:
         return  # attention over two caches at once (an encoder's behind a decoder's): it reads both, and each stays
     if cells or any(is_empty(p) for p in parts):
         caches.join(node, parts, dim)
@@ -204,11 +210,6 @@ def _cat(caches: Caches, node: Node) -> None:
     past = [p for p in parts if caches.base(p)[0].op == "placeholder" and not caches.base(p)[0].meta.get("state")]
     if past and len(shape(node)) >= 3 and past[0].meta["val"].is_floating_point():
         caches.dense += [DenseWrite(node, p, dim) for p in parts if p not in past]
-
-
-def _is_kept(cell: Node) -> bool:
-    """Whether a cell is a cache of its own: it came in as one, or leaves the graph."""
-    return cell.meta.get("latent") is not None or any(user.op == "output" for user in cell.users)
 
 
 def _slice(caches: Caches, node: Node) -> None:

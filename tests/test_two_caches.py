@@ -54,10 +54,12 @@ class Unmasked(nn.Module):
 
 
 class Both(nn.Module):
-    """A decoder whose attention reads its own tokens and an encoder's at once, by the same projections."""
+    """A decoder whose attention reads its own tokens (the last ``window``) and an encoder's at once, by the same
+    projections."""
 
-    def __init__(self, rank=N):
+    def __init__(self, rank=N, window=None):
         super().__init__()
+        self.window = window
         self.embed, self.one, self.head = nn.Embedding(VOCAB, WIDTH), Layer(rank), nn.Linear(WIDTH, VOCAB)
 
     def forward(self, ids, cache, past, encoded=None):
@@ -65,12 +67,12 @@ class Both(nn.Module):
         new = [self.one.heads(p(x)) for p in (self.one.k, self.one.v)]
         if cache is None:
             cross = tuple(self.one.heads(p(encoded)) for p in (self.one.k, self.one.v))
-            cross = tuple(torch.cat([torch.zeros(0), t], 2) if t.dim() < 4 else t.clone() for t in cross)
-            own = tuple(new)
+            cross, own = (tuple(torch.cat([torch.tensor([]), t], 2) for t in pair) for pair in (cross, new))
         else:
             own, cross = cache
             own = tuple(torch.cat([a, b], 2) for a, b in zip(own, new, strict=True))
         keys, values = (torch.cat([a, b], 2) for a, b in zip(own, cross, strict=True))
+        own = tuple(t[:, :, -self.window :] if self.window else t for t in own)
         return self.head(self.one(x, keys, values)), (own, cross)
 
 
@@ -103,9 +105,10 @@ def test_rows_that_hold_no_token_are_zeros_where_nothing_masks_them(bias, rank, 
 
 
 @pytest.mark.parametrize(("rank", "ratio"), [(N, 1.0), (4, 0.5)])
-def test_two_caches_that_are_read_at_once(rank, ratio):
+@pytest.mark.parametrize("window", [None, 3])
+def test_two_caches_that_are_read_at_once(window, rank, ratio):
     with torch.no_grad():
         torch.manual_seed(0)
-        model = Both(rank).eval().requires_grad_(False)
-    (own, _), said = both(model, ratio, torch.randn(2, 6, WIDTH, generator=torch.Generator().manual_seed(4)))
-    assert all(isinstance(t, LatentKV) for t in own) or said
+        model = Both(rank, window).eval().requires_grad_(False)
+    (own, cross), said = both(model, ratio, torch.randn(2, 6, WIDTH, generator=torch.Generator().manual_seed(4)))
+    assert all(isinstance(t, LatentKV) for t in (*own, *cross)) and not said
