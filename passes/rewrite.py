@@ -62,15 +62,32 @@ class Rewriter:
         self.unread: list[tuple[Node, Group, Cell]] = []
         self._owners()
         self.same_const = dict(sharing.consts)
-        places = {n: i for i, n in enumerate(self.arguments)}
-        self.joined = {places[n]: s for s, x in enumerate(matched.sites) for n in x.group.find().latents}
+        self.places = {n: i for i, n in enumerate(self.arguments)}
+        self.joined = {self.places[n]: s for s, x in enumerate(matched.sites) for n in x.group.find().latents}
+        self.symbols = self._symbols()
         self.windows = {n: extra for n in self.arguments if (extra := self._appended(n)) is not None}
         self.leaders = shared_tracks(gm, matched, dict(sharing.tracks), self.windows)
+        self.followers: dict[Group, list[Group]] = {}
+        for group, leader in self.leaders.items():
+            if leader is not group:
+                self.followers.setdefault(leader, []).append(group)
         self.ordinals: dict[Group, int] = {}
         self.lanes: dict[tuple[Group, int], Node | None] = {}
         self.returned: dict[Node, int] = {}
         self.written = {seen for n in gm.graph.nodes if (into := written(n)) is not None for seen in viewed(into)}
         self.absorptions: dict[Node, Absorption] = absorb(gm, matched, self.templates)
+
+    def _symbols(self) -> dict[sympy.Expr, tuple[Node, int | None]]:
+        """The first input that has each size: an int itself, or one dim of a tensor that goes in as it is."""
+        found: dict[sympy.Expr, tuple[Node, int | None]] = {}
+        for node in self.arguments:
+            value = node.meta["val"]
+            if isinstance(value, torch.SymInt):
+                found.setdefault(size_expr(value), (node, None))
+            elif isinstance(value, torch.Tensor) and node.meta.get("latent") is None:
+                for dim, size in enumerate(value.shape):
+                    found.setdefault(size_expr(size), (node, dim))
+        return found
 
     def _owners(self) -> None:
         """Who names the codec of each coded group: the LatentKV that comes in (decoding must fit its codes), else
@@ -175,9 +192,7 @@ class Rewriter:
 
     def _followers(self, group: Group, argument: int) -> tuple[int, ...]:
         """The LatentKV arguments that this one keeps positions for, itself first."""
-        places = {n: i for i, n in enumerate(self.arguments)}
-        others = [g for g, leader in self.leaders.items() if leader is group and g is not group]
-        return (argument, *(places[n] for g in others for n in g.latents))
+        return (argument, *(self.places[n] for g in self.followers.get(group, ()) for n in g.latents))
 
     def lane(self, group: Group, emit: Callable[[], Node | None]) -> Node | None:
         """The positions of the group's next cell: emitted by the group that keeps them, then read by the others."""
@@ -282,14 +297,9 @@ class Rewriter:
         """A SymPy expression of sizes as nodes of the new graph, from the graph's own symbolic inputs."""
         if expr.is_number:
             return int(expr)
-        for i, node in enumerate(self.arguments):
-            value = node.meta["val"]
-            if isinstance(value, torch.SymInt) and size_expr(value) == expr:
-                return self.env[node]
-            if isinstance(value, torch.Tensor):
-                for dim, size in enumerate(value.shape):
-                    if size_expr(size) == expr and node.meta.get("latent") is None:
-                        return self.call(aten.sym_size.int, self.env[self.arguments[i]], dim)
+        if expr in self.symbols:
+            node, dim = self.symbols[expr]
+            return self.env[node] if dim is None else self.call(aten.sym_size.int, self.env[node], dim)
         if isinstance(expr, (sympy.Add, sympy.Mul)):
             op = operator.add if isinstance(expr, sympy.Add) else operator.mul
             parts = [self.expression(a) for a in expr.args]
