@@ -124,8 +124,7 @@ def unsqueeze(node: Node, axis: int) -> list[tuple[Node, int | None]]:
 def squeeze(node: Node, axis: int) -> list[tuple[Node, int | None]]:
     source = tensors(node)[0]
     size = shape(source)
-    dims = arg(node, 1, "dim")
-    dims = range(len(size)) if dims is None else [dims] if isinstance(dims, int) else dims
+    dims = [node.args[1]] if isinstance(node.args[1], int) else node.args[1]
     gone = {dim_of(d, len(size)) for d in dims if size[dim_of(d, len(size))] == 1}
     kept = [i for i in range(len(size)) if i not in gone]
     return [(source, kept[axis])]

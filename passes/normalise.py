@@ -35,6 +35,7 @@ def normalise(gm: GraphModule, example_inputs: Sequence[Any]) -> GraphModule:
     3. ``baddbmm(a, x, y)``  ->  ``beta * a + alpha * bmm(x, y)``
     4. ``bmm`` of [B*H, ..] views of [B, H, ..]  ->  ``matmul`` in four dims, viewed as [B*H, ..]
     5. ``index_put_(x, .., view(v))`` that only drops leading axes of one  ->  ``index_put_(x, .., v)``
+       ``squeeze(x)``  ->  ``squeeze(x, dims)``, so that no other axis is dropped where the ops run on one token
        ``reshape_as(x, y)``, ``view_as``, ``expand_as``  ->  the op with the sizes of y
     6. ``clamp_(x)`` and other writes feature by feature into a value that nothing else sees  ->  ``clamp(x)``
 
@@ -52,6 +53,8 @@ def normalise(gm: GraphModule, example_inputs: Sequence[Any]) -> GraphModule:
     for node in list(canonical.graph.nodes):
         if node.target is aten.narrow.default:
             _slice_of_narrow(node)
+        elif node.target is aten.squeeze.default:
+            _name_dims(node)
         elif node.target in _AS:
             _sizes_of_other(node)
         elif node.target is aten.index_put_.default:
@@ -165,6 +168,13 @@ def _slice_of_narrow(node: Node) -> None:
         first, extent = (a.meta["val"] if isinstance(a, Node) else a for a in (start, length))
         end = _replace(node, operator.add, (start, length), first + extent)
     node.replace_all_uses_with(_replace(node, aten.slice.Tensor, (source, dim, start, end), node.meta["val"]))
+    node.graph.erase_node(node)
+
+
+def _name_dims(node: Node) -> None:
+    source = node.args[0]
+    ones = [i for i, size in enumerate(source.meta["val"].shape) if size_expr(size) == 1]
+    node.replace_all_uses_with(_replace(node, aten.squeeze.dims, (source, ones), node.meta["val"]))
     node.graph.erase_node(node)
 
 

@@ -87,7 +87,7 @@ row(aten.transpose.int, c("0", -1, -2), [BHTD], (0, 3), (0, 2))
 row(aten.permute.default, c("0", [2, 0, -1, 1]), [BTHD], (1, 3), (0, 1))
 row(aten.unsqueeze.default, c("0", -2), [BTn], (0, 1), (0, 1))
 row(aten.unsqueeze.default, c("0", 0), [R(T, D)], (0, 1), (None, 0))
-for op, args in ((aten.squeeze.dim, (1,)), (aten.squeeze.dims, ([1, 2],)), (aten.squeeze.default, ())):
+for op, args in ((aten.squeeze.dim, (1,)), (aten.squeeze.dims, ([1, 2],))):
     row(op, c("0", *args), [R(B, 1, T, D)], (0, 1), (0, 2))
 row(aten.slice.Tensor, c("0", 3, 0, 3), [BHTD], (0, 2), (0, 2))
 row(aten.slice.Tensor, c("0", 2, 0, 9), [BHTD], (0, 2), (0, 2))
@@ -197,7 +197,7 @@ for op in (aten.mul.Scalar, aten.div.Scalar, aten.silu.default, aten.cos.default
 NEVER_MIX = {
     aten.mT.default, aten.numpy_T.default, aten.swapaxes.default, aten.swapdims.default,
     aten.transpose.int, aten.t.default, aten.permute.default, aten.unsqueeze.default, aten.squeeze.dim,
-    aten.squeeze.dims, aten.squeeze.default, aten.select.int, aten.unbind.int, operator.getitem, aten.clone.default,
+    aten.squeeze.dims, aten.select.int, aten.unbind.int, operator.getitem, aten.clone.default,
     aten.contiguous.default, aten.neg.default, aten.stack.default, aten.to.dtype, aten.to.device,
     aten.to.dtype_layout, aten._to_copy.default, aten.expand.default, aten.broadcast_to.default, aten.add.Tensor,
     aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar, aten.mm.default,
