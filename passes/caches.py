@@ -183,6 +183,11 @@ def is_blank(node: Node) -> bool:
     return node.op == "call_function" and node.target in _ALLOCATIONS and all(s != 0 for s in shape(node))
 
 
+def comes_in(node: Node) -> bool:
+    """Whether a buffer (or what it is a view of) is an input of the graph: an argument, or a buffer of a module."""
+    return any(source.op == "placeholder" for source in viewed(node))
+
+
 def _cache_like(caches: Caches, node: Node) -> bool:
     return node in caches.cells or is_blank(node)
 
@@ -267,7 +272,7 @@ def _copy(caches: Caches, node: Node) -> None:
     source, source_axis, path = caches.base(rows)
     into, into_axis, into_path = caches.base(target)
     if not _cache_like(caches, into):
-        if into.op == "placeholder" and into_axis is not None and not into.meta.get("state"):
+        if into_axis is not None and comes_in(into):
             caches.dense.append(DenseWrite(node, rows, into_axis))
         return
     group = caches.group(into)
@@ -292,7 +297,7 @@ def _copy(caches: Caches, node: Node) -> None:
 
 def _write(caches: Caches, node: Node, target: Node, rows: Node, dim: int) -> None:
     if not _cache_like(caches, target):
-        if target.op == "placeholder" and not target.meta.get("state"):
+        if comes_in(target):
             caches.dense.append(DenseWrite(node, rows, dim))
         return
     group = caches.group(target)

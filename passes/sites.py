@@ -17,9 +17,8 @@ from torch.utils._pytree import tree_leaves
 from lorc_fx.decoder import Decoder
 from lorc_fx.records import Miss
 
-from .axes import Axes, arg, dim_of
 from .caches import Caches, Group
-from .epilogue import trimmed_decoder
+from .epilogue import along_tokens, trimmed_decoder
 from .facts import INSIDE, STAYS, Facts, NoSite, Region, Rows
 from .readers import Reader, find_reader, is_masked, is_read, viewed, written
 from .rules import rule_of
@@ -172,19 +171,13 @@ def _recipe(region: Region) -> Iterator[tuple[Any, ...]]:
     for node, axes in region.nodes:
         rule = rule_of(node)
         if rule is not None and (rule.role == "layout" or rule.sized):
-            if node.target not in _CUTS or _along_tokens(node, axes):
+            if node.target not in _CUTS or along_tokens(node, axes):
                 continue
         numbers = [a for a in tree_leaves((node.args, node.kwargs)) if isinstance(a, (int, float, complex))]
         if rule is not None and rule.role == "contract":
             yield tuple(numbers)  # ``linear`` and ``addmm`` are one product, spelled for other shapes
         else:
             yield str(node.target), *numbers
-
-
-def _along_tokens(node: Node, axes: Axes) -> bool:
-    """Whether a slice is one of tokens or batch rows: it drops none of them, whatever its numbers are."""
-    source = node.args[0].meta["val"]
-    return node.target is aten.slice.Tensor and dim_of(arg(node, 1, "dim", 0), source.dim()) in axes
 
 
 def _unread(node: Node) -> Miss:
