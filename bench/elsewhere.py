@@ -4,8 +4,8 @@
 
 Each package gets an environment of its own, made when it is not there, which borrows torch and transformers from this
 one. Each family runs small (``bench.elsewhere_zoo``) in a process of its own: a prompt of two rows (the first padded on
-the left where the cache allows that) in a piece of six tokens and one of three (Bamba's whole), then five decode steps, once for each
-way in which the package keeps its cache. What is compared is what ``bench.decoders`` compares.
+the left where the cache allows that) in a piece of six tokens and one of three (Bamba's whole), then five decode steps,
+once for each way in which the package keeps its cache. What is compared is what ``bench.decoders`` compares.
 """
 
 from __future__ import annotations

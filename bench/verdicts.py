@@ -117,8 +117,8 @@ def elsewhere_page(result: dict[str, Any]) -> str:
         "# Decoders from elsewhere",
         "",
         f"`{result['command']}`, {packages}, torch {where['torch']}: small models with random weights and the cache "
-        "that the package itself has. Each is compared with its eager self at full rank and, where something is coded, at "
-        "half the bytes with its eager self on projected weights: a prompt of two rows in two pieces (the first row "
+        "that the package itself has. Each is compared with its eager self at full rank and, where something is coded, "
+        "at half the bytes with its eager self on projected weights: a prompt of two rows in two pieces (the first row "
         f"padded on the left, but for litgpt), and five decode steps; logits within {result['tolerance']:g} of the "
         "largest, tokens equal.",
         "",

@@ -100,7 +100,7 @@ class Attention(nn.Module):
 
     def from_cache(self, x):
         if self.layout == "BHDT":
-            return x.mT
+            return x.transpose(2, 3)
         if self.layout in ("BHTD", "BTHD"):
             return x if self.layout == "BHTD" else x.transpose(1, 2)
         heads = x.unflatten(2, (KV, DIM)) if self.twist == "unflatten" else x.view(*x.shape[:2], KV, DIM)
