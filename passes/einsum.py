@@ -25,11 +25,12 @@ Emit = Callable[[Node, Any, tuple[Any, ...], Any], Node]
 def expand_einsum(node: Node, emit: Emit) -> None:
     """Replace ``node`` where it is one product: letters of both operands that the result lacks are summed over, those
     that it has are batches. ``emit(before, op, args, value)`` inserts an op."""
-    equation, operands = node.args[:2]
-    found = _parsed(str(equation), operands)
+    equation, operands = str(node.args[0]), list[Node](node.args[1])
+    found = _parsed(equation, operands)
     if found is None:
         return
-    (a, b, out), (left, right) = found, operands
+    a, b, out = found
+    left, right = operands
     batch = [c for c in out if c in a and c in b]
     summed = [c for c in a if c in b and c not in out]
     rows, columns = [c for c in a if c not in b], [c for c in b if c not in a]

@@ -99,6 +99,32 @@ def test_buffers_of_a_module_that_are_born_in_the_graph_are_coded(form):
         assert all(isinstance(v, LatentKV) and v.tail is None for v in model.layers[0].buffers())
 
 
+class WithState(nn.Module):
+    """A decoder that also returns a state without tokens, which a product before a softmax reads in another shape."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.p = decoder(), nn.Linear(WIDTH, 4 * 8)
+
+    def forward(self, ids, cache, past):
+        logits, pairs = self.inner(ids, None if cache is None else cache[0], past)
+        x = self.inner.embed(ids)
+        state = self.p(x).sum(1).unflatten(-1, (4, 8))
+        queries = x.unflatten(-1, (2, 4, 4)).sum(3).transpose(1, 2)
+        read = queries @ (state * 2).view(ids.shape[0], 2, 4, 4)
+        return logits + read.softmax(-1).amax((1, 3))[..., None], (pairs, state)
+
+
+def test_a_state_that_is_regrouped_before_it_is_read_is_no_cache():
+    torch.manual_seed(0)
+    model = WithState().eval().requires_grad_(False)
+    want, _ = run(model)
+    call = torch.compile(model, backend="lorc", options=options(ratio=1.0, strict=True))
+    got, (pairs, state) = run(call)
+    assert_close("logits", got, want, 1e-5)
+    assert all(isinstance(v, LatentKV) for pair in pairs for v in pair) and type(state) is torch.Tensor
+
+
 # -- projections that cannot be read ----------------------------------------------------------------------------------
 
 
