@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hand_written import DIM, HEADS, KV, VOCAB, WIDTH, N, check, decoder, run
+from hand_written import DIM, HEADS, KV, ROOM, VOCAB, WIDTH, N, check, decoder, run, turns
 from helpers import assert_close, options
 from lorc_fx.errors import LorcWarning
 from lorc_fx.latent import LatentKV
@@ -53,6 +53,26 @@ def test_a_prompt_in_pieces_goes_on_coded(kind, cuts):
         got.append(out)
     assert_close("logits", torch.cat(got, 1), torch.cat(want, 1), 1e-5)
     assert all(isinstance(v, LatentKV) and v.tail is None for pair in cache for v in pair)
+
+
+@pytest.mark.parametrize("change", ["replaced", "in place"])
+def test_a_table_that_changes(change):
+    """What was cached under the old angles keeps them, and what comes later gets the new ones."""
+    model = decoder(angles="table")
+    plain = copy.deepcopy(model)
+    ids = torch.randint(0, VOCAB, (3, 12), generator=torch.Generator().manual_seed(1))
+    call = torch.compile(model, backend="lorc", options=options(ratio=1.0))
+    (_, dense), (_, cache) = plain(ids[:, :9], None, 0), call(ids[:, :9], None, 0)
+    for at in range(9, 12):
+        for table in (m.layers[0].table for m in (model, plain)):
+            if at == 10 and change == "replaced":
+                table["cpu"] = turns(torch.arange(ROOM), 30.0)
+            elif at == 10:
+                for old, new in zip(table["cpu"], turns(torch.arange(ROOM), 30.0), strict=True):
+                    old.copy_(new)
+        want, dense = plain(ids[:, at : at + 1], dense, at)
+        got, cache = call(ids[:, at : at + 1], cache, at)
+        assert_close(f"logits of token {at}", got, want, 1e-5)
 
 
 @pytest.mark.parametrize("form", ["slice", "index", "narrow", "put", "copy"])
