@@ -143,6 +143,6 @@ def _outcome(way: Row) -> str:
         text = f"eager fails: {way['eager_fails']}" if "eager_fails" in way else f"FAILS: {way.get('fails')}"
         return f"| | | {text.replace('|', '/')[:200]}"
     half = f"{way['half_error']:.0e}" if "half_error" in way else ""
-    rest = "; ".join([*way["misses"], *(["not checked at half"] if "half_not_checked" in way else [])])
+    rest = "; ".join([*(way["misses"] or way["said"]), *(["not checked at half"] if "half_not_checked" in way else [])])
     wrong = "" if right(way) else "WRONG; "
     return f"{way['coded']} of {way['cached']} | {way['error']:.0e} | {half} | {wrong}{rest.replace('|', '/')[:300]}"
