@@ -136,8 +136,8 @@ def match(gm: GraphModule) -> Matched:
             continue
         reason = "the cache was filled or allocated outside of a compiled graph, so it stays dense"
         step = (
-            'compile the model itself, model.compile(backend="lorc"), so that what fills it is compiled too; buffers of '
-            "a module must be made anew in it where a prompt begins"
+            'compile the model itself, model.compile(backend="lorc"), so that what fills it is compiled too; '
+            "buffers of a module must be made anew in it where a prompt begins"
         )
         misses.append(Miss(write.node.name, "preallocated", reason, source_line(write.node), step))
     return Matched(caches, tuple(_sites(found, facts)), tuple(misses), frozenset(coded))
