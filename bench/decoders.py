@@ -180,10 +180,11 @@ def project(model: Any, seen: Seen) -> list[str]:
 
 
 def _replace(model: Any, old: torch.Tensor, new: torch.Tensor) -> bool:
-    """Whether all rows of ``old`` [n, d] lie in one parameter, as rows or columns; they are then ``new``."""
+    """Whether all rows of ``old`` [n, d] lie in one parameter, as rows or columns; they are then ``new``. Heads
+    that are repeated before they are cached are equal rows of both."""
     n, d = old.shape
     for parameter in model.parameters():
-        if parameter.numel() < old.numel() or parameter.dim() < 2:
+        if parameter.dim() < 2:
             continue
         flat = parameter.detach().reshape(parameter.shape[0], -1)
         for view in (flat, flat.T):

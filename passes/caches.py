@@ -295,10 +295,18 @@ def _copy(caches: Caches, node: Node) -> None:
         caches.cells[piece] = caches.cells[node]
 
 
+def _all_rows(target: Node, rows: Node, dim: int) -> tuple[Node, int]:
+    """What is written and its token axis, for all batch rows where they are written one by one."""
+    while target.target is rows.target is aten.select.int and target.args[1:] == rows.args[1:]:
+        at = dim_of(rows.args[1], len(shape(rows)) + 1)
+        target, rows, dim = tensors(target)[0], tensors(rows)[0], dim + (dim >= at)
+    return rows, dim
+
+
 def _write(caches: Caches, node: Node, target: Node, rows: Node, dim: int) -> None:
     if not _cache_like(caches, target):
         if comes_in(target):
-            caches.dense.append(DenseWrite(node, rows, dim))
+            caches.dense.append(DenseWrite(node, *_all_rows(target, rows, dim)))
         return
     group = caches.group(target)
     if group is not None and group.token != dim:

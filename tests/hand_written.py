@@ -136,6 +136,9 @@ class Attention(nn.Module):
             cached[(slice(None),) * self.axis + (slice(past, end),)] = new
         elif self.form == "put":
             cached[(slice(None),) * self.axis + (torch.arange(past, end),)] = new
+        elif self.form == "rows":  # each batch row by itself
+            for buffer, rows in zip(cached, new, strict=True):
+                buffer.index_copy_(self.axis - 1, torch.arange(past, end), rows)
         elif self.form == "copy":
             cached[(slice(None),) * self.axis + (slice(past, end),)].copy_(new)
         elif self.form == "narrow":

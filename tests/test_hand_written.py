@@ -94,6 +94,16 @@ def test_buffers_of_a_module_stay_dense_and_that_is_said(form, layout):
         assert_close(name, buffer, plain.layers[0].get_buffer(name), 1e-5)
 
 
+def test_buffers_that_are_written_row_by_row_stay_dense_and_that_is_said():
+    model = decoder(form="rows", kept=True)
+    want, _ = run(copy.deepcopy(model))
+    call = torch.compile(model, backend="lorc", options=options(ratio=0.5))
+    with pytest.warns(LorcWarning, match="outside of a compiled graph"):
+        got, _ = run(call)
+    assert_close("logits", got, want, 1e-5)
+    assert all(type(buffer) is torch.Tensor for buffer in model.layers[0].buffers())
+
+
 class Fresh(nn.Module):
     """The same buffers of a module, made anew in the compiled region where a prompt begins."""
 
