@@ -117,6 +117,8 @@ def match(gm: GraphModule) -> Matched:
             cut = [(node, *trimmed_decoder(rows, words(rows))) for node, rows in parts]
             made = [(node, rows, group, decoder, consts) for node, rows, decoder, consts in cut]
             _same_projection([m[1] for m in made], [m[3] for m in made])
+            if group.split is not None and any(m[3].batch_dim != group.split for m in made):
+                raise NoSite(made[0][0], "single entries of it are written along another axis than the batch")
             found += made
             if group.latents or made:
                 coded.add(group)
