@@ -126,7 +126,7 @@ def elsewhere_page(result: dict[str, Any]) -> str:
         "",
         "A cache that was allocated before the compiled region ran stays dense, and a warning says so; the same "
         "buffers made in it are coded. litgpt's sliding windows ask for a number in the middle of attention, where the "
-        "graph breaks: no graph has both the write and what reads it. Its positions per row write row by row.",
+        "graph breaks: no graph has both the write and what reads it.",
         "",
         "| package | model | cache | coded | error | error at half | the rest |",
         "| --- | --- | --- | --- | --- | --- | --- |",

@@ -40,7 +40,7 @@ def _coded(row: verdicts.Row) -> set[str]:
     """The ways in which a model's caches must be coded."""
     if row["class"] in ("Gemma-2", "Gemma-3"):  # litgpt's sliding windows ask for a number in the middle of attention
         return set()
-    return {"use_cache", "born in the graph"}
+    return {"use_cache", "born in the graph", "born in the graph, positions per row"}
 
 
 def test_an_environment_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
