@@ -64,11 +64,23 @@ def find_reader(node: Node, limit: int = LIMIT) -> Reader | None:
                 token = _axis_before(axis, path, node)
                 if token is not None:
                     return Reader(user, kind, token, path)
+            for whole in _filled(user):
+                if whole not in seen:
+                    seen.add(whole)
+                    queue.append((whole, path))
             if user in seen or not _carries(user):
                 continue
             seen.add(user)
             queue.append((user, (*path, user)))
     return None
+
+
+def _filled(row: Node) -> Iterator[Node]:
+    """The buffers that ``row``, one batch row of a value, is written into at the same place: they have its axes."""
+    for user in row.users if row.target is aten.select.int else ():
+        into = written(user)
+        if into is not None and into is not row and into.target is row.target and into.args[1:] == row.args[1:]:
+            yield into.all_input_nodes[0]
 
 
 def viewed(node: Node) -> Iterator[Node]:

@@ -117,8 +117,11 @@ def match(gm: GraphModule) -> Matched:
             cut = [(node, *trimmed_decoder(rows, words(rows))) for node, rows in parts]
             made = [(node, rows, group, decoder, consts) for node, rows, decoder, consts in cut]
             _same_projection([m[1] for m in made], [m[3] for m in made])
-            if group.split is not None and any(m[3].batch_dim != group.split for m in made):
-                raise NoSite(made[0][0], "single entries of it are written along another axis than the batch")
+            for node, _, _, decoder, _ in made if group.split is not None else ():
+                if decoder.batch_dim != group.split:
+                    raise NoSite(node, "single entries of it are written along another axis than the batch")
+                if decoder.shared_positions:  # decoding reads those of row 0, which may lie elsewhere or not be there
+                    raise NoSite(node, "its batch rows are written one by one, and share their positions")
             found += made
             if group.latents or made:
                 coded.add(group)

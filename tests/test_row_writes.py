@@ -16,7 +16,9 @@ pytestmark = [pytest.mark.usefixtures("clean"), pytest.mark.filterwarnings("igno
 
 
 @pytest.mark.parametrize(
-    "kind", [{}, {"layout": "BTHD"}, {"layout": "BHDT"}, {"rope": "after"}, {"layers": 2}], ids=str
+    "kind",
+    [{"rope": None}, {"rope": "after"}, {"rope": None, "layout": "BTHD"}, {"rope": "after", "layout": "BHDT"}],
+    ids=str,
 )
 def test_rows_written_one_by_one_are_coded(kind):
     values, _, said = check(decoder(form="rows", **kind))
@@ -27,9 +29,16 @@ def test_rows_written_one_by_one_are_coded(kind):
 def test_they_hold_what_one_write_of_all_rows_holds():
     logits = []
     for form in ("rows", "index"):
-        got, _ = run(torch.compile(decoder(form=form), backend="lorc", options=options(ratio=0.5)))
+        got, _ = run(torch.compile(decoder(form=form, rope="after"), backend="lorc", options=options(ratio=0.5)))
         logits.append(got)
     assert_close("logits", *logits, 1e-5)
+
+
+def test_one_position_for_all_rows_is_not_that_of_each():
+    """Angles come once for the batch: of keys they would be read where row 0 has them, and rows may lie elsewhere."""
+    values, _, said = check(decoder(form="rows"))
+    assert type(values[0]) is torch.Tensor and isinstance(values[1], LatentKV)
+    assert any("share their positions" in text for text in said), said
 
 
 class Ragged(nn.Module):
@@ -63,10 +72,13 @@ class Ragged(nn.Module):
                 parts.append(buffer[row].index_copy_(1, places[row], new[row]))
         return buffer, torch.stack(parts) if self.way == "used" else buffer
 
-    def forward(self, ids, cache, places):
+    def forward(self, ids, cache, places, angles=None):
         x = self.embed(ids)
         q, k, v = (p(x).unflatten(-1, (KV, DIM)).transpose(1, 2) for p in (self.q, self.k, self.v))
-        cos, sin = (t.view(*places.shape, DIM)[:, None] for t in turns(places.flatten()))
+        if angles is None:
+            cos, sin = (t.view(*places.shape, DIM)[:, None] for t in turns(places.flatten()))
+        else:
+            cos, sin = turns(angles)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is None:
             cache = [k.new_zeros(len(ids), KV, ROOM, DIM) for _ in range(2)]
@@ -81,7 +93,7 @@ def ragged(way):
     return Ragged(way).eval().requires_grad_(False)
 
 
-def steps(call, begins):
+def steps(call, begins, shared=False):
     """A prompt of nine tokens and three more, which in row b are ``begins[b]`` places further on."""
     ids = torch.randint(0, VOCAB, (3, 12), generator=torch.Generator().manual_seed(1))
     logits, cache = [], None
@@ -89,7 +101,7 @@ def steps(call, begins):
         places = begins[:, None] + torch.arange(begin, end)
         if begin == 0:
             places = torch.arange(9) + 0 * begins[:, None]
-        out, cache = call(ids[:, begin:end], cache, places)
+        out, cache = call(ids[:, begin:end], cache, places, *([torch.arange(begin, end)] if shared else []))
         logits.append(out)
     return torch.cat(logits, 1), cache
 
@@ -105,6 +117,16 @@ def test_rows_of_different_lengths_are_coded(way):
     for coded, plain in zip(cache, dense, strict=True):
         assert isinstance(coded, LatentKV) and coded.tail is None
         assert_close("cache", coded.dense(), plain, 1e-5)
+
+
+def test_shared_angles_of_rows_of_different_lengths_are_right():
+    model, begins = ragged("rows"), -torch.tensor([0, 5, 2])
+    want, _ = steps(model, begins, shared=True)
+    call = torch.compile(model, backend="lorc", options=options(ratio=1.0))
+    with pytest.warns(LorcWarning, match="share their positions"):
+        got, (keys, values) = steps(call, begins, shared=True)
+    assert_close("logits", got, want, 1e-5)
+    assert type(keys) is torch.Tensor and isinstance(values, LatentKV)
 
 
 @pytest.mark.parametrize(("way", "reason"), [
