@@ -1,4 +1,4 @@
-# make demo | test | check | venv | matrix | decoders | bench | clean
+# make demo | test | check | venv | matrix | decoders | elsewhere | bench | clean
 # Everything runs in ./.venv, made on first use. The stamp's name holds a checksum of pyproject.toml and the torch pin, so
 # a second run installs nothing, and a changed pyproject.toml installs once.
 
@@ -13,12 +13,12 @@ TYPED := build/typed
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
 
-.PHONY: help demo test check lint types pytest matrix decoders bench venv clean
+.PHONY: help demo test check lint types pytest matrix decoders elsewhere bench venv clean
 
 help:
 	@echo "make demo    set up $(VENV), then compress the cache of a real model and show what it costs"
 	@echo "make test    set up $(VENV), then ruff, mypy and the tests"
-	@echo "make check   ruff and mypy only;  make matrix  every family;  make decoders  every class;  make bench  timings;  make clean  remove $(VENV)"
+	@echo "make check   ruff and mypy only;  make matrix  every family;  make decoders  every class;  make elsewhere  other packages';  make bench  timings;  make clean  remove $(VENV)"
 
 venv: $(STAMP)
 
@@ -61,6 +61,10 @@ pytest: $(STAMP)
 decoders: $(STAMP)
 	@echo "== every decoder of transformers"
 	@OMP_NUM_THREADS=1 $(BIN)/python -m bench.decoders --docs docs/decoders.md
+
+elsewhere: $(STAMP)
+	@echo "== decoders of other packages"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m bench.elsewhere --docs docs/elsewhere.md
 
 matrix: $(STAMP)
 	@echo "== pytest, the full matrix"

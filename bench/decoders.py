@@ -20,9 +20,10 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -99,6 +100,15 @@ def watching(seen: Seen) -> Iterator[None]:
     seen.said += [text for text in dict.fromkeys(ours) if text not in seen.said]
 
 
+class Ran(NamedTuple):
+    """What one run gives: sequences, logits [steps, 2, vocabulary], ``parts``: each tensor of the cache by name, and
+    whether it is coded."""
+
+    tokens: torch.Tensor
+    logits: torch.Tensor
+    parts: list[tuple[str, bool]]
+
+
 def inputs(model: Any) -> dict[str, torch.Tensor]:
     """A batch of two prompts, the first padded on the left; decoders with an encoder get an input of that as well."""
     draw = torch.Generator().manual_seed(3)
@@ -113,13 +123,13 @@ def inputs(model: Any) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def run(model: Any, given: dict[str, torch.Tensor], way: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, Any]:
-    """Sequences, logits [steps, 2, vocabulary], and the cache."""
+def run(model: Any, given: dict[str, torch.Tensor], way: dict[str, Any]) -> Ran:
+    """``generate``, greedy."""
     torch.manual_seed(0)
     fixed = {"do_sample": False, "max_new_tokens": NEW, "return_dict_in_generate": True, "output_logits": True}
     out = model.generate(**{k: v.clone() for k, v in given.items()}, **fixed, **way)
     cache = getattr(out, "past_key_values", None)
-    return out.sequences, torch.stack([step.float() for step in out.logits]), cache
+    return Ran(out.sequences, torch.stack([step.float() for step in out.logits]), held(cache))
 
 
 def compressing(model: Any, ratio: float) -> None:
@@ -143,8 +153,12 @@ def held(cache: Any) -> list[tuple[str, bool]]:
         for kind in ("keys", "values"):
             value = getattr(layer, kind, None)
             if isinstance(value, LatentKV) or (isinstance(value, torch.Tensor) and value.numel()):
-                found.append((f"{kind} {i}", isinstance(value, LatentKV) and value.tail is None))
+                found.append((f"{kind} {i}", is_coded(value)))
     return found
+
+
+def is_coded(value: torch.Tensor) -> bool:
+    return isinstance(value, LatentKV) and value.tail is None
 
 
 def far(got: torch.Tensor, want: torch.Tensor) -> float:
@@ -168,10 +182,11 @@ def project(model: Any, seen: Seen) -> list[str]:
 
 
 def _replace(model: Any, old: torch.Tensor, new: torch.Tensor) -> bool:
-    """Whether all rows of ``old`` [n, d] lie in one parameter, as rows or columns; they are then ``new``."""
+    """Whether all rows of ``old`` [n, d] lie in one parameter, as rows or columns; they are then ``new``. Heads
+    that are repeated before they are cached are equal rows of both."""
     n, d = old.shape
     for parameter in model.parameters():
-        if parameter.numel() < old.numel() or parameter.dim() < 2:
+        if parameter.dim() < 2:
             continue
         flat = parameter.detach().reshape(parameter.shape[0], -1)
         for view in (flat, flat.T):
@@ -193,12 +208,12 @@ def check(entry: zoo.Entry, ways: Sequence[str] = tuple(WAYS)) -> Row:
     try:
         model = entry.build()
     except Exception as error:
-        return {**row, "not_built": _said(error)}
+        return {**row, "not_built": said(error)}
     seen, given = Seen(), inputs(model)
     for name in ways if entry.kind != "vision" else ways[:1]:  # text alone: what the causal classes have shown
         if "prefill_chunk_size" in WAYS[name] and model.config.is_encoder_decoder:
             continue  # generate cuts the encoder's mask too
-        row["ways"][name] = _way(model, given, WAYS[name], seen)
+        row["ways"][name] = compared(model, partial(run, model, given, WAYS[name]), seen)
     row |= {
         "sites": seen.sites,
         "misses": seen.misses,
@@ -209,51 +224,52 @@ def check(entry: zoo.Entry, ways: Sequence[str] = tuple(WAYS)) -> Row:
     return row
 
 
-def _way(model: Any, given: dict[str, torch.Tensor], way: dict[str, Any], seen: Seen) -> Row:
+def compared(model: Any, go: Callable[[], Ran], seen: Seen) -> Row:
+    """One way of running a model, eager and compiled: at full rank and, where something is coded, at half the bytes."""
     dense(model)
     try:
-        want = run(model, given, way)
+        want = go()
     except Exception as error:
-        return {"eager_fails": _said(error)}
+        return {"eager_fails": said(error)}
     try:
         compressing(model, 1.0)
         with watching(seen):
-            got = run(model, given, way)
-        parts = held(got[2])
+            got = go()
         found: Row = {
-            "error": far(got[1], want[1]),
-            "tokens": torch.equal(got[0], want[0]),
-            "cached": len(held(want[2])),
-            "coded": sum(coded for _, coded in parts),
-            "dense": [name for name, coded in parts if not coded],
+            "error": far(got.logits, want.logits),
+            "tokens": torch.equal(got.tokens, want.tokens),
+            "cached": len(want.parts),
+            "coded": sum(coded for _, coded in got.parts),
+            "dense": [name for name, coded in got.parts if not coded],
         }
         if found["coded"]:
-            found |= _half(model, given, way)
+            found |= _half(model, go)
         return found
     except Exception as error:
-        return {"fails": _said(error), "trace": traceback.format_exc(limit=-6)}
+        return {"fails": said(error), "trace": traceback.format_exc(limit=-6)}
     finally:
         dense(model)
 
 
-def _half(model: Any, given: dict[str, torch.Tensor], way: dict[str, Any]) -> Row:
+def _half(model: Any, go: Callable[[], Ran]) -> Row:
     """At half the bytes, beside the model with projected weights."""
     compressing(model, 0.5)
     seen = Seen()
     with watching(seen):
-        got = run(model, given, way)
+        got = go()
     dense(model)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     lost = project(model, seen)
     try:
         if lost or seen.also:  # projecting the weight would change more than what is cached
             return {"half_not_checked": lost or sorted(seen.also)}
-        if not any(coded for _, coded in held(got[2])):
+        if _lost_on_the_way(got, seen):
             return {"half_not_checked": "it goes on dense"}
-        want = run(model, given, way)
-        found = {"half_error": far(got[1], want[1]), "half_tokens": torch.equal(got[0], want[0])}
+        want = go()
+        found = {"half_error": far(got.logits, want.logits), "half_tokens": torch.equal(got.tokens, want.tokens)}
         if found["half_error"] > TOLERANCE:
-            found["half_rounding"] = far(run(model.double(), given, way)[1], want[1])
+            model.double()
+            found["half_rounding"] = far(go().logits, want.logits)
         return found
     finally:
         model.float()
@@ -262,30 +278,41 @@ def _half(model: Any, given: dict[str, torch.Tensor], way: dict[str, Any]) -> Ro
                 p.copy_(before[name])
 
 
-def _said(error: Exception) -> str:
+def _lost_on_the_way(got: Ran, seen: Seen) -> bool:
+    """Whether caches that began coded are dense at the end: what they got later was not projected."""
+    for kind in ("key", "value"):
+        coded = sum(done for name, done in got.parts if kind in name)
+        if coded < sum(key[0] == kind for key in seen.weights):
+            return True
+    return not any(done for _, done in got.parts)
+
+
+def said(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".strip().splitlines()[0][:300]
 
 
 # -- many classes ------------------------------------------------------------------------------------------------------
 
 
-def _worker(entry: zoo.Entry, answers: Any) -> None:
+def _worker(work: Callable[[], Row], answers: Any) -> None:
     import transformers
 
     transformers.logging.set_verbosity_error()
     sys.stderr = sys.stdout = open("/dev/null", "w")  # noqa: SIM115
-    answers.put(check(entry))
-
-
-def _dead(entry: zoo.Entry, how: Any) -> Row:
-    return {"class": entry.cls, "model_type": entry.model_type, "kind": entry.kind, "ways": {}, "died": how}
+    answers.put(work())
 
 
 def isolated(entry: zoo.Entry, limit: float = LIMIT_S) -> Row:
-    """``check`` in a process of its own, which may die or hang."""
+    """``check`` in a process of its own."""
+    died = {"class": entry.cls, "model_type": entry.model_type, "kind": entry.kind, "ways": {}}
+    return apart(partial(check, entry), died, limit)
+
+
+def apart(work: Callable[[], Row], died: Row, limit: float = LIMIT_S) -> Row:
+    """What ``work`` gives in a process of its own, which may die or hang: then ``died``, and how."""
     context = multiprocessing.get_context("fork")
     answers = context.Queue()
-    process = context.Process(target=_worker, args=(entry, answers))
+    process = context.Process(target=_worker, args=(work, answers))
     process.start()
     end = time.monotonic() + limit
     try:
@@ -293,8 +320,8 @@ def isolated(entry: zoo.Entry, limit: float = LIMIT_S) -> Row:
             with contextlib.suppress(queue.Empty):
                 return answers.get(timeout=0.5)
             if not process.is_alive() and answers.empty():
-                return _dead(entry, process.exitcode)
-        return _dead(entry, f"longer than {limit} s")
+                return {**died, "died": process.exitcode}
+        return {**died, "died": f"longer than {limit} s"}
     finally:
         process.kill()
         process.join()

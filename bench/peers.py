@@ -23,7 +23,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import venv
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -34,6 +33,7 @@ import torch
 
 import lorc_fx
 from bench import kvpress_rows
+from bench.environments import environment
 from bench.prompted import prompted
 from bench.quality import METHODS, RESULTS, Text, calibrations, read_text
 from bench.run import machine
@@ -155,16 +155,6 @@ def kvpress(setup: Setup) -> Iterator[Row]:
         found = json.loads(target.read_text())
     for row in found["rows"]:
         yield {**row, "protocol": "prompt", "versions": found["versions"]}
-
-
-def environment(folder: Path, requirements: Sequence[str]) -> Path:
-    """The Python of an environment in ``folder`` with these packages and this torch, made now if it is not there."""
-    python = folder / "bin" / "python"
-    if not python.exists():
-        venv.create(folder, with_pip=True)
-        torch_here = f"torch=={torch.__version__.partition('+')[0]}"
-        subprocess.run([python, "-m", "pip", "install", "--quiet", torch_here, *requirements], check=True)
-    return python
 
 
 GROUPS: dict[str, Callable[[Setup], Iterator[Row]]] = {

@@ -100,3 +100,50 @@ def page(result: dict[str, Any]) -> str:
 def _halved(row: Row) -> bool:
     """Whether the class was compared at half the bytes, in some way."""
     return any("half_error" in way for way in row["ways"].values())
+
+
+def silent(way: Row) -> bool:
+    """Whether something stayed dense and nothing was said about it."""
+    return bool(way.get("dense")) and not way.get("said")
+
+
+def elsewhere_page(result: dict[str, Any]) -> str:
+    """What ``bench.elsewhere`` found, as a page of documentation."""
+    where, rows = result["machine"], result["rows"]
+    packages = ", ".join(dict.fromkeys(f"{row['package']} {row['version']}" for row in rows))
+    wrong = [row for row in rows if verdict(row).startswith(("WRONG", "DIED"))]
+    quiet = [row for row in rows if any(map(silent, row["ways"].values()))]
+    lines = [
+        "# Decoders from elsewhere",
+        "",
+        f"`{result['command']}`, {packages}, torch {where['torch']}: small models with random weights and the cache "
+        "that the package itself has. Each is compared with its eager self at full rank and, where something is coded, "
+        "at half the bytes with its eager self on projected weights: a prompt of two rows in two pieces (the first row "
+        f"padded on the left, but for litgpt), and five decode steps; logits within {result['tolerance']:g} of the "
+        "largest, tokens equal.",
+        "",
+        f"{len(rows)} models; {len(wrong)} are wrong; in {len(quiet)} something stays dense in silence.",
+        "",
+        "A cache that was allocated before the compiled region ran stays dense, and a warning says so; the same "
+        "buffers made in it are coded. litgpt's sliding windows ask for a number in the middle of attention, where the "
+        "graph breaks: no graph has both the write and what reads it.",
+        "",
+        "| package | model | cache | coded | error | error at half | the rest |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        if not row["ways"]:
+            lines.append(f"| {row['package']} | {row['class']} | | | | | {verdict(row)[:300]} |")
+        for name, way in row["ways"].items():
+            lines.append(f"| {row['package']} | {row['class']} | {name} | {_outcome(way)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _outcome(way: Row) -> str:
+    if "cached" not in way:
+        text = f"eager fails: {way['eager_fails']}" if "eager_fails" in way else f"FAILS: {way.get('fails')}"
+        return f"| | | {text.replace('|', '/')[:200]}"
+    half = f"{way['half_error']:.0e}" if "half_error" in way else ""
+    rest = "; ".join([*(way["misses"] or way["said"]), *(["not checked at half"] if "half_not_checked" in way else [])])
+    wrong = "" if right(way) else "WRONG; "
+    return f"{way['coded']} of {way['cached']} | {way['error']:.0e} | {half} | {wrong}{rest.replace('|', '/')[:300]}"

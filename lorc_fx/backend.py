@@ -191,7 +191,8 @@ def _report(matched: Matched, options: Options) -> None:
     if filled:
         text = (
             f"{len(filled)} cache writes stay dense (and right): {filled[0].reason}. Compile the model itself with "
-            'model.compile(backend="lorc"), so that the prefill is compiled too and a fresh cache is born in it.'
+            'model.compile(backend="lorc"), so that the prefill is compiled too and a fresh cache is born in it; '
+            "buffers of a module must be made anew in it (torch.zeros_like) where a prompt begins."
         )
         warnings.warn(text, DenseCacheWarning, stacklevel=2)
     if others and matched.coded:

@@ -34,6 +34,13 @@ def is_module_state(node: Node, example: Any) -> bool:
     return bool(test is not None and test(source))
 
 
+def is_held(node: Node) -> bool:
+    """Whether a Dynamo placeholder is reached from a module: an attribute of it, or of something that it has."""
+    kind = getattr(getattr(node, "_dynamo_source", None), "guard_source", None)
+    tests = ("is_unspecialized_nn_module", "is_unspecialized_builtin_nn_module", "is_specialized_nn_module")
+    return any(bool(test()) for name in tests if (test := getattr(kind, name, None)) is not None)
+
+
 def is_fake(tensor: torch.Tensor) -> bool:
     """Whether a tensor has no data because Dynamo (or a FakeTensorMode) is only propagating shapes."""
     return isinstance(tensor, FakeTensor) or tensor.device.type == "meta"

@@ -202,7 +202,8 @@ class NoSites(LorcError):
         near = f" The nearest misses:{_listed(self.misses)}\n" if self.misses else " "
         super().__init__(
             f"No site found: 0 cached keys or values come from a projection of this graph; strict allows no such "
-            f"model.{near}Check that it runs with use_cache=True, or pass strict=False to run it unchanged."
+            f"model.{near}Check that it runs with use_cache=True and that no graph break (TORCH_LOGS=graph_breaks "
+            "names them) lies between a projection and its cache, or pass strict=False to run it unchanged."
         )
 
 

@@ -337,6 +337,18 @@ def _divides(a: sympy.Expr, b: sympy.Expr) -> bool:
     return sympy.denom(quotient) == 1
 
 
+def _slid(runs: list[tuple[list[int], list[int]]], axis: int, axes: Axes, after: Sequence[sympy.Expr]) -> int:
+    """Where ones stand side by side, which of them is new cannot be seen: [1, 1, D] -> [1, 1, 1, D] may add heads
+    before the token. So a token (or batch) axis that seems new takes the nearest one to its left that is neither."""
+    at = runs.index(([], [axis]))
+    for left, right in reversed(runs[:at]):
+        if any(after[i] != 1 or i in axes for i in right) or len(left) > 1:
+            break
+        if left and right:
+            return left[0]
+    return -1
+
+
 def view(node: Node, axes: Axes) -> Demand:
     source = tensors(node)[0]
     before, after = shape(source), shape(node)
@@ -363,7 +375,7 @@ def view(node: Node, axes: Axes) -> Demand:
         left, right = run_of(axis)
         if len(left) == 1 and len(right) == 1:
             return left[0]
-        return -1
+        return -1 if left or len(right) > 1 else _slid(runs, axis, axes, after)
 
     batch, token = single(axes.batch), single(axes.token)
     if token != -1 and batch != -1:

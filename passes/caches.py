@@ -25,7 +25,8 @@ aten = torch.ops.aten
 @dataclass(eq=False)
 class Group:
     """Cells that flow into one another. ``rows``: nodes that bring new tokens, with their token axis. ``in_place``: new
-    tokens are written into a buffer, not appended."""
+    tokens are written into a buffer, not appended. ``split``: the axis along which single entries of the buffer are
+    written, which must turn out to be the batch."""
 
     token: int
     rows: dict[Node, int] = field(default_factory=dict)
@@ -33,6 +34,7 @@ class Group:
     blanks: list[Node] = field(default_factory=list)
     window: int | None = None
     in_place: bool = False
+    split: int | None = None
     broken: tuple[Node, str] | None = None
     merged_into: Group | None = None
 
@@ -50,6 +52,7 @@ class Group:
             a.blanks += b.blanks
             a.window = a.window if b.window is None else b.window
             a.in_place |= b.in_place
+            a.split = a.split if b.split is None else b.split
             a.broken = a.broken or b.broken
             b.merged_into = a
         return a
@@ -188,6 +191,11 @@ def is_blank(node: Node) -> bool:
     return node.op == "call_function" and node.target in _ALLOCATIONS and all(s != 0 for s in shape(node))
 
 
+def comes_in(node: Node) -> bool:
+    """Whether a buffer (or what it is a view of) is an input of the graph: an argument, or a buffer of a module."""
+    return any(source.op == "placeholder" for source in viewed(node))
+
+
 def _cache_like(caches: Caches, node: Node) -> bool:
     return node in caches.cells or is_blank(node)
 
@@ -268,7 +276,7 @@ def _copy(caches: Caches, node: Node) -> None:
     source, source_axis, path = caches.base(rows)
     into, into_axis, into_path = caches.base(target)
     if not _cache_like(caches, into):
-        if into.op == "placeholder" and into_axis is not None and not into.meta.get("state"):
+        if into_axis is not None and comes_in(into):
             caches.dense.append(DenseWrite(node, rows, into_axis))
         return
     group = caches.group(into)
@@ -291,12 +299,25 @@ def _copy(caches: Caches, node: Node) -> None:
         caches.cells[piece] = caches.cells[node]
 
 
+def _all_rows(target: Node, rows: Node, dim: int) -> tuple[Node, Node, int, int | None]:
+    """(buffer, what is written, token axis, the axis that is split) of all batch rows where one is written."""
+    if target.target is rows.target is aten.select.int and target.args[1:] == rows.args[1:]:
+        at = dim_of(rows.args[1], len(shape(rows)) + 1)
+        return tensors(target)[0], tensors(rows)[0], dim + (dim >= at), at
+    return target, rows, dim, None
+
+
 def _write(caches: Caches, node: Node, target: Node, rows: Node, dim: int) -> None:
+    split = None
     if not _cache_like(caches, target):
-        if target.op == "placeholder" and not target.meta.get("state"):
+        target, rows, dim, split = _all_rows(target, rows, dim)
+    if not _cache_like(caches, target):
+        if comes_in(target):
             caches.dense.append(DenseWrite(node, rows, dim))
         return
     group = caches.group(target)
+    if split is not None and (node.users or (group is not None and group.split not in (None, split))):
+        return  # as a value of its own, it would be one row of a cell
     if group is not None and group.token != dim:
         group.broken = (node, "it is written along another axis than its tokens")
         return
@@ -306,6 +327,7 @@ def _write(caches: Caches, node: Node, target: Node, rows: Node, dim: int) -> No
         return
     joined = caches.join(node, [target, rows], dim)
     joined.in_place = True
+    joined.split = joined.split if split is None else split
     if joined.window is None and joined.blanks:
         joined.window = static_size(joined.blanks[0].meta["val"].shape[dim])
 

@@ -13,7 +13,7 @@ from torch.fx.node import map_arg
 
 from lorc_fx.decoder import Decoder
 
-from .axes import Axes
+from .axes import Axes, arg, dim_of
 from .facts import NoSite, Region, Rows, static_size
 from .rules import rule_of
 
@@ -107,6 +107,9 @@ def _emit(graph: Graph, region: Region, env: dict[Node, Node], batch: Any, token
         if not full.isdisjoint(node.all_input_nodes):
             full.add(node)
         rule = rule_of(node)
+        if along_tokens(node, axes):
+            env[node] = env[node.args[0]]
+            continue
         if rule is not None and rule.sized:
             source = env[node.args[0]]
             op = aten.expand.default if node.target in _EXPANDS else aten.reshape.default
@@ -120,6 +123,15 @@ def _emit(graph: Graph, region: Region, env: dict[Node, Node], batch: Any, token
             map_arg(kwargs, env.__getitem__),
         )
     return env[region.output]
+
+
+def along_tokens(node: Node, axes: Axes) -> bool:
+    """Whether a slice is one of tokens or batch rows: as its rule let it pass, it drops none of them, whatever its
+    numbers are, and it would where there are more."""
+    if node.target is not aten.slice.Tensor:
+        return False
+    source: Node = node.args[0]
+    return dim_of(arg(node, 1, "dim", 0), source.meta["val"].dim()) in axes
 
 
 def _broadcast(node: Node, axes: Axes, region: Region) -> bool:
@@ -284,6 +296,8 @@ def _step(node: Node, axes: Axes, env: dict[Node, Any], rows: Rows, tokens: int,
         args, kwargs = _static_args(node)
         return node.target(*map_arg(args, env.__getitem__), **map_arg(kwargs, env.__getitem__))
     depends = [n for n, a in rule.back(node, axes) if a.token is not None] if axes.token is not None else []
+    if along_tokens(node, axes):
+        return env[node.args[0]]
     if rule.sized:
         value = env[node.args[0]]
         sizes = resized(node, axes, 1, tokens)

@@ -95,14 +95,19 @@ def _roll(r: Rewriter, node: Node) -> Mirror:
 
 
 def _written(r: Rewriter, node: Node, write: Callable[[Node, Node], Any], rows: Node) -> Mirror:
-    """An in-place write of ``rows`` into the first argument: the same write on codes and positions."""
-    target, source = r.cells[node.args[0]], r.cells[rows]
+    """An in-place write of ``rows`` into the first argument: the same write on codes and positions. Where both are one
+    batch row, it is that of the codes."""
+    into, row = node.args[0], None
+    if into not in r.cells:
+        into, rows, row = into.args[0], rows.args[0], into.args[2]
+    target, source = r.cells[into], r.cells[rows]
     group = r.coded(node)
     assert group is not None
     r.writes[group] = r.writes.get(group, 0) + 1
 
     def emit(lane: str) -> Node:
-        write(getattr(target, lane), getattr(source, lane))
+        pair = getattr(target, lane), getattr(source, lane)
+        write(*(pair if row is None else (r.call(aten.select.int, part, 1, row) for part in pair)))
         return getattr(target, lane)
 
     return Mirror(emit, target.window, target.start, target.fresh)

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from lorc_fx.compat import canonical_trace, example_value, is_module_state, size_expr
+from lorc_fx.compat import canonical_trace, example_value, is_held, is_module_state, size_expr
 from lorc_fx.latent import LatentKV
+
+from .einsum import expand_einsum
 
 aten = torch.ops.aten
 
@@ -37,17 +39,19 @@ def normalise(gm: GraphModule, example_inputs: Sequence[Any]) -> GraphModule:
     5. ``index_put_(x, .., view(v))`` that only drops leading axes of one  ->  ``index_put_(x, .., v)``
        ``squeeze(x)``  ->  ``squeeze(x, dims)``, so that no other axis is dropped where the ops run on one token
        ``reshape_as(x, y)``, ``view_as``, ``expand_as``  ->  the op with the sizes of y
+       ``einsum`` of two values  ->  ``matmul`` (``einsum.py``)
     6. ``clamp_(x)`` and other writes feature by feature into a value that nothing else sees  ->  ``clamp(x)``
 
     Each placeholder keeps, in ``meta``: ``val`` (the dense fake of the logical shape), ``latent`` (the fake LatentKV,
     where the input is one), ``decode`` (True for a LatentKV with dense tokens at its end: it goes in decoded) and
-    ``state`` (True for parameters and buffers). Other in-place writes stay in place.
+    ``state`` (True for parameters, buffers, and tables of angles that a module has otherwise). Other in-place writes
+    stay in place.
     """
     sources = placeholders(gm)
     values = [example_value(p) for p in sources]
     canonical = canonical_trace(gm, [logical(v) for v in values])
     for node, source, value, example in zip(placeholders(canonical), sources, values, example_inputs, strict=True):
-        node.meta["state"] = is_module_state(source, example)
+        node.meta["state"] = is_module_state(source, example) or (is_held(source) and _is_table(node))
         node.meta["latent"] = value if isinstance(value, LatentKV) and value.tail is None else None
         node.meta["decode"] = isinstance(value, LatentKV) and value.tail is not None
     for node in list(canonical.graph.nodes):
@@ -55,6 +59,8 @@ def normalise(gm: GraphModule, example_inputs: Sequence[Any]) -> GraphModule:
             _slice_of_narrow(node)
         elif node.target is aten.squeeze.default:
             _name_dims(node)
+        elif node.target is aten.einsum.default:
+            expand_einsum(node, _replace)
         elif node.target in _AS:
             _sizes_of_other(node)
         elif node.target is aten.index_put_.default:
@@ -157,6 +163,14 @@ def _replace(node: Node, target: Any, args: tuple[Any, ...], value: Any) -> Node
         made = node.graph.call_function(target, args)
     made.meta |= {"val": value, "stack_trace": node.meta.get("stack_trace")}
     return made
+
+
+_LOOKUPS = {aten.index.Tensor, aten.index_select.default, aten.embedding.default}
+
+
+def _is_table(node: Node) -> bool:
+    """Whether all that is done with a value is to look rows of it up: no call changes it."""
+    return bool(node.users) and all(user.target in _LOOKUPS and user.args[0] is node for user in node.users)
 
 
 def _slice_of_narrow(node: Node) -> None:

@@ -61,12 +61,26 @@ def find_reader(node: Node, limit: int = LIMIT) -> Reader | None:
             found = _reads(user, current)
             if found is not None:
                 kind, axis = found
-                return Reader(user, kind, _axis_before(axis, (*path,), node), path)
+                token = _axis_before(axis, path, node)
+                if token is not None:
+                    return Reader(user, kind, token, path)
+            for whole in _filled(user):
+                if whole not in seen:
+                    seen.add(whole)
+                    queue.append((whole, path))
             if user in seen or not _carries(user):
                 continue
             seen.add(user)
             queue.append((user, (*path, user)))
     return None
+
+
+def _filled(row: Node) -> Iterator[Node]:
+    """The buffers that ``row``, one batch row of a value, is written into at the same place: they have its axes."""
+    for user in row.users if row.target is aten.select.int else ():
+        into = written(user)
+        if into is not None and into is not row and into.target is row.target and into.args[1:] == row.args[1:]:
+            yield into.all_input_nodes[0]
 
 
 def viewed(node: Node) -> Iterator[Node]:
@@ -199,14 +213,16 @@ def _feeds_softmax(node: Node, limit: int = 24) -> bool:
     return False
 
 
-def _axis_before(axis: int, path: tuple[Node, ...], start: Node) -> int:
-    """Follow an axis of the last value in ``path`` back to ``start`` with the matcher's own rules."""
-    for node in reversed(path):
+def _axis_before(axis: int | None, path: tuple[Node, ...], start: Node) -> int | None:
+    """Follow an axis of the last value in ``path`` back to ``start`` with the matcher's own rules; what moves cached
+    tokens about keeps it. None where a value on the way does not have it or mixes along it: no keys or values then."""
+    for node, source in reversed(list(zip(path, (start, *path), strict=False))):
         rule = rule_of(node)
-        if rule is None:
+        if rule is None or axis is None:
             continue
         try:
-            axis = next((a.token for _, a in rule.back(node, Axes(None, axis)) if a.token is not None), axis)
+            axis = next((a.token for n, a in rule.back(node, Axes(None, axis)) if n is source), axis)
         except Mixes:
-            continue
+            if node.target not in CACHE_OPS:
+                return None
     return axis

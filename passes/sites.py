@@ -17,9 +17,8 @@ from torch.utils._pytree import tree_leaves
 from lorc_fx.decoder import Decoder
 from lorc_fx.records import Miss
 
-from .axes import Axes, arg, dim_of
 from .caches import Caches, Group
-from .epilogue import trimmed_decoder
+from .epilogue import along_tokens, trimmed_decoder
 from .facts import INSIDE, STAYS, Facts, NoSite, Region, Rows
 from .readers import Reader, find_reader, is_masked, is_read, viewed, written
 from .rules import rule_of
@@ -118,6 +117,11 @@ def match(gm: GraphModule) -> Matched:
             cut = [(node, *trimmed_decoder(rows, words(rows))) for node, rows in parts]
             made = [(node, rows, group, decoder, consts) for node, rows, decoder, consts in cut]
             _same_projection([m[1] for m in made], [m[3] for m in made])
+            for node, _, _, decoder, _ in made if group.split is not None else ():
+                if decoder.batch_dim != group.split:
+                    raise NoSite(node, "single entries of it are written along another axis than the batch")
+                if decoder.shared_positions:  # decoding reads those of row 0, which may lie elsewhere or not be there
+                    raise NoSite(node, "its batch rows are written one by one, and share their positions")
             found += made
             if group.latents or made:
                 coded.add(group)
@@ -136,7 +140,10 @@ def match(gm: GraphModule) -> Matched:
             misses.append(_unread(write.node))
             continue
         reason = "the cache was filled or allocated outside of a compiled graph, so it stays dense"
-        step = 'compile the model itself, model.compile(backend="lorc"), so that what fills it is compiled too'
+        step = (
+            'compile the model itself, model.compile(backend="lorc"), so that what fills it is compiled too; '
+            "buffers of a module must be made anew in it where a prompt begins"
+        )
         misses.append(Miss(write.node.name, "preallocated", reason, source_line(write.node), step))
     return Matched(caches, tuple(_sites(found, facts)), tuple(misses), frozenset(coded))
 
@@ -172,19 +179,13 @@ def _recipe(region: Region) -> Iterator[tuple[Any, ...]]:
     for node, axes in region.nodes:
         rule = rule_of(node)
         if rule is not None and (rule.role == "layout" or rule.sized):
-            if node.target not in _CUTS or _along_tokens(node, axes):
+            if node.target not in _CUTS or along_tokens(node, axes):
                 continue
         numbers = [a for a in tree_leaves((node.args, node.kwargs)) if isinstance(a, (int, float, complex))]
         if rule is not None and rule.role == "contract":
             yield tuple(numbers)  # ``linear`` and ``addmm`` are one product, spelled for other shapes
         else:
             yield str(node.target), *numbers
-
-
-def _along_tokens(node: Node, axes: Axes) -> bool:
-    """Whether a slice is one of tokens or batch rows: it drops none of them, whatever its numbers are."""
-    source = node.args[0].meta["val"]
-    return node.target is aten.slice.Tensor and dim_of(arg(node, 1, "dim", 0), source.dim()) in axes
 
 
 def _unread(node: Node) -> Miss:
