@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
@@ -59,6 +60,31 @@ def fake_mode_of(values: Sequence[Any]) -> FakeTensorMode:
     return mode if mode is not None else FakeTensorMode(allow_non_fake_inputs=True)
 
 
+_COMPOSED = (
+    "movedim", "moveaxis", "ravel", "tensor_split", "hsplit", "vsplit", "dsplit", "adjoint", "mH", "concat",
+    "concatenate", "hstack", "vstack", "dstack", "column_stack", "tile", "multiply", "divide", "true_divide",
+    "subtract", "negative", "absolute", "clip", "square",
+)  # fmt: skip
+"""Ops that only say in other words what others do: the trace has those."""
+
+
+@functools.cache
+def _spellings() -> dict[Any, Callable[..., Any]]:
+    """Each overload of those ops that torch itself composes of others -> what it is composed of."""
+    found: dict[Any, Callable[..., Any]] = {}
+    for name in _COMPOSED:
+        packet = getattr(torch.ops.aten, name)
+        for overload in packet.overloads():
+            op = getattr(packet, overload)
+            try:
+                composed = torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "CompositeImplicitAutograd")
+            except RuntimeError:  # an overload for TorchScript alone
+                continue
+            if composed and not op._schema.is_mutable:
+                found[op] = op.decompose
+    return found
+
+
 def canonical_trace(gm: Callable[..., Any], values: Sequence[Any]) -> GraphModule:
     """Trace ``gm`` on fake ``values`` to ATen before decompositions (``linear`` and SDPA stay whole).
 
@@ -81,7 +107,7 @@ def _traced(gm: Callable[..., Any], values: Sequence[Any], pre_dispatch: bool) -
     mode = fake_mode_of(values)
     with mock.patch.object(mode, "allow_non_fake_inputs", True), mode, torch.no_grad(), preserve_node_meta():
         run = Interpreter(gm).run if isinstance(gm, GraphModule) else gm
-        traced = make_fx(lambda *given: run(*given), pre_dispatch=pre_dispatch)(*values)
+        traced = make_fx(lambda *given: run(*given), _spellings(), pre_dispatch=pre_dispatch)(*values)
     for node in traced.graph.nodes:
         if node.op == "get_attr" and isinstance(getattr(traced, node.target, None), FakeTensor):
             users = ", ".join(str(user.target) for user in node.users)

@@ -29,7 +29,8 @@ def logical(value: Any) -> Any:
 
 
 def normalise(gm: GraphModule, example_inputs: Sequence[Any]) -> GraphModule:
-    """Trace to ATen on Dynamo's own fakes and remove what does nothing.
+    """Trace to ATen on Dynamo's own fakes (``movedim``, ``concat`` and the like as what torch composes them of) and
+    remove what does nothing.
 
     1. ``to(x, dtype of x)``, ``type_as`` of the same dtype, ``dropout`` in eval, ``detach``  ->  x
     2. ``type_as(x, y)``  ->  ``to.dtype(x, dtype of y)``

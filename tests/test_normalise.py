@@ -34,6 +34,18 @@ CASES: dict[str, tuple[Any, list[Any], list[Any], list[Any]]] = {
         lambda x, y: x.reshape(6, 4, 5) @ y.reshape(6, 7, 5).transpose(1, 2), [R(2, 3, 4, 5), R(2, 3, 7, 5)],
         [aten.bmm.default], [aten.matmul.default],
     ),
+    "movedim": (lambda x: x.movedim(0, -1) * 1, [R(2, 3, 4)], [aten.movedim.int], [aten.permute.default]),
+    "moveaxis": (
+        lambda x: torch.moveaxis(x, (0, 1), (1, 0)) * 1, [R(2, 3, 4)], [aten.moveaxis.intlist], [aten.permute.default],
+    ),
+    "concat": (lambda x, y: torch.concat([x, y], 1), [R(2, 3), R(2, 4)], [aten.concat.default], [aten.cat.default]),
+    "hstack": (lambda x, y: torch.hstack([x, y]), [R(2, 3), R(2, 4)], [aten.hstack.default], [aten.cat.default]),
+    "tensor_split": (
+        lambda x: torch.tensor_split(x, 2, -1)[1] * 1, [R(2, 6)], [aten.tensor_split.sections], [aten.slice.Tensor],
+    ),
+    "tile": (lambda x: x.tile(1, 2) * 1, [R(2, 3)], [aten.tile.default], [aten.repeat.default]),
+    "multiply": (lambda x: torch.multiply(x, x), [R(3)], [aten.multiply.Tensor], [aten.mul.Tensor]),
+    "adjoint": (lambda x: x.adjoint() * 1, [R(3, 4)], [aten.adjoint.default], [aten.transpose.int]),
     "bmm of plain batches": (lambda x, y: torch.bmm(x, y), [R(3, 2, 5), R(3, 5, 4)], [], [aten.bmm.default]),
 }  # fmt: skip
 
