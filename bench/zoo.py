@@ -68,9 +68,10 @@ OWN: dict[str, dict[str, Any]] = {
         "layer_types": _BOTH,
     },
     "dbrx": {
-        "attn_config": {"kv_n_heads": 2, "clip_qkv": 1.0, "rope_theta": 1e4},
+        "attn_config": {"kv_n_heads": 4, "clip_qkv": 1.0, "rope_theta": 1e4},
         "ffn_config": {"hidden_size": HIDDEN, "ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2},
         "max_seq_len": 128,
+        "num_key_value_heads": None,
     },
     "dory": {"num_hidden_layers": 4, "n_input_layers": 1, "n_output_layers": 1, "layer_types": _BOTH * 2},
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
@@ -109,7 +110,10 @@ OWN: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "longcat_flash": {"n_routed_experts": 4, "zero_expert_num": 2, "expert_ffn_hidden_size": 32},
     "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 2},
+    # graph breaks cut these into layers, each of which keeps cosines for itself: real ones have heads enough for that
+    "jetmoe": {"num_key_value_heads": 4, "num_attention_heads": 8, "kv_channels": HEAD, "num_experts_per_tok": 2},
     "qwen4_exp_text": {
+        "num_key_value_heads": 4,
         "indexer_n_heads": 2,
         "indexer_kv_heads": 1,
         "indexer_head_dim": HEAD,
