@@ -122,6 +122,20 @@ def fake_execution(mode: FakeTensorMode) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def batched_execution(mode: FakeTensorMode) -> Iterator[None]:
+    """``fake_execution`` of code under ``vmap``, of symbolic sizes too. Levels that an exception left open are closed."""
+    from torch._dispatch.python import enable_python_dispatcher
+
+    level = torch._C._functorch.maybe_current_level() or 0
+    try:
+        with fake_execution(mode), enable_python_dispatcher():
+            yield
+    finally:
+        while (torch._C._functorch.maybe_current_level() or 0) > level:
+            torch._C._functorch._vmap_decrement_nesting()
+
+
 def size_expr(size: Any) -> sympy.Expr:
     """A dimension as a SymPy expression (an Integer where it is static); reading it adds no guard."""
     if isinstance(size, torch.SymInt):

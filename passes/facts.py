@@ -18,7 +18,7 @@ from torch.fx import Node
 from lorc_fx.compat import size_expr
 from lorc_fx.decoder import Side
 
-from .axes import Axes, Mixes, shape
+from .axes import Axes, Mixes, arg, dim_of, shape
 from .rules import rule_of
 from .sides import find_sides, stored
 
@@ -152,20 +152,21 @@ class Facts:
 
     # -- description of rows ----------------------------------------------------------------------------------
 
-    def describe(self, rows: Node, token: int) -> Rows:
-        """Describe ``rows``, whose tokens lie along ``token``; raises NoSite with the reason."""
+    def describe(self, rows: Node, token: int, kept: Side | None = None) -> list[Rows]:
+        """Describe ``rows``, whose tokens lie along ``token``, in each way that keeps equally little of a token beside
+        y, the best first; raises NoSite with the reason. ``kept``: what the cache that they are written to keeps."""
         rank = len(shape(rows))
         guesses = [b for b in range(rank - 1) if b != token] + [None]
         first: NoSite | None = None
         for batch in guesses:
             try:
-                return self._describe(rows, Axes(batch, token))
+                return self._describe(rows, Axes(batch, token), kept)
             except NoSite as why:
                 first = first or why
         assert first is not None
         raise first
 
-    def _describe(self, rows: Node, axes: Axes) -> Rows:
+    def _describe(self, rows: Node, axes: Axes, kept: Side | None) -> list[Rows]:
         boundary = self._boundary(rows, axes)
         if not boundary:
             raise NoSite(rows, "no projection of an activation leads here")
@@ -179,21 +180,26 @@ class Facts:
             raise NoSite(rows, "it depends on its projections in a way that has no single vector to code")
         x, x_axes = self._trim(y, y_axes, root, root_axes)
         _check_tokens(x, x_axes)
-        sides = find_sides(self, self.region(rows, axes, {y: y_axes}, self._is_side_leaf), y)
+        cuts = find_sides(self, self.region(rows, axes, {y: y_axes}, self._is_side_leaf), y, kept)
         try:
-            side = stored(sides)
+            side = stored(cuts[0])
         except ValueError as why:
-            raise NoSite(next(iter(sides)), f"what it reads of each token beside its projection has {why}") from None
+            raise NoSite(next(iter(cuts[0])), f"what it reads of each token beside its projection has {why}") from None
         chain = self.region(y, y_axes, {x: x_axes}, _is_constant_leaf)
-        epilogue = self.region(rows, axes, {y: y_axes, **sides}, _is_constant_leaf)
-        for region in (chain, epilogue):
-            _check_constants(region, {x, y, *sides})
+        _check_constants(chain, {x, y})
         depth = self.root(y, y_axes).contractions
-        return Rows(x, x_axes, y, y_axes, tuple(sides.items()), side, chain, epilogue, depth)
+        found = []
+        for sides in cuts:
+            epilogue = self.region(rows, axes, {y: y_axes, **sides}, _is_constant_leaf)
+            _check_constants(epilogue, {x, y, *sides})
+            kept_as = tuple((node, sides[node]) for node in _by_use(epilogue, sides))
+            found.append(Rows(x, x_axes, y, y_axes, kept_as, side, chain, epilogue, depth))
+        return found
 
     def _is_side_leaf(self, node: Node, axes: Axes) -> bool:
         """Where the search for what a token needs beside y ends: constants, integers, inputs of the call."""
-        return node.op != "call_function" or _is_integer(node) or (axes.token is not None and self.constant(node))
+        known = axes.token is not None and (self.constant(node) or _is_run(node, axes))
+        return node.op != "call_function" or _is_integer(node) or known
 
     def _boundary(self, rows: Node, axes: Axes) -> dict[Node, Axes]:
         """The last affine values on the way back from ``rows``; other ways end at positions and inputs of the call."""
@@ -207,7 +213,7 @@ class Facts:
             seen.add((node, at))
             if self.root(node, at).contractions:
                 boundary[node] = at
-            elif node.op == "call_function" and not _is_integer(node) and not self.constant(node):
+            elif not self._is_side_leaf(node, at):
                 rule = rule_of(node)
                 if rule is None:
                     reason = (
@@ -260,6 +266,13 @@ class Facts:
         return next(iter(first.items())) if len(first) == 1 else (root, root_axes)
 
 
+def _by_use(region: Region, nodes: Iterable[Node]) -> list[Node]:
+    """In the order in which a region uses them: the same in the graphs of prompt and steps."""
+    used = [source for node, _ in region.nodes for source in node.all_input_nodes]
+    order = {node: i for i, node in reversed(list(enumerate([*used, region.output])))}
+    return sorted(nodes, key=order.__getitem__)
+
+
 def _whole(node: Node, axes: Axes) -> tuple[Node, Axes]:
     """The value that was cut into pieces, where ``node`` is a list of these."""
     while isinstance(node.meta.get("val"), (list, tuple)):
@@ -271,6 +284,16 @@ def _whole(node: Node, axes: Axes) -> tuple[Node, Axes]:
 
 def _is_input(node: Node) -> bool:
     return node.op == "placeholder" and isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def _is_run(node: Node, axes: Axes) -> bool:
+    """Whether a value is some tokens of an input of the call: the last cosines of those of all tokens so far."""
+    if node.target is not torch.ops.aten.slice.Tensor or dim_of(arg(node, 1, "dim", 0), len(shape(node))) != axes.token:
+        return False
+    source = node.args[0]
+    while isinstance(source, Node) and (rule := rule_of(source)) is not None and rule.role == "layout":
+        source = source.args[0]
+    return isinstance(source, Node) and _is_input(source)
 
 
 def _is_activation_side(node: Node, source: Node) -> bool:

@@ -13,6 +13,7 @@ from lorc_fx.compat import canonical_trace, example_value, is_held, is_module_st
 from lorc_fx.latent import LatentKV
 
 from .einsum import expand_einsum
+from .vmapped import expand_vmap
 
 aten = torch.ops.aten
 
@@ -42,6 +43,7 @@ def normalise(gm: GraphModule, example_inputs: Sequence[Any]) -> GraphModule:
        ``reshape_as(x, y)``, ``view_as``, ``expand_as``  ->  the op with the sizes of y
        ``einsum`` of two values  ->  ``matmul`` (``einsum.py``)
     6. ``clamp_(x)`` and other writes feature by feature into a value that nothing else sees  ->  ``clamp(x)``
+    7. equal slices of an input that nothing writes to (each layer its last cosines)  ->  the first of them
 
     Each placeholder keeps, in ``meta``: ``val`` (the dense fake of the logical shape), ``latent`` (the fake LatentKV,
     where the input is one), ``decode`` (True for a LatentKV with dense tokens at its end: it goes in decoded) and
@@ -50,7 +52,7 @@ def normalise(gm: GraphModule, example_inputs: Sequence[Any]) -> GraphModule:
     """
     sources = placeholders(gm)
     values = [example_value(p) for p in sources]
-    canonical = canonical_trace(gm, [logical(v) for v in values])
+    canonical = canonical_trace(expand_vmap(gm), [logical(v) for v in values])
     for node, source, value, example in zip(placeholders(canonical), sources, values, example_inputs, strict=True):
         node.meta["state"] = is_module_state(source, example) or (is_held(source) and _is_table(node))
         node.meta["latent"] = value if isinstance(value, LatentKV) and value.tail is None else None
@@ -69,6 +71,8 @@ def normalise(gm: GraphModule, example_inputs: Sequence[Any]) -> GraphModule:
         else:
             _simplify(node)
     _out_of_place(canonical)
+    for source in placeholders(canonical):
+        _unite_slices(source)
     for node in list(canonical.graph.nodes):
         if node.target is aten.baddbmm.default:
             node = _split_baddbmm(node)
@@ -154,8 +158,7 @@ def _copies(node: Node) -> bool:
 
 def is_impure(node: Node) -> bool:
     """What dead-code elimination must keep: inputs, the output and every op that writes in place."""
-    schema = getattr(node.target, "_schema", None)
-    return node.op in ("placeholder", "output") or node.is_impure() or bool(schema is not None and schema.is_mutable)
+    return node.op in ("placeholder", "output") or node.is_impure() or _writes(node)
 
 
 def _replace(node: Node, target: Any, args: tuple[Any, ...], value: Any) -> Node:
@@ -191,6 +194,25 @@ def _name_dims(node: Node) -> None:
     ones = [i for i, size in enumerate(source.meta["val"].shape) if size_expr(size) == 1]
     node.replace_all_uses_with(_replace(node, aten.squeeze.dims, (source, ones), node.meta["val"]))
     node.graph.erase_node(node)
+
+
+def _unite_slices(source: Node) -> None:
+    """Case 7."""
+    pieces = [user for user in source.users if user.target is aten.slice.Tensor]
+    if source.meta["latent"] is not None or any(map(_writes, (*source.users, *(u for p in pieces for u in p.users)))):
+        return
+    first: dict[Any, Node] = {}
+    for node in pieces:
+        numbers = [size_expr(a.meta["val"]) if isinstance(a, Node) else a for a in node.args[1:]]
+        kept = first.setdefault(tuple(numbers), node)
+        if kept is not node:
+            node.replace_all_uses_with(kept)
+            node.graph.erase_node(node)
+
+
+def _writes(node: Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable
 
 
 _AS = {

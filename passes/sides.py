@@ -48,10 +48,13 @@ def width(node: Node, axes: Axes) -> int:
     return math.prod(int(size) for size in sizes)
 
 
-def find_sides(facts: Facts, region: Region, y: Node) -> Front:
-    """The cheapest cut. ``region``: from the rows back to y, to constants, to integers and to inputs of the call."""
+def find_sides(facts: Facts, region: Region, y: Node, kept: Side | None = None) -> list[Front]:
+    """The cheapest cuts, all stored alike, the earliest first (layers may share it); of those that are stored as
+    ``kept`` the cheapest where there are any: a cache goes on as it began (with cosines, say, because a break hid the
+    positions from the prompt's graph). ``region``: from the rows back to y, to constants, to integers and to inputs of
+    the call."""
     front = _frontier(region, y)
-    best, least = dict(front), _bytes(front)
+    best, least = [dict(front)], _bytes(front, kept)
     while front:
         node = max((n for n in front if _steps(facts, n, front[n])), key=facts.order.__getitem__, default=None)
         if node is None:
@@ -62,8 +65,9 @@ def find_sides(facts: Facts, region: Region, y: Node) -> Front:
         sources = [(n, a) for n, a in rule.back(node, axes) if a.token is not None]
         if any(front.setdefault(n, a) != a for n, a in sources):
             break
-        if _bytes(front) <= least:  # the earliest of equals: layers may share it
-            best, least = dict(front), _bytes(front)
+        cost = _bytes(front, kept)
+        if cost <= least:
+            best, least = [dict(front), *(best if cost == least else [])], cost
     return best
 
 
@@ -82,12 +86,13 @@ def _frontier(region: Region, y: Node) -> Front:
     return front
 
 
-def _bytes(front: Front) -> float:
+def _bytes(front: Front, kept: Side | None) -> tuple[bool, float]:
+    """What a cut costs, to compare: first whether it is another one than ``kept``."""
     try:
         side = stored(front)
     except ValueError:
-        return math.inf
-    return 0 if side is None else side.nbytes
+        return True, math.inf
+    return kept is not None and side != kept, 0 if side is None else side.nbytes
 
 
 def _steps(facts: Facts, node: Node, axes: Axes) -> bool:

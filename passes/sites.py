@@ -70,8 +70,11 @@ class Site:
     def recipe(self) -> tuple[Any, ...]:
         """What is computed between x and the cache besides the tensors that go in: ops and numbers, in order. Two sites
         of the same tensors with other recipes (a scale or a slope changed, another activation) need other codecs; the
-        prefill and the decode steps of one site have the same."""
-        return tuple(part for region in (self.rows.chain, self.rows.epilogue) for part in _recipe(region))
+        prefill and the decode steps of one site have the same. Where features are kept beside y, so does the recipe say
+        exactly which and in what order."""
+        wide = self.decoder.side is not None and self.decoder.side.width is not None
+        ops = tuple(part for region in (self.rows.chain, self.rows.epilogue) for part in _recipe(region))
+        return (*ops, self.decoder.digest) if wide else ops
 
     @property
     def width_in(self) -> int:
@@ -113,9 +116,7 @@ def match(gm: GraphModule) -> Matched:
                 continue
             if group.broken is not None:
                 raise NoSite(*group.broken)
-            parts = [(node, facts.describe(node, token)) for node, token in group.rows.items()]
-            cut = [(node, *trimmed_decoder(rows, words(rows))) for node, rows in parts]
-            made = [(node, rows, group, decoder, consts) for node, rows, decoder, consts in cut]
+            made = [(node, *_as_kept(facts, group, node, token)) for node, token in group.rows.items()]
             _same_projection([m[1] for m in made], [m[3] for m in made])
             for node, _, _, decoder, _ in made if group.split is not None else ():
                 if decoder.batch_dim != group.split:
@@ -146,6 +147,19 @@ def match(gm: GraphModule) -> Matched:
         )
         misses.append(Miss(write.node.name, "preallocated", reason, source_line(write.node), step))
     return Matched(caches, tuple(_sites(found, facts)), tuple(misses), frozenset(coded))
+
+
+def _as_kept(facts: Facts, group: Group, node: Node, token: int) -> tuple[Rows, Group, Decoder, tuple[Node, ...]]:
+    """What rows are made of, in the way in which the cache that they go to keeps its tokens, where that is one."""
+    kept = next((n.meta["latent"].codec.decoder for n in group.latents), None)
+    first: tuple[Rows, Group, Decoder, tuple[Node, ...]] | None = None
+    for way in facts.describe(node, token, None if kept is None else kept.side):
+        rows, decoder, consts = trimmed_decoder(way, words(way))
+        if kept is None or decoder.digest == kept.digest:
+            return rows, group, decoder, consts
+        first = first or (rows, group, decoder, consts)
+    assert first is not None  # else ``describe`` has raised
+    return first
 
 
 def _not_understood(why: NoSite) -> Miss:

@@ -159,7 +159,7 @@ class Attention(nn.Module):
         b, s, _ = x.shape
         q, k, v = (p.unflatten(-1, (-1, DIM)).transpose(1, 2) for p in self.project(x))
         pos = torch.arange(past, past + s)
-        turn = self.angle(pos) if turn is None else turn
+        turn = self.angle(pos) if turn is None else tuple(t[-s:] for t in turn)
         if self.rope:
             q = rotate(q, *turn, self.spin)
         if self.rope == "before":
@@ -182,15 +182,17 @@ class Attention(nn.Module):
 
 
 class Decoder(nn.Module):
-    """``nest``: how the cache is kept: a list, a tuple or a dict of (key, value)."""
+    """``nest``: how the cache is kept: a list, a tuple or a dict of (key, value); ``once``: all layers have the same
+    angles, else each makes its own where none come in."""
 
-    def __init__(self, nest="list", layers=1, **kind):
+    def __init__(self, nest="list", layers=1, once=False, **kind):
         super().__init__()
-        self.nest, self.embed = nest, nn.Embedding(VOCAB, WIDTH)
+        self.once, self.nest, self.embed = once, nest, nn.Embedding(VOCAB, WIDTH)
         self.layers = nn.ModuleList(Attention(**kind) for _ in range(layers))
 
     def forward(self, ids, cache, past, turn=None):
         x, kept = self.embed(ids), []
+        turn = turns(torch.arange(past, past + ids.shape[1])) if self.once and turn is None else turn
         for i, layer in enumerate(self.layers):
             y, pair = layer(x, None if cache is None else cache[i], past, turn)
             x, kept = x + y, [*kept, pair]
@@ -204,11 +206,13 @@ def decoder(**kind):
 
 
 def run(call, cache=None, tokens=9, steps=3, turn=False):
-    """Logits of a prompt and of ``steps`` more tokens, and the cache at the end."""
+    """Logits of a prompt and of ``steps`` more tokens, and the cache at the end. ``turn``: cosines and sines come in:
+    those of the new tokens (True), of "all" tokens so far, or with the prompt alone ("first")."""
     ids = torch.randint(0, VOCAB, (3, tokens + steps), generator=torch.Generator().manual_seed(1))
     logits = []
     for begin, end in [(0, tokens), *((t, t + 1) for t in range(tokens, tokens + steps))]:
-        extra = (turns(torch.arange(begin, end)),) if turn else ()
+        given = turn and (turn != "first" or begin == 0)
+        extra = (turns(torch.arange(0 if turn == "all" else begin, end)),) if given else ()
         out, cache = call(ids[:, begin:end], cache, begin, *extra)
         logits.append(out)
     return torch.cat(logits, 1), cache

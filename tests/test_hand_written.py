@@ -55,6 +55,17 @@ def test_a_prompt_in_pieces_goes_on_coded(kind, cuts):
     assert all(isinstance(v, LatentKV) and v.tail is None for pair in cache for v in pair)
 
 
+@pytest.mark.parametrize("turn", [True, "all", "first"])
+@pytest.mark.parametrize("form", ["cat", "index"])
+def test_angles_that_come_in(form, turn):
+    """They are kept as they come; a cache that began so goes on so where the steps have positions of their own."""
+    values, _, said = check(decoder(form=form, layers=4, once=True), turn=turn)
+    shares = form == "cat"  # buffers keep what they need each for itself, and that is too much
+    coded = [isinstance(v, LatentKV) for v in values]
+    assert all(coded) if shares else not any(coded[::2]) and all(coded[1::2]), said
+    assert bool(said) != shares
+
+
 @pytest.mark.parametrize("change", ["replaced", "in place"])
 def test_a_table_that_changes(change):
     """What was cached under the old angles keeps them, and what comes later gets the new ones."""

@@ -67,6 +67,33 @@ CASES |= {
 }
 
 
+
+
+def masked(x: Any) -> Any:
+    """As masks are built from functions of indices: one vmap within another, and a lookup by both."""
+    rows, columns = torch.arange(x.shape[0]), torch.arange(x.shape[1])
+    return torch.vmap(torch.vmap(lambda i, j: (x[i, j] > 0) & (j <= i), (None, 0)), (0, None))(rows, columns)
+
+
+def sliced(x: Any, write: bool = False) -> Any:
+    """Equal slices of an input, and another; perhaps with a write between, which both would see."""
+    seen = x[1:] * 2
+    if write:
+        x.add_(1)
+    return seen + x[1:] + x[:-1]
+
+
+CASES |= {
+    "equal slices": (sliced, [R(3, 4)], [], [aten.slice.Tensor]),
+    "equal slices and a write": (lambda x: sliced(x, write=True), [R(3, 4)], [], [aten.add_.Tensor]),
+    "vmap": (lambda x, y: torch.vmap(lambda a, b: a * 2 + b)(x, y) + 1, [R(3, 4), R(3, 4)], [], [aten.mul.Tensor]),
+    "vmap twice": (masked, [R(3, 4)], [], [aten.index.Tensor]),
+    "vmap with a constant": (
+        lambda x: torch.vmap(lambda a: a * torch.tensor([1.0, 2.0]))(x) * x, [R(3, 2)], [], [aten.mul.Tensor],
+    ),
+}  # fmt: skip
+
+
 def normalised(fn: Any, inputs: list[Any]) -> Any:
     """What the backend makes of Dynamo's graph of ``fn``."""
     found = []
@@ -89,6 +116,12 @@ def test_same_values_one_spelling(name: str, clean: None) -> None:
     assert not targets & set(gone) and targets >= set(there), targets
 
 
+@pytest.mark.parametrize("write", [False, True])
+def test_equal_slices_are_one_unless_something_is_written(write: bool, clean: None) -> None:
+    graph, _ = normalised(lambda x: sliced(x, write), [R(3, 4)])
+    assert len([n for n in graph.graph.nodes if n.target is aten.slice.Tensor]) == 2 + write
+
+
 @pytest.mark.parametrize("batch", [1, 2])
 def test_setitem_keeps_the_axes_of_one(batch: int, clean: None) -> None:
     """At batch one Dynamo's setitem writes [H, 1, D]; all axes of the buffer come back."""
@@ -101,3 +134,33 @@ def test_setitem_keeps_the_axes_of_one(batch: int, clean: None) -> None:
     assert int((got != 0).sum()) == batch * 12
     (write,) = [n for n in graph.graph.nodes if n.target is aten.index_put_.default]
     assert write.args[2].meta["val"].shape == (batch, 3, 1, 4)
+
+
+def test_vmap_over_sizes_that_vary(clean: None) -> None:
+    found = []
+
+    def keep(gm: Any, examples: Any) -> Any:
+        found.append(normalise(gm, examples))
+        return found[-1].forward
+
+    call = torch.compile(masked, backend=keep, dynamic=True)
+    for sizes in ((3, 4), (5, 7)):
+        x = R(*sizes)
+        torch.testing.assert_close(call(x), masked(x))
+    assert len(found) == 1
+
+
+def test_a_region_that_cannot_be_traced_leaves_no_vmap_open(clean: None, monkeypatch: Any) -> None:
+    from lorc_fx.passes import vmapped
+
+    def halfway(run: Any) -> Any:
+        def trace(*given: Any) -> Any:
+            torch._C._functorch._vmap_increment_nesting(3, "error")
+            raise RuntimeError("halfway")
+
+        return trace
+
+    monkeypatch.setattr(vmapped, "make_fx", halfway)
+    with pytest.raises(Exception, match="halfway"):
+        normalised(masked, [R(3, 4)])
+    assert not torch._C._functorch.maybe_current_level()
