@@ -13,6 +13,7 @@ import torch
 
 import lorc_fx
 from helpers import assert_close
+from lorc_fx import bases
 from lorc_fx.latent import LatentKV
 from lorc_fx.passes.rules import RULES
 
@@ -31,11 +32,14 @@ def run(path: Path, stop: int | None = None) -> dict[str, Any]:
 
 
 @pytest.mark.filterwarnings("ignore::lorc_fx.errors.QualityWarning")
-def test_new_architecture(clean: None) -> None:
+def test_new_architecture(clean: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bases, "_REGISTRY", {})
     try:
         space = run(DOCS / "new_architecture.md")
     finally:
         RULES.pop(torch.ops.my_lib.fused_qkv.default, None)
+    with torch.no_grad():
+        assert_close("in columns of its own", space["turned"], space["model"](space["x"])[0], 1e-5)
     report = space["report"]
     assert not report.sites and len(report.misses) == 2
     miss = str(report.misses[0])
