@@ -73,7 +73,13 @@ OWN: dict[str, dict[str, Any]] = {
         "max_seq_len": 128,
         "num_key_value_heads": None,
     },
-    "dory": {"num_hidden_layers": 4, "num_key_value_heads": 4, "n_input_layers": 1, "n_output_layers": 1, "layer_types": _BOTH * 2},
+    "dory": {
+        "num_hidden_layers": 4,
+        "num_key_value_heads": 4,
+        "n_input_layers": 1,
+        "n_output_layers": 1,
+        "layer_types": _BOTH * 2,
+    },
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
     "dots3_note_text": {"num_key_value_heads": 4, "per_layer_config": {}, "head_dim": 24},
     "gemma3n_text": {

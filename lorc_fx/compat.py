@@ -124,7 +124,7 @@ def fake_execution(mode: FakeTensorMode) -> Iterator[None]:
 
 @contextlib.contextmanager
 def batched_execution(mode: FakeTensorMode) -> Iterator[None]:
-    """``fake_execution`` of code under ``vmap``, of symbolic sizes too. Levels that an exception left open are closed."""
+    """``fake_execution`` of code under ``vmap``, of symbolic sizes too. Levels left open by an exception are closed."""
     from torch._dispatch.python import enable_python_dispatcher
 
     level = torch._C._functorch.maybe_current_level() or 0

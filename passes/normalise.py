@@ -198,7 +198,7 @@ def _name_dims(node: Node) -> None:
 
 def _unite_slices(source: Node) -> None:
     """Case 7."""
-    pieces = [user for user in source.users if user.target is aten.slice.Tensor]
+    pieces = [user for user in source.users if user.target is aten.slice.Tensor and user.args[0] is source]
     if source.meta["latent"] is not None or any(map(_writes, (*source.users, *(u for p in pieces for u in p.users)))):
         return
     first: dict[Any, Node] = {}

@@ -52,35 +52,44 @@ _CONVOLUTIONS = {
 def find_reader(node: Node, limit: int = LIMIT) -> Reader | None:
     """The first attention product that reads ``node`` through token-wise ops, breadth first. None where there is none
     among the first ``limit`` nodes."""
-    queue: list[tuple[Node, tuple[Node, ...]]] = [(node, ())]
+    queue: list[tuple[Node, tuple[Node, ...], Node]] = [(node, (), node)]
     seen = {node}
     while queue and limit:
         limit -= 1
-        current, path = queue.pop(0)
+        current, path, since = queue.pop(0)
         for user in current.users:
+            if user < since:  # it read the buffer before this was written
+                continue
             found = _reads(user, current)
             if found is not None:
                 kind, axis = found
                 token = _axis_before(axis, path, node)
                 if token is not None:
                     return Reader(user, kind, token, path)
-            for whole in _filled(user):
-                if whole not in seen:
-                    seen.add(whole)
-                    queue.append((whole, path))
+            for buffer, way in _filled(current, path, user):
+                if buffer not in seen:
+                    seen.add(buffer)
+                    queue.append((buffer, way, user))
             if user in seen or not _carries(user):
                 continue
             seen.add(user)
-            queue.append((user, (*path, user)))
+            queue.append((user, (*path, user), since))
     return None
 
 
-def _filled(row: Node) -> Iterator[Node]:
-    """The buffers that ``row``, one batch row of a value, is written into at the same place: they have its axes."""
-    for user in row.users if row.target is aten.select.int else ():
-        into = written(user)
-        if into is not None and into is not row and into.target is row.target and into.args[1:] == row.args[1:]:
-            yield into.all_input_nodes[0]
+def _filled(value: Node, path: tuple[Node, ...], user: Node) -> Iterator[tuple[Node, tuple[Node, ...]]]:
+    """The buffers that ``user`` writes ``value`` into, each with the path that leads to a value of its axes: ``value``
+    is some tokens of them (slices), or one batch row of a value that is."""
+    into = written(user)
+    if into is None or into is value or not isinstance(value.meta.get("val"), torch.Tensor):
+        return
+    if value.target is aten.select.int and into.target is value.target and into.args[1:] == value.args[1:]:
+        yield into.all_input_nodes[0], path[:-1]
+    while len(shape(into)) == len(shape(value)):
+        yield into, path
+        if into.target is not aten.slice.Tensor:
+            return
+        into = into.all_input_nodes[0]
 
 
 def viewed(node: Node) -> Iterator[Node]:

@@ -69,7 +69,7 @@ def _expand(gm: GraphModule, region: Sequence[Node]) -> None:
     run = GraphModule(gm, alone).forward
     with batched_execution(fake_mode_of(values)), torch.no_grad():
         traced = make_fx(lambda *given: run(*given))(*values)
-    places = iter(inputs)
+    places, trace = iter(inputs), region[0].meta.get("stack_trace")
     with gm.graph.inserting_before(region[0]):
         for node in traced.graph.nodes:
             if node.op == "placeholder":
@@ -80,7 +80,7 @@ def _expand(gm: GraphModule, region: Sequence[Node]) -> None:
                 env[node] = gm.graph.get_attr(name)
             elif node.op == "call_function":
                 env[node] = gm.graph.node_copy(node, env.__getitem__)
-                env[node].meta = {"example_value": node.meta.get("val"), "stack_trace": region[0].meta.get("stack_trace")}
+                env[node].meta = {"example_value": node.meta.get("val"), "stack_trace": trace}
     (results,) = traced.graph.output_node().args
     for old, new in zip(outputs, results, strict=True):
         old.replace_all_uses_with(env[new], delete_user_cb=lambda user: user not in inside)

@@ -10,9 +10,11 @@ from torch import nn
 
 from hand_written import DIM, HEADS, KV, ROOM, VOCAB, WIDTH, N, check, decoder, run, turns
 from helpers import assert_close, options
+from lorc_fx import backend
 from lorc_fx.errors import LorcWarning
 from lorc_fx.latent import LatentKV
 from lorc_fx.passes.normalise import normalise
+from lorc_fx.passes.sites import match
 
 pytestmark = [pytest.mark.usefixtures("clean"), pytest.mark.filterwarnings("ignore::lorc_fx.errors.EagerWarning")]
 
@@ -53,6 +55,24 @@ def test_a_prompt_in_pieces_goes_on_coded(kind, cuts):
         got.append(out)
     assert_close("logits", torch.cat(got, 1), torch.cat(want, 1), 1e-5)
     assert all(isinstance(v, LatentKV) and v.tail is None for pair in cache for v in pair)
+
+
+@pytest.mark.parametrize(
+    "form, rope",
+    [(form, "before") for form in ("cat", "index", "put", "slice", "copy", "narrow")]
+    + [(form, None) for form in ("slice", "copy", "rows")],
+)
+def test_keys_are_told_from_values(form, rope, monkeypatch):
+    """By who reads them, also where what a write returns is not used."""
+    seen = []
+    monkeypatch.setattr(backend, "match", lambda graph: seen.append(match(graph)) or seen[-1])
+    check(decoder(form=form, rope=rope, layers=2))
+    for found in seen:
+        names = [site.name for site in found.sites]
+        assert sorted(names) == sorted(f"layer {i} {kind}" for i in (0, 1) for kind in ("key", "value")), names
+        for site in found.sites:
+            assert site.reader is not None
+            assert (site.decoder.words == "none") is (site.kind == "value" or rope != "before")
 
 
 @pytest.mark.parametrize("turn", [True, "all", "first"])

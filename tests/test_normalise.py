@@ -67,8 +67,6 @@ CASES |= {
 }
 
 
-
-
 def masked(x: Any) -> Any:
     """As masks are built from functions of indices: one vmap within another, and a lookup by both."""
     rows, columns = torch.arange(x.shape[0]), torch.arange(x.shape[1])
@@ -81,6 +79,22 @@ def sliced(x: Any, write: bool = False) -> Any:
     if write:
         x.add_(1)
     return seen + x[1:] + x[:-1]
+
+
+def test_slices_of_two_values_at_one_place_stay_two(clean: None) -> None:
+    def fn(x: Any, y: Any, n: int) -> Any:
+        return x[n:] + y[n:]
+
+    found = []
+
+    def keep(gm: Any, examples: Any) -> Any:
+        found.append(normalise(gm, examples))
+        return found[-1].forward
+
+    x, y = R(9, 2), R(9, 2)
+    call = torch.compile(fn, backend=keep, dynamic=True)
+    for n in (3, 4):
+        torch.testing.assert_close(call(x, y, n), fn(x, y, n))
 
 
 CASES |= {
