@@ -14,7 +14,6 @@ import torch
 from .codec import Codec
 from .compat import mark_weak_dynamic, skip_frame, traced_by_another_backend
 from .decoder import decode_dense
-from .errors import ForeignCache
 from .rows import Rows, Track, alias, alone, reserve, unwritten, zero_unwritten
 
 _INNER = {
@@ -144,9 +143,13 @@ class LatentKV(torch.Tensor):
         c = self.codec
         if self.tail is not None and not self.length:
             return self.tail
-        coded = decode_dense(c.decoder, c.latents(self.codes), self.positions, c.decode, c.mean, c.consts).contiguous()
-        if bool(unwritten(self.codes).any()):  # a dense buffer holds zeros there, whatever the mean
-            coded = zero_unwritten(coded, self.codes, c.decoder.batch_dim, c.decoder.token_dim)
+        home = c.encode.device  # an offloaded cache is elsewhere
+        codes = self.codes.to(home)
+        positions = None if self.positions is None else self.positions.to(home)
+        coded = decode_dense(c.decoder, c.latents(codes), positions, c.decode, c.mean, c.consts).contiguous()
+        if bool(unwritten(codes).any()):  # a dense buffer holds zeros there, whatever the mean
+            coded = zero_unwritten(coded, codes, c.decoder.batch_dim, c.decoder.token_dim)
+        coded = coded.to(self.codes.device)
         return coded if self.tail is None else torch.cat([coded, self.tail], c.decoder.token_dim)
 
     def own_(self, positions: bool = False) -> None:
@@ -202,10 +205,28 @@ class LatentKV(torch.Tensor):
         tail = None if self.tail is None else self.tail.clone()
         return LatentKV.born(self.codec, self.codes.clone(), track, tail)
 
+    def __copy__(self) -> LatentKV:
+        return self.viewed_by(lambda x: LatentKV.over(x.codec, x.rows, x.start, x.length, x.tail))  # type: ignore[arg-type]
+
     def __reduce_ex__(self, protocol: Any) -> Any:
-        raise ForeignCache(
-            "a LatentKV cannot be pickled: its codec belongs to the model in memory; save `latent.dense()` instead"
+        """Pickled (``torch.save``, a queue between processes) it is the decoded dense tensor: right anywhere, also with
+        ``weights_only=True`` and without lorc_fx. Its codec belongs to a model in memory and its decoder is a graph,
+        which must not come out of a pickle; ``save_cache`` keeps the rows."""
+        from .latent_ops import hint_once
+
+        hint_once(
+            "pickle", "a pickled LatentKV is written decoded, as a dense tensor; lorc_fx.save_cache keeps it coded"
         )
+        return self.dense().__reduce_ex__(protocol)
+
+    def repeat_interleave(
+        self, repeats: Any, dim: int | None = None, *, output_size: int | None = None
+    ) -> torch.Tensor:  # type: ignore[override]
+        """As of a dense tensor. (The function ``torch.repeat_interleave`` is expanded before it gets here: decoded.)"""
+        from .latent_ops import repeated
+
+        made = repeated(self, repeats, dim)
+        return super().repeat_interleave(repeats, dim, output_size=output_size) if made is None else made
 
     # -- the protocol of traceable wrapper subclasses ---------------------------------------------------------
 

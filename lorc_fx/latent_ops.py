@@ -27,9 +27,24 @@ def dispatch(func: Any, args: Any, kwargs: Any) -> Any:
             "a LatentKV entered a region that another backend compiles; compile the model with "
             '`model.compile(backend="lorc")` and call generate(..., disable_compile=True)'
         )
+    if torch.is_inference_mode_enabled() and _is_view(func) and not latents[0].is_inference():
+        with torch.inference_mode(False), torch.no_grad():  # as of a dense tensor: a view is what its base is
+            return _run(func, args, kwargs)
+    return _run(func, args, kwargs)
+
+
+def _run(func: Any, args: Any, kwargs: Any) -> Any:
     rule = _ROW_RULES.get(func)
     result = rule(func, args, kwargs) if rule is not None else NotImplemented
+    if result is NotImplemented and func._can_decompose():  # inference mode hands over ops that consist of others
+        result = func.decompose(*args, **kwargs)
     return _decoded(func, args, kwargs) if result is NotImplemented else result
+
+
+def _is_view(func: Any) -> bool:
+    """Whether an op returns a view of an argument (and writes to none)."""
+    aliases = [r.alias_info for r in func._schema.returns]
+    return any(a is not None and not a.is_write for a in aliases)
 
 
 def _propagate(func: Any, args: Any, kwargs: Any) -> Any:
@@ -51,7 +66,7 @@ def _propagate(func: Any, args: Any, kwargs: Any) -> Any:
 _hinted: set[str] = set()
 
 
-def _hint_once(key: str, text: str) -> None:
+def hint_once(key: str, text: str) -> None:
     if key not in _hinted and not (key == "read" and _hinted):
         _hinted.add(key)
         warnings.warn(text, EagerWarning, stacklevel=4)
@@ -62,9 +77,9 @@ def _decoded(func: Any, args: Any, kwargs: Any) -> Any:
     written = [a for a, s in zip(args, func._schema.arguments, strict=False) if s.alias_info and s.alias_info.is_write]
     written = [w for w in written if isinstance(w, LatentKV)]
     if written:
-        _hint_once("write", f"eager code wrote dense values into a coded cache ({func}): it is dense from here on")
+        hint_once("write", f"eager code wrote dense values into a coded cache ({func}): it is dense from here on")
     else:
-        _hint_once("read", f"eager code reads a coded cache ({func}): it is decoded at each such read, right but slow")
+        hint_once("read", f"eager code reads a coded cache ({func}): it is decoded at each such read, right but slow")
     dense: dict[int, torch.Tensor] = {id(w): w.uncompress_() for w in written}
 
     def decode(x: Any) -> Any:
@@ -105,6 +120,24 @@ def _batched(
     return LatentKV.born(made.codec, made.codes, made.rows.track, fn(latent.tail, latent.codec.decoder.batch_dim))
 
 
+def repeated(latent: LatentKV, repeats: Any, dim: int | None) -> LatentKV | None:
+    """``repeat_interleave`` along tokens or the batch; None where it must decode, or Dynamo is tracing."""
+    if dim is None or not isinstance(repeats, int) or repeats < 0 or is_fake(latent.codes):
+        return None
+    row = _row_dim(latent, dim)
+    if row is None or (row == 0 and latent.tail is not None):
+        return None
+    if row == 1:
+        return _batched(latent, lambda t, d: t.repeat_interleave(repeats, d), ("repeat", 1, repeats))
+    return _mapped(latent, lambda t: t.repeat_interleave(repeats, 0), ("repeat", 0, repeats))
+
+
+def _repeat_interleave(func: Any, args: Any, kwargs: Any) -> Any:
+    latent, repeats, dim = (*args, kwargs.get("dim"))[:3]
+    made = repeated(latent, repeats, dim)
+    return NotImplemented if made is None else made
+
+
 def _row_dim(latent: LatentKV, dim: int) -> int | None:
     """The dim of the rows for a logical dim: 0 for tokens, 1 for batch, None for heads and features."""
     dim %= latent.dim()
@@ -130,7 +163,7 @@ def _cat(func: Any, args: Any, kwargs: Any) -> Any:
 
 def _with_tail(first: LatentKV, more: Sequence[torch.Tensor]) -> LatentKV:
     """Dense tokens after coded ones (an uncompiled model, or one past Dynamo's recompile limit): kept as they are."""
-    _hint_once(
+    hint_once(
         "cat",
         "eager code appended dense tokens to a coded cache (an uncompiled model, or past Dynamo's recompile limit): "
         "what is coded stays coded, the new tokens are kept dense; raise torch._dynamo.config.recompile_limit",
@@ -260,6 +293,7 @@ _ROW_RULES: dict[Any, Callable[..., Any]] = {
     aten.clone.default: _clone,
     aten._to_copy.default: _to_copy,
     aten.roll.default: _roll,
+    aten.repeat_interleave.self_int: _repeat_interleave,
     aten.zero_.default: _zero_,
     aten.copy_.default: _copy_,
 }
