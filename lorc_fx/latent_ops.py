@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
@@ -42,9 +43,9 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _is_view(func: Any) -> bool:
-    """Whether an op returns a view of an argument (and writes to none)."""
+    """Whether an op returns a view of an argument (and writes to none), and does not consist of others."""
     aliases = [r.alias_info for r in func._schema.returns]
-    return any(a is not None and not a.is_write for a in aliases)
+    return any(a is not None and not a.is_write for a in aliases) and not func._can_decompose()
 
 
 def _propagate(func: Any, args: Any, kwargs: Any) -> Any:
@@ -67,9 +68,13 @@ _hinted: set[str] = set()
 
 
 def hint_once(key: str, text: str) -> None:
+    """Warn once per process and ``key``, at the line outside of lorc_fx and torch that did it."""
     if key not in _hinted and not (key == "read" and _hinted):
         _hinted.add(key)
-        warnings.warn(text, EagerWarning, stacklevel=4)
+        frame, level = sys._getframe(1), 2
+        while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("lorc_fx", "torch"):
+            frame, level = frame.f_back, level + 1
+        warnings.warn(text, EagerWarning, stacklevel=level)
 
 
 def _decoded(func: Any, args: Any, kwargs: Any) -> Any:
