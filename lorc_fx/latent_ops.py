@@ -28,6 +28,8 @@ def dispatch(func: Any, args: Any, kwargs: Any) -> Any:
             "a LatentKV entered a region that another backend compiles; compile the model with "
             '`model.compile(backend="lorc")` and call generate(..., disable_compile=True)'
         )
+    for latent in latents:
+        latent.follow()
     if torch.is_inference_mode_enabled() and _is_view(func) and not latents[0].is_inference():
         with torch.inference_mode(False), torch.no_grad():  # as of a dense tensor: a view is what its base is
             return _run(func, args, kwargs)
@@ -77,12 +79,15 @@ def hint_once(key: str, text: str) -> None:
         warnings.warn(text, EagerWarning, stacklevel=level)
 
 
+WRITTEN = "eager code wrote dense values into a coded cache ({}): it is dense from here on"
+
+
 def _decoded(func: Any, args: Any, kwargs: Any) -> Any:
     """Any other operation: decode, then run it on dense values; one that writes makes its argument dense in place."""
     written = [a for a, s in zip(args, func._schema.arguments, strict=False) if s.alias_info and s.alias_info.is_write]
     written = [w for w in written if isinstance(w, LatentKV)]
     if written:
-        hint_once("write", f"eager code wrote dense values into a coded cache ({func}): it is dense from here on")
+        hint_once("write", WRITTEN.format(func))
     else:
         hint_once("read", f"eager code reads a coded cache ({func}): it is decoded at each such read, right but slow")
     dense: dict[int, torch.Tensor] = {id(w): w.uncompress_() for w in written}
@@ -143,6 +148,27 @@ def _repeat_interleave(func: Any, args: Any, kwargs: Any) -> Any:
     return NotImplemented if made is None else made
 
 
+def assign(latent: LatentKV, index: Any, value: Any) -> bool:
+    """``latent[index] = value`` where that is no write to a view of rows; False where it is, or Dynamo is tracing."""
+    parts = index if isinstance(index, tuple) else (index,)
+    if all(p is Ellipsis or isinstance(p, slice) for p in parts) and not _touches_features(latent, parts):
+        return False
+    if is_fake(latent.codes) or is_functional(latent.codes):
+        return False
+    latent.follow()
+    hint_once("write", WRITTEN.format("index assignment"))
+    latent.uncompress_()[index] = value.dense() if isinstance(value, LatentKV) else value
+    return True
+
+
+def _touches_features(latent: LatentKV, parts: Sequence[Any]) -> bool:
+    """Whether slices ``parts`` take a part of heads or features, or skip rows."""
+    missing = [slice(None)] * (latent.dim() - len(parts) + 1)
+    whole = [q for p in parts for q in (missing if p is Ellipsis else [p])]
+    cut = [(dim, s) for dim, s in enumerate(whole) if s != slice(None)]
+    return any(_row_dim(latent, dim) is None or s.step not in (None, 1) for dim, s in cut)
+
+
 def _row_dim(latent: LatentKV, dim: int) -> int | None:
     """The dim of the rows for a logical dim: 0 for tokens, 1 for batch, None for heads and features."""
     dim %= latent.dim()
@@ -162,8 +188,22 @@ def _cat(func: Any, args: Any, kwargs: Any) -> Any:
         return _with_tail(first, full[1:])
     if dim is None or not coded or (dim == 1 and _shared_positions(full)):
         return NotImplemented
-    positions = None if first.positions is None else torch.cat([t.positions for t in full], dim)
-    return LatentKV.born(first.codec, torch.cat([t.codes for t in full], dim), positions)
+    return LatentKV.born(first.codec, torch.cat([t.codes for t in full], dim), _joined_positions(full, dim))
+
+
+def _joined_positions(full: Sequence[LatentKV], dim: int) -> Track | torch.Tensor | None:
+    """Of LatentKVs joined along tokens (``dim`` 0) or the batch (1): one track for all layers that join in step, where
+    there are at most two."""
+    first, *others = full
+    if first.positions is None:
+        return None
+    if not others:
+        return _track(first, torch.clone, ("clone",), None)
+    if len(others) == 1 and others[0].rows is not None and others[0].rows.track is not None:
+        other = others[0]
+        key = ("cat", dim, other.start, other.length)
+        return _track(first, lambda t: torch.cat([t, other.positions], dim), key, other.rows.track.data)
+    return torch.cat([t.positions for t in full], dim)
 
 
 def _with_tail(first: LatentKV, more: Sequence[torch.Tensor]) -> LatentKV:

@@ -130,6 +130,59 @@ def test_a_write_through_a_view_reaches_the_cache(view):
     assert torch.equal(after[rest], before[rest])
 
 
+EVERY = slice(None)
+AT = {
+    "tokens": (EVERY, EVERY, slice(1, 3)),
+    "last tokens": (..., slice(-2, None), EVERY),
+    "rows": slice(1, 2),
+    "both": (slice(0, 1), EVERY, slice(1, 4)),
+    "all": ...,
+    "token": (EVERY, EVERY, 2),
+    "row": 1,
+    "heads": (EVERY, slice(0, 1)),
+    "feature": (..., 0),
+    "every other": (EVERY, EVERY, slice(None, None, 2)),
+    "index": (EVERY, EVERY, torch.tensor([0, 2])),
+    "mask": torch.tensor([True, False]),
+}
+
+
+@pytest.mark.parametrize("at", AT)
+@pytest.mark.parametrize("shared", [False, True])
+def test_assignment(at, shared):
+    """What is assigned is there, also in views made before; another continuation of the prefix keeps what it had."""
+    latent = latent_of(codec_of())
+    fork = append(latent, latent_of(latent.codec, 2, seed=3)) if shared else None
+    before = None if fork is None else fork.dense()
+    views = [latent[:, :, :3], latent[1:], latent[1:][:, :, 2:], latent.detach()]
+    want = latent.dense().clone()
+    value = torch.randn(want[AT[at]].shape)
+    latent[AT[at]] = value
+    want[AT[at]] = value
+    same(latent, want)
+    for view, part in zip(views, (want[:, :, :3], want[1:], want[1:][:, :, 2:], want), strict=True):
+        same(view, part)
+        assert torch.equal(view * 1, part)
+    if fork is not None:
+        same(fork, before)
+
+
+@pytest.mark.parametrize("at", ["tokens", "last tokens", "rows", "both", "all"])
+def test_dense_values_written_into_a_view_reach_the_cache(at):
+    latent, other = latent_of(codec_of()), latent_of(codec_of())
+    want = latent.dense().clone()
+    view, again = latent[AT[at]], latent[AT[at]]
+    view.add_(1)
+    want[AT[at]] += 1
+    same(latent, want)
+    same(again, want[AT[at]])
+    again.mul_(2)
+    want[AT[at]] *= 2
+    same(latent, want)
+    same(view, want[AT[at]])
+    same(other, latent_of(codec_of()).dense())
+
+
 @pytest.mark.parametrize("copied", ["select", "heads", "feature"])
 def test_what_needs_decoding_is_a_copy(copied):
     """As LatentKV's docstring says: a dense tensor of its own, with the right values; writing to it changes nothing."""
