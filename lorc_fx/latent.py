@@ -229,6 +229,11 @@ class LatentKV(torch.Tensor):
         tail = None if self.tail is None else self.tail.clone()
         return LatentKV.born(self.codec, self.codes.clone(), track, tail)
 
+    def _is_view(self) -> bool:
+        """Never to Dynamo, which would rebuild a cropped cache from its base, with strides that it has not: what it
+        shows is in its own rows, and writes find their way by ``view_of``."""
+        return False
+
     def __copy__(self) -> LatentKV:
         return self.viewed_by(lambda x: LatentKV.over(x.codec, x.rows, x.start, x.length, x.tail))  # type: ignore[arg-type]
 

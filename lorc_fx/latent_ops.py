@@ -261,7 +261,10 @@ def _index_select(func: Any, args: Any, kwargs: Any) -> Any:
     latent, dim, index = args
     row = _row_dim(latent, dim) if isinstance(latent, LatentKV) else None
     if row == 1:
-        return _batched(latent, lambda t, d: t.index_select(d, index), ("select", 1), index)
+        try:
+            return _batched(latent, lambda t, d: t.index_select(d, index), ("select", 1), index)
+        except RuntimeError as error:  # what torch raises for an index that is too large depends on the axis
+            raise IndexError(f"{error} (batch rows of a cache: {latent.codes.shape[1]})") from None
     if row != 0 or latent.tail is not None:
         return NotImplemented
     return _mapped(latent, lambda t: t.index_select(0, index), ("select", 0), index)
