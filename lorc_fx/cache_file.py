@@ -287,7 +287,7 @@ class _Reader:
         if into is not None and type(into) is not kind:
             raise BadCacheFile(str(self.path), f"it holds a {kind.__name__}, the cache given a {type(into).__name__}")
         nested = any(isinstance(v, dict) and ("object" in v or "list" in v) for v in state.values())
-        made = into if into is not None else kind.__new__(kind) if nested else self._layer(kind, state)
+        made = into if into is not None else object.__new__(kind) if nested else self._layer(kind, state)
         if fresh and not nested:
             return made
         for name in ("max_cache_len", "sliding_window"):
@@ -298,17 +298,17 @@ class _Reader:
         for name, value in state.items():
             vars(made)[name] = self.decode(value, home, vars(made).get(name), fresh)
         if state.get("offloading") and "prefetch_stream" not in vars(made):
-            made.prefetch_stream = torch.Stream()
+            vars(made)["prefetch_stream"] = torch.Stream()
         return made
 
     def _layer(self, kind: type, state: Mapping[str, Any]) -> Any:
         """A layer as before its first token."""
         named = {"sliding_window": state.get("max_cache_len"), **state}  # a static layer forgets what its window was
-        wanted = inspect.signature(kind.__init__).parameters
+        wanted = inspect.signature(kind).parameters
         try:
             return kind(**{n: named[n] for n in wanted if n in named and not isinstance(named[n], dict)})
         except TypeError:
-            return kind.__new__(kind)
+            return object.__new__(kind)
 
     def _home(self, values: Iterable[Any]) -> torch.device:
         """Where a layer's tensors go: to the weights that its codec was made of."""

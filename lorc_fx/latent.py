@@ -256,9 +256,7 @@ class LatentKV(torch.Tensor):
         if not assign(self, index, value):
             super().__setitem__(index, value)
 
-    def repeat_interleave(
-        self, repeats: Any, dim: int | None = None, *, output_size: int | None = None
-    ) -> torch.Tensor:  # type: ignore[override]
+    def repeat_interleave(self, repeats: Any, dim: int | None = None, *, output_size: Any = None) -> Any:
         """As of a dense tensor. (The function ``torch.repeat_interleave`` is expanded before it gets here: decoded.)"""
         from .latent_ops import repeated
 

@@ -199,11 +199,12 @@ def _joined_positions(full: Sequence[LatentKV], dim: int) -> Track | torch.Tenso
         return None
     if not others:
         return _track(first, torch.clone, ("clone",), None)
-    if len(others) == 1 and others[0].rows is not None and others[0].rows.track is not None:
-        other = others[0]
-        key = ("cat", dim, other.start, other.length)
-        return _track(first, lambda t: torch.cat([t, other.positions], dim), key, other.rows.track.data)
-    return torch.cat([t.positions for t in full], dim)
+    more = [t.positions for t in others if t.positions is not None]
+    rows = others[0].rows
+    if len(others) == 1 and rows is not None and rows.track is not None:
+        key = ("cat", dim, others[0].start, others[0].length)
+        return _track(first, lambda t: torch.cat([t, *more], dim), key, rows.track.data)
+    return torch.cat([first.positions, *more], dim)
 
 
 def _with_tail(first: LatentKV, more: Sequence[torch.Tensor]) -> LatentKV:

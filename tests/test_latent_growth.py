@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from latent_cases import RANK, append, codec_of, latent_of, same
 
-from lorc_fx.latent import cache_nbytes
+from lorc_fx.latent import LatentKV, cache_nbytes, in_step
 from lorc_fx.rows import Rows, capacity
 
 
@@ -26,6 +26,27 @@ def test_continuations_never_meet(data):
         known.append((append(latent, new), torch.cat([dense, new.dense()], 2)))
     for latent, dense in known:
         same(latent, dense)
+
+
+def test_what_was_derived_before_a_write_is_not_taken_for_what_is_derived_after_it():
+    codec = codec_of()
+    latent, other = latent_of(codec), latent_of(codec, seed=8, start=50)
+    kept = latent.clone()
+    latent.copy_(other)
+    same(latent.clone(), other.dense())
+    same(kept, latent_of(codec).dense())
+
+
+def test_layers_that_are_joined_in_step_share_positions():
+    """Two requests that become one batch: each position is held once, as before."""
+    codec = codec_of()
+    (a, c), (b, d) = (
+        (x, LatentKV.born(codec, x.codes + 1, x.rows.track)) for x in (latent_of(codec), latent_of(codec))
+    )
+    for dim in (0, 2):
+        first, second = torch.cat([a, b], dim), torch.cat([c, d], dim)
+        assert in_step(first, second)
+        same(second, torch.cat([c.dense(), d.dense()], dim))
 
 
 def test_appending_is_in_place_and_amortised(monkeypatch):
