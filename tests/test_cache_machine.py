@@ -158,6 +158,13 @@ class Latents(RuleBasedStateMachine):
         for x in (x for pair in self.pick(which) for x in pair):
             x.zero_()
 
+    @rule(which=SMALL, seed=SEEDS)
+    def zero_under_a_continuation(self, which: int, seed: int) -> None:
+        """The first append makes room, the second goes into it: the third cache shows rows of the second."""
+        self.append(which, 1, seed)
+        self.append(len(self.known) - 1, 1, seed + 9)
+        self.zero(len(self.known) - 2)
+
     @rule(which=SMALL, token=SMALL, way=st.sampled_from(["token", "from", "add", "heads"]))
     def write(self, which: int, token: int, way: str) -> None:
         latents, dense = self.pick(which)
