@@ -290,9 +290,10 @@ class _Reader:
         made = into if into is not None else object.__new__(kind) if nested else self._layer(kind, state)
         if fresh and not nested:
             return made
+        given = {} if into is None else vars(into)
         for name in ("max_cache_len", "sliding_window"):
-            if into is not None and getattr(into, name, None) != state.get(name, getattr(into, name, None)):
-                text = f"its {name} is {state[name]}, that of the cache given {getattr(into, name)}"
+            if name in given and given[name] != state.get(name, given[name]):
+                text = f"its {name} is {state[name]}, that of the cache given {given[name]}"
                 raise BadCacheFile(str(self.path), text)
         home = self._home(state.values())
         for name, value in state.items():
