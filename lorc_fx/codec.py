@@ -15,7 +15,7 @@ basis is lossless, so the identity is taken: no decode, no rounding.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -101,6 +101,11 @@ def around_bias(basis: Basis, bias: torch.Tensor | None) -> Basis:
     return replace(basis, means=(zero if bias is None else bias.detach().double())[None])
 
 
+def version_of(weight: torch.Tensor) -> int:
+    """The in-place version (inference tensors have none and count as 0)."""
+    return 0 if weight.is_inference() else weight._version
+
+
 @dataclass(frozen=True, eq=False)
 class Codec:
     """One site's codec. Compared by identity: a latent is only ever read by the codec that wrote it, or (a cache that
@@ -126,6 +131,15 @@ class Codec:
     decode: torch.Tensor | None
     mean: torch.Tensor | None
     consts: tuple[torch.Tensor, ...]
+    version: int = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "version", version_of(self.encode))
+
+    @property
+    def outdated(self) -> bool:
+        """Whether ``encode``, which at full rank is the model's own weight, was written since."""
+        return version_of(self.encode) != self.version
 
     @property
     def rank(self) -> int:
@@ -154,13 +168,18 @@ class Codec:
     @cached_property
     def digest(self) -> str:
         """sha256 in hex of all that it is: tensors by content, row format, decoder. Equal in another process that makes
-        it of the same weights by the same plan or calibration."""
+        it of the same weights by the same plan or calibration; unlike any other where it is ``outdated``."""
+        if self.outdated:
+            return hashlib.sha256(f"outdated {id(self)}".encode()).hexdigest()
         about = (self.signature, self.decoder.shared_positions, checksum(self.tensors()))
         return hashlib.sha256(repr(about).encode()).hexdigest()
 
     def equals(self, other: Codec) -> bool:
         """Whether the other one codes and decodes alike, bit by bit."""
-        return self is other or (self.signature == other.signature and self.digest == other.digest)
+        if self is other:
+            return True
+        fresh = not self.outdated and not other.outdated
+        return fresh and self.signature == other.signature and self.digest == other.digest
 
     def latents(self, rows: torch.Tensor) -> torch.Tensor:
         """Stored rows [T, B, width] -> [T, B, k] in the model's dtype."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .codec import Codec
+from .codec import Codec, version_of
 from .parts import all_parts
 from .records import Fidelity
 
@@ -32,11 +32,6 @@ class WeightState:
 
     def still(self, weight: torch.Tensor) -> bool:
         return self.ref() is weight and version_of(weight) == self.version and weight.data_ptr() == self.pointer
-
-
-def version_of(weight: torch.Tensor) -> int:
-    """The in-place version (inference tensors have none and count as 0)."""
-    return 0 if weight.is_inference() else weight._version
 
 
 @dataclass(frozen=True)

@@ -186,6 +186,17 @@ def test_other_weights_and_options_are_refused(tmp_path):
         lorc_fx.load_cache(path, same)
 
 
+def test_a_cache_of_weights_that_were_written_since_is_not_of_these(tmp_path):
+    """At full rank a codec's matrix is the weight itself, so its content alone would say that nothing has changed."""
+    model = compiled(FAMILIES["llama-gqa"].build(layers=1), ratio=1.0)
+    cache, path = begun(model, new_cache(model)), tmp_path / "a.cache"
+    with torch.no_grad():
+        model.model.layers[0].self_attn.v_proj.weight.mul_(1.5)
+    lorc_fx.save_cache(cache, path)
+    with pytest.raises(ForeignCache, match="of which 1 are not"):
+        lorc_fx.load_cache(path, model)
+
+
 def test_weights_put_back_and_codecs_made_again(tmp_path, many_shapes):
     """The digest is of the content: a codec that is made again is the one that wrote the cache."""
     model = compiled(FAMILIES["llama-gqa"].build(layers=1), ratio=0.5)
