@@ -2,6 +2,7 @@
 
 from . import schedulers
 from .bases import register_basis
+from .cache_file import load_cache, save_cache
 from .calibrate import calibrate
 from .calibration import Calibration
 from .errors import LorcError, LorcWarning
@@ -32,10 +33,12 @@ __all__ = [
     "calibrate",
     "explain",
     "fidelity",
+    "load_cache",
     "make_plan",
     "register_basis",
     "register_rule",
     "register_scheduler",
     "reset",
+    "save_cache",
     "schedulers",
 ]

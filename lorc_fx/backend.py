@@ -86,6 +86,21 @@ def compile_graph(gm: GraphModule, example_inputs: Sequence[Any], options: Optio
     return compiled if opened is gm else lambda *arguments: compiled(*take(arguments))
 
 
+def make_codecs(gm: GraphModule, example_inputs: Sequence[Any], options: Options) -> None:
+    """The steps of ``compile_graph`` up to the codecs, which the store then has. Graphs that would run untouched have
+    none."""
+    if not any(map(_may_hold_tokens, map(compat.example_value, placeholders(gm)))):
+        return
+    opened, take = in_parts(gm, example_inputs)
+    try:
+        matched = match(canonical := normalise(opened, take(example_inputs)))
+    except LorcError:
+        raise
+    except Exception:
+        return
+    Builder(canonical, matched, options).codecs(take(example_inputs))
+
+
 def _unread(gm: GraphModule, error: Exception) -> str:
     """Why a trace failed. A number of the model that changed between calls has become an input without a value."""
     read = [n.args[0] for n in gm.graph.nodes if n.op == "call_method" and n.target == "item"]

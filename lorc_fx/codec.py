@@ -14,7 +14,9 @@ basis is lossless, so the identity is taken: no decode, no rounding.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import hashlib
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ import torch
 from .decoder import Decoder
 from .errors import BadWeight
 from .packing import MODEL, Format, Segment, pack, unpack
+from .plan_file import checksum
 
 CONDITION_FLOOR = 1e-7
 """sigma_min is floored at this fraction of sigma_max, about the epsilon of fp32 weights: what is below it is noise."""
@@ -98,9 +101,15 @@ def around_bias(basis: Basis, bias: torch.Tensor | None) -> Basis:
     return replace(basis, means=(zero if bias is None else bias.detach().double())[None])
 
 
+def version_of(weight: torch.Tensor) -> int:
+    """The in-place version (inference tensors have none and count as 0)."""
+    return 0 if weight.is_inference() else weight._version
+
+
 @dataclass(frozen=True, eq=False)
 class Codec:
-    """One site's codec. Compared by identity: a latent is only ever read by the codec that wrote it.
+    """One site's codec. Compared by identity: a latent is only ever read by the codec that wrote it, or (a cache that
+    was saved) by one that ``equals`` it.
 
     r columns are stored, and there are m means; k = r + m - 1. Tensors are in the model's dtype; those that encode are
     in fp32 where rows are packed: activations have channels a hundred times larger than others, so P^T W rounded to 16
@@ -122,6 +131,15 @@ class Codec:
     decode: torch.Tensor | None
     mean: torch.Tensor | None
     consts: tuple[torch.Tensor, ...]
+    version: int = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "version", version_of(self.encode))
+
+    @property
+    def outdated(self) -> bool:
+        """Whether ``encode``, which at full rank is the model's own weight, was written since."""
+        return version_of(self.encode) != self.version
 
     @property
     def rank(self) -> int:
@@ -146,6 +164,22 @@ class Codec:
         """What a compiled graph depends on: two codecs of equal signature can be swapped as plain inputs."""
         has = tuple(t is None for t in (self.shift, self.offsets, self.spread, self.decode, self.mean))
         return (self.format, self.latent_width, *has, self.dtype, self.decoder.digest)
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 in hex of all that it is: tensors by content, row format, decoder. Equal in another process that makes
+        it of the same weights by the same plan or calibration; unlike any other where it is ``outdated``."""
+        if self.outdated:
+            return hashlib.sha256(f"outdated {id(self)}".encode()).hexdigest()
+        about = (self.signature, self.decoder.shared_positions, checksum(self.tensors()))
+        return hashlib.sha256(repr(about).encode()).hexdigest()
+
+    def equals(self, other: Codec) -> bool:
+        """Whether the other one codes and decodes alike, bit by bit."""
+        if self is other:
+            return True
+        fresh = not self.outdated and not other.outdated
+        return fresh and self.signature == other.signature and self.digest == other.digest
 
     def latents(self, rows: torch.Tensor) -> torch.Tensor:
         """Stored rows [T, B, width] -> [T, B, k] in the model's dtype."""

@@ -200,6 +200,29 @@ def traced_by_another_backend() -> str | None:
     return str(compiler)
 
 
+def compiled_with(model: torch.nn.Module) -> tuple[Any, str | None] | None:
+    """``options`` and ``mode`` of the ``model.compile(backend="lorc")`` (or ``torch.compile``) that made ``model`` what
+    it is; None where there was none, or this torch keeps them elsewhere."""
+    context: Any = getattr(model, "dynamo_ctx", None)
+    call = getattr(model, "_compiled_call_impl", None)
+    if context is None and call is not None:
+        names = getattr(getattr(call, "__code__", None), "co_freevars", ())
+        cells = getattr(call, "__closure__", None) or ()
+        context = next((c.cell_contents for n, c in zip(names, cells, strict=True) if n == "self"), None)
+    backend, seen = getattr(context, "callback", None), 0
+    while backend is not None and seen < 8:
+        given = getattr(backend, "kwargs", None)
+        if getattr(backend, "compiler_name", None) == "lorc" and isinstance(given, dict):
+            return given.get("options"), given.get("mode")
+        backend, seen = getattr(backend, "_torchdynamo_orig_backend", None), seen + 1
+    return None
+
+
+def is_static_address(tensor: torch.Tensor) -> bool:
+    """Whether ``torch._dynamo.mark_static_address`` was called on a tensor, which compiled graphs guard."""
+    return getattr(tensor, "_dynamo_static_input_type", None) is not None
+
+
 def skip_frame(reason: str) -> None:
     """Make Dynamo leave the frame that it is tracing to Python (frames that it calls may still be compiled)."""
     from torch._dynamo.exc import SkipFrame

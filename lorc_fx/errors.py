@@ -262,6 +262,17 @@ class ForeignCache(LorcError):
         )
 
 
+class BadCacheFile(LorcError, ValueError):
+    """A cache that cannot be written to a file, or a file that cannot be read as a cache."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        self.path, self.reason = path, reason
+        super().__init__(
+            f"{path} cannot be used as a saved cache: {reason}. Allowed is what lorc_fx.save_cache(cache, path) writes "
+            "of a cache of transformers or a nest of tensors; save it anew, or run the prompt again."
+        )
+
+
 class GraphInvariant(LorcError):
     """An internal check between two passes failed: a defect of lorc_fx, not of the model."""
 

@@ -14,7 +14,6 @@ import torch
 from .codec import Codec
 from .compat import mark_weak_dynamic, skip_frame, traced_by_another_backend
 from .decoder import decode_dense
-from .errors import ForeignCache
 from .rows import Rows, Track, alias, alone, reserve, unwritten, zero_unwritten
 
 _INNER = {
@@ -64,6 +63,8 @@ class LatentKV(torch.Tensor):
     start: int
     tail: torch.Tensor | None
     view_of: tuple[LatentKV, Callable[[LatentKV], LatentKV]] | None
+    moves: int
+    seen: int
     _positions: torch.Tensor | None
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -88,6 +89,7 @@ class LatentKV(torch.Tensor):
         )
         self.codec, self.codes, self._positions, self.rows, self.start = codec, codes, positions, rows, start
         self.tail, self.view_of = tail, None
+        self.moves = self.seen = 0
         return self
 
     @property
@@ -141,12 +143,17 @@ class LatentKV(torch.Tensor):
 
     def dense(self) -> torch.Tensor:
         """The decoded cache value, in the logical shape and the model's dtype."""
+        self.follow()
         c = self.codec
         if self.tail is not None and not self.length:
             return self.tail
-        coded = decode_dense(c.decoder, c.latents(self.codes), self.positions, c.decode, c.mean, c.consts).contiguous()
-        if bool(unwritten(self.codes).any()):  # a dense buffer holds zeros there, whatever the mean
-            coded = zero_unwritten(coded, self.codes, c.decoder.batch_dim, c.decoder.token_dim)
+        home = c.encode.device  # an offloaded cache is elsewhere
+        codes = self.codes.to(home)
+        positions = None if self.positions is None else self.positions.to(home)
+        coded = decode_dense(c.decoder, c.latents(codes), positions, c.decode, c.mean, c.consts).contiguous()
+        if bool(unwritten(codes).any()):  # a dense buffer holds zeros there, whatever the mean
+            coded = zero_unwritten(coded, codes, c.decoder.batch_dim, c.decoder.token_dim)
+        coded = coded.to(self.codes.device)
         return coded if self.tail is None else torch.cat([coded, self.tail], c.decoder.token_dim)
 
     def own_(self, positions: bool = False) -> None:
@@ -155,30 +162,50 @@ class LatentKV(torch.Tensor):
         rows = self.rows
         assert rows is not None
         if self.view_of is not None:
-            base, again = self.view_of
-            base.own_(positions)
-            fresh = again(base)
-            self.codes, self.rows, self.start = fresh.codes, fresh.rows, fresh.start
+            self.view_of[0].own_(positions)
+            self.follow(always=True)
         elif rows.shared:
             track = None if self.positions is None else Track(self.positions.clone(), self.length)
-            self.rows, self.start = Rows(self.codes.clone(), track, self.length), 0
-            self.codes = self.rows.codes
+            self._move(Rows(self.codes.clone(), track, self.length), self.tail)
         elif positions:
             alone([rows])
 
     def viewed_by(self, again: Callable[[LatentKV], LatentKV]) -> LatentKV:
-        """A view of this LatentKV, made by ``again``: what is written into it in place is written here."""
+        """A view of this LatentKV, made by ``again``: what is written into it in place is written here, and the other
+        way round."""
         made = again(self)
         if made is not self:
-            made.view_of = (self, again)
+            made.view_of, made.seen = (self, again), self.moves
         return made
 
-    def uncompress_(self) -> torch.Tensor:
-        """Become dense in place (all tokens in ``tail``), for eager code that writes; returns the tail."""
-        tail = self.dense()
-        rows = Rows(self.codes[:0], None if self.positions is None else Track(self.positions[:0], 0), 0)
+    def follow(self, always: bool = False) -> None:
+        """A view whose base has moved (a write made it leave shared rows, or become dense) moves there too."""
+        if self.view_of is None:
+            return
+        base, again = self.view_of
+        base.follow()
+        if always or base.moves != self.seen:
+            fresh, self.seen = again(base), base.moves
+            assert fresh.rows is not None
+            self.codes, self.rows, self.start, self.tail = fresh.codes, fresh.rows, fresh.start, fresh.tail
+            self.moves += 1
+
+    def _move(self, rows: Rows, tail: torch.Tensor | None) -> None:
         self.codes, self.rows, self.start, self.tail = rows.codes, rows, 0, tail
-        return tail
+        self.moves += 1
+
+    def uncompress_(self) -> torch.Tensor:
+        """Become dense in place (all tokens in ``tail``), for eager code that writes; returns the tail. A view takes
+        what it is a view of along, so that the write is one to both."""
+        if self.view_of is not None:
+            self.view_of[0].uncompress_()
+            self.follow()
+            return self.dense()
+        if self.tail is None or self.length:
+            tail = self.dense()
+            self._move(Rows(self.codes[:0], None if self.positions is None else Track(self.positions[:0], 0), 0), tail)
+        assert self.tail is not None
+        return self.tail
 
     def used_nbytes(self) -> int:
         """Bytes of the rows that this view shows."""
@@ -202,10 +229,39 @@ class LatentKV(torch.Tensor):
         tail = None if self.tail is None else self.tail.clone()
         return LatentKV.born(self.codec, self.codes.clone(), track, tail)
 
+    def _is_view(self) -> bool:
+        """Never to Dynamo, which would rebuild a cropped cache from its base, with strides that it has not: what it
+        shows is in its own rows, and writes find their way by ``view_of``."""
+        return False
+
+    def __copy__(self) -> LatentKV:
+        return self.viewed_by(lambda x: LatentKV.over(x.codec, x.rows, x.start, x.length, x.tail))  # type: ignore[arg-type]
+
     def __reduce_ex__(self, protocol: Any) -> Any:
-        raise ForeignCache(
-            "a LatentKV cannot be pickled: its codec belongs to the model in memory; save `latent.dense()` instead"
+        """Pickled (``torch.save``, a queue between processes) it is the decoded dense tensor: right anywhere, also with
+        ``weights_only=True`` and without lorc_fx. Its codec belongs to a model in memory and its decoder is a graph,
+        which must not come out of a pickle; ``save_cache`` keeps the rows."""
+        from .latent_ops import hint_once
+
+        hint_once(
+            "pickle", "a pickled LatentKV is written decoded, as a dense tensor; lorc_fx.save_cache keeps it coded"
         )
+        return self.dense().__reduce_ex__(protocol)
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        """Rows [a:b] are written where they are; single elements, heads and features are no views, so it becomes dense
+        before they are written."""
+        from .latent_ops import assign
+
+        if not assign(self, index, value):
+            super().__setitem__(index, value)
+
+    def repeat_interleave(self, repeats: Any, dim: int | None = None, *, output_size: Any = None) -> Any:
+        """As of a dense tensor. (The function ``torch.repeat_interleave`` is expanded before it gets here: decoded.)"""
+        from .latent_ops import repeated
+
+        made = repeated(self, repeats, dim)
+        return super().repeat_interleave(repeats, dim, output_size=output_size) if made is None else made
 
     # -- the protocol of traceable wrapper subclasses ---------------------------------------------------------
 

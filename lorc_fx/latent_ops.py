@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
@@ -27,9 +28,26 @@ def dispatch(func: Any, args: Any, kwargs: Any) -> Any:
             "a LatentKV entered a region that another backend compiles; compile the model with "
             '`model.compile(backend="lorc")` and call generate(..., disable_compile=True)'
         )
+    for latent in latents:
+        latent.follow()
+    if torch.is_inference_mode_enabled() and _is_view(func) and not latents[0].is_inference():
+        with torch.inference_mode(False), torch.no_grad():  # as of a dense tensor: a view is what its base is
+            return _run(func, args, kwargs)
+    return _run(func, args, kwargs)
+
+
+def _run(func: Any, args: Any, kwargs: Any) -> Any:
     rule = _ROW_RULES.get(func)
     result = rule(func, args, kwargs) if rule is not None else NotImplemented
+    if result is NotImplemented and func._can_decompose():  # inference mode hands over ops that consist of others
+        result = func.decompose(*args, **kwargs)
     return _decoded(func, args, kwargs) if result is NotImplemented else result
+
+
+def _is_view(func: Any) -> bool:
+    """Whether an op returns a view of an argument (and writes to none), and does not consist of others."""
+    aliases = [r.alias_info for r in func._schema.returns]
+    return any(a is not None and not a.is_write for a in aliases) and not func._can_decompose()
 
 
 def _propagate(func: Any, args: Any, kwargs: Any) -> Any:
@@ -51,10 +69,17 @@ def _propagate(func: Any, args: Any, kwargs: Any) -> Any:
 _hinted: set[str] = set()
 
 
-def _hint_once(key: str, text: str) -> None:
+def hint_once(key: str, text: str) -> None:
+    """Warn once per process and ``key``, at the line outside of lorc_fx and torch that did it."""
     if key not in _hinted and not (key == "read" and _hinted):
         _hinted.add(key)
-        warnings.warn(text, EagerWarning, stacklevel=4)
+        frame, level = sys._getframe(1), 2
+        while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("lorc_fx", "torch"):
+            frame, level = frame.f_back, level + 1
+        warnings.warn(text, EagerWarning, stacklevel=level)
+
+
+WRITTEN = "eager code wrote dense values into a coded cache ({}): it is dense from here on"
 
 
 def _decoded(func: Any, args: Any, kwargs: Any) -> Any:
@@ -62,9 +87,9 @@ def _decoded(func: Any, args: Any, kwargs: Any) -> Any:
     written = [a for a, s in zip(args, func._schema.arguments, strict=False) if s.alias_info and s.alias_info.is_write]
     written = [w for w in written if isinstance(w, LatentKV)]
     if written:
-        _hint_once("write", f"eager code wrote dense values into a coded cache ({func}): it is dense from here on")
+        hint_once("write", WRITTEN.format(func))
     else:
-        _hint_once("read", f"eager code reads a coded cache ({func}): it is decoded at each such read, right but slow")
+        hint_once("read", f"eager code reads a coded cache ({func}): it is decoded at each such read, right but slow")
     dense: dict[int, torch.Tensor] = {id(w): w.uncompress_() for w in written}
 
     def decode(x: Any) -> Any:
@@ -105,6 +130,45 @@ def _batched(
     return LatentKV.born(made.codec, made.codes, made.rows.track, fn(latent.tail, latent.codec.decoder.batch_dim))
 
 
+def repeated(latent: LatentKV, repeats: Any, dim: int | None) -> LatentKV | None:
+    """``repeat_interleave`` along tokens or the batch; None where it must decode, or Dynamo is tracing."""
+    if dim is None or not isinstance(repeats, int) or repeats < 0 or is_fake(latent.codes):
+        return None
+    row = _row_dim(latent, dim)
+    if row is None or (row == 0 and latent.tail is not None):
+        return None
+    if row == 1:
+        return _batched(latent, lambda t, d: t.repeat_interleave(repeats, d), ("repeat", 1, repeats))
+    return _mapped(latent, lambda t: t.repeat_interleave(repeats, 0), ("repeat", 0, repeats))
+
+
+def _repeat_interleave(func: Any, args: Any, kwargs: Any) -> Any:
+    latent, repeats, dim = (*args, kwargs.get("dim"))[:3]
+    made = repeated(latent, repeats, dim)
+    return NotImplemented if made is None else made
+
+
+def assign(latent: LatentKV, index: Any, value: Any) -> bool:
+    """``latent[index] = value`` where that is no write to a view of rows; False where it is, or Dynamo is tracing."""
+    parts = index if isinstance(index, tuple) else (index,)
+    if all(p is Ellipsis or isinstance(p, slice) for p in parts) and not _touches_features(latent, parts):
+        return False
+    if is_fake(latent.codes) or is_functional(latent.codes):
+        return False
+    latent.follow()
+    hint_once("write", WRITTEN.format("index assignment"))
+    latent.uncompress_()[index] = value.dense() if isinstance(value, LatentKV) else value
+    return True
+
+
+def _touches_features(latent: LatentKV, parts: Sequence[Any]) -> bool:
+    """Whether slices ``parts`` take a part of heads or features, or skip rows."""
+    missing = [slice(None)] * (latent.dim() - len(parts) + 1)
+    whole = [q for p in parts for q in (missing if p is Ellipsis else [p])]
+    cut = [(dim, s) for dim, s in enumerate(whole) if s != slice(None)]
+    return any(_row_dim(latent, dim) is None or s.step not in (None, 1) for dim, s in cut)
+
+
 def _row_dim(latent: LatentKV, dim: int) -> int | None:
     """The dim of the rows for a logical dim: 0 for tokens, 1 for batch, None for heads and features."""
     dim %= latent.dim()
@@ -124,13 +188,28 @@ def _cat(func: Any, args: Any, kwargs: Any) -> Any:
         return _with_tail(first, full[1:])
     if dim is None or not coded or (dim == 1 and _shared_positions(full)):
         return NotImplemented
-    positions = None if first.positions is None else torch.cat([t.positions for t in full], dim)
-    return LatentKV.born(first.codec, torch.cat([t.codes for t in full], dim), positions)
+    return LatentKV.born(first.codec, torch.cat([t.codes for t in full], dim), _joined_positions(full, dim))
+
+
+def _joined_positions(full: Sequence[LatentKV], dim: int) -> Track | torch.Tensor | None:
+    """Of LatentKVs joined along tokens (``dim`` 0) or the batch (1): one track for all layers that join in step, where
+    there are at most two."""
+    first, *others = full
+    if first.positions is None:
+        return None
+    if not others:
+        return _track(first, torch.clone, ("clone",), None)
+    more = [t.positions for t in others if t.positions is not None]
+    rows = others[0].rows
+    if len(others) == 1 and rows is not None and rows.track is not None:
+        key = ("cat", dim, others[0].start, others[0].length)
+        return _track(first, lambda t: torch.cat([t, *more], dim), key, rows.track.data)
+    return torch.cat([first.positions, *more], dim)
 
 
 def _with_tail(first: LatentKV, more: Sequence[torch.Tensor]) -> LatentKV:
     """Dense tokens after coded ones (an uncompiled model, or one past Dynamo's recompile limit): kept as they are."""
-    _hint_once(
+    hint_once(
         "cat",
         "eager code appended dense tokens to a coded cache (an uncompiled model, or past Dynamo's recompile limit): "
         "what is coded stays coded, the new tokens are kept dense; raise torch._dynamo.config.recompile_limit",
@@ -183,7 +262,10 @@ def _index_select(func: Any, args: Any, kwargs: Any) -> Any:
     latent, dim, index = args
     row = _row_dim(latent, dim) if isinstance(latent, LatentKV) else None
     if row == 1:
-        return _batched(latent, lambda t, d: t.index_select(d, index), ("select", 1), index)
+        try:
+            return _batched(latent, lambda t, d: t.index_select(d, index), ("select", 1), index)
+        except RuntimeError as error:  # what torch raises for an index that is too large depends on the axis
+            raise IndexError(f"{error} (batch rows of a cache: {latent.codes.shape[1]})") from None
     if row != 0 or latent.tail is not None:
         return NotImplemented
     return _mapped(latent, lambda t: t.index_select(0, index), ("select", 0), index)
@@ -260,6 +342,7 @@ _ROW_RULES: dict[Any, Callable[..., Any]] = {
     aten.clone.default: _clone,
     aten._to_copy.default: _to_copy,
     aten.roll.default: _roll,
+    aten.repeat_interleave.self_int: _repeat_interleave,
     aten.zero_.default: _zero_,
     aten.copy_.default: _copy_,
 }

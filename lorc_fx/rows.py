@@ -87,6 +87,10 @@ class Track:
             self._views[start, length] = found
         return found
 
+    def forget(self) -> None:
+        """Its positions are about to change: what was derived of them is not what will be."""
+        self._derived = None
+
     def copy(self) -> Track:
         return Track(self.data.clone(), self.used)
 
@@ -152,10 +156,14 @@ class Rows:
 def alone(rows: Sequence[Rows]) -> None:
     """Before the positions that these rows share are written in place: they stop sharing them with any others."""
     track = rows[0].track
-    if track is not None and track.owners > len(rows):
+    if track is None:
+        return
+    if track.owners > len(rows):
         own = track.copy()
         for each in rows:
             each.moved_to(own)
+    else:
+        track.forget()
 
 
 def reserve(views: Sequence[tuple[Rows, int, int]], extra: int) -> list[tuple[Rows, int]]:

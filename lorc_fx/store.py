@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .codec import Codec
+from .codec import Codec, version_of
 from .parts import all_parts
 from .records import Fidelity
 
@@ -32,11 +32,6 @@ class WeightState:
 
     def still(self, weight: torch.Tensor) -> bool:
         return self.ref() is weight and version_of(weight) == self.version and weight.data_ptr() == self.pointer
-
-
-def version_of(weight: torch.Tensor) -> int:
-    """The in-place version (inference tensors have none and count as 0)."""
-    return 0 if weight.is_inference() else weight._version
 
 
 @dataclass(frozen=True)
@@ -77,8 +72,10 @@ class CodecStore:
             weakref.finalize(weight, self._drop, full, entry)
 
     def holds(self, key: tuple[Any, ...], weights: Sequence[torch.Tensor], codec: Codec) -> bool:
-        """Whether ``codec`` was made for these weights, unchanged since, under this key: now, or before statistics."""
-        return any(self.find((key, informed), weights) is codec for informed in (True, False))
+        """Whether ``codec`` was made for these weights, unchanged since, under this key: now, or before statistics. One
+        of equal content is as good (a cache that was loaded, or written before ``reset`` and the same prompt)."""
+        found = (self.find((key, informed), weights) for informed in (True, False))
+        return any(f is not None and f.equals(codec) for f in found)
 
     def turn(self) -> None:
         """Codecs that were made for the same weights have changed: whoever holds some must look again."""
@@ -89,6 +86,12 @@ class CodecStore:
         known = set(map(id, weights))
         mine = [entry for full, entry in self._entries.items() if known & set(full[1:])]
         return tuple(e.fidelity for e in mine if e.fidelity is not None and e.unchanged())
+
+    def codecs(self, weights: Iterable[torch.Tensor]) -> list[Codec]:
+        """Those made from some of these weights, as they are now; those that know the data first."""
+        known = set(map(id, weights))
+        mine = [(full, e.codec) for full, e in self._entries.items() if known & set(full[1:]) and e.unchanged()]
+        return [codec for full, codec in sorted(mine, key=lambda item: not item[0][0][1])]
 
     def forget(self, weights: Iterable[torch.Tensor]) -> None:
         """Drop every codec made from one of these weights."""

@@ -33,7 +33,7 @@ def normalise(gm: GraphModule, example_inputs: Sequence[Any]) -> GraphModule:
     """Trace to ATen on Dynamo's own fakes (``movedim``, ``concat`` and the like as what torch composes them of) and
     remove what does nothing.
 
-    1. ``to(x, dtype of x)``, ``type_as`` of the same dtype, ``dropout`` in eval, ``detach``  ->  x
+    1. ``to(x, dtype of x)``, ``type_as`` of the same dtype, ``dropout`` in eval, ``detach``, a slice of all  ->  x
     2. ``type_as(x, y)``  ->  ``to.dtype(x, dtype of y)``
        ``narrow(x, dim, start, n)``  ->  ``slice(x, dim, start, start + n)``
     3. ``baddbmm(a, x, y)``  ->  ``beta * a + alpha * bmm(x, y)``
@@ -144,10 +144,18 @@ def _simplify(node: Node) -> None:
         return
     nothing = node.target in _NOTHING or node.target is aten.type_as.default
     nothing |= node.target in _CASTS and same and node.target is not aten._to_copy.default and not _copies(node)
+    nothing |= node.target is aten.slice.Tensor and _takes_all(*node.args[1:])
     nothing |= node.target is aten.dropout.default and (not node.args[2] or node.args[1] == 0)
     if nothing:
         node.replace_all_uses_with(source)
         node.graph.erase_node(node)
+
+
+def _takes_all(dim: Any = 0, start: Any = None, end: Any = None, step: Any = 1) -> bool:
+    """Whether a slice takes everything, whatever the size: ``x[:, :, -5:]`` begins with one where the batch is
+    symbolic."""
+    no_end = end is None or (isinstance(end, int) and end >= (1 << 62))
+    return start in (None, 0) and no_end and step == 1
 
 
 def _copies(node: Node) -> bool:

@@ -5,10 +5,10 @@ import copy
 import torch
 from torch import nn
 
-from lorc_fx.codec import Codec, model_segments
+from lorc_fx.codec import Basis, Codec, make_codec, model_segments
 from lorc_fx.decoder import POSITION, Decoder
 from lorc_fx.latent import LatentKV
-from lorc_fx.packing import Format
+from lorc_fx.packing import MODEL, Format, Segment, pack
 
 HEADS, DIM, RANK = 2, 3, 4
 LAYOUTS = {
@@ -45,8 +45,26 @@ def codec_of(layout="BHTD", positions=True, seed=0, dtype=torch.float32):
     return Codec(decoder, form, encode.to(dtype), None, None, None, decode.to(dtype), mean, ())
 
 
+def packed_codec_of(layout="BHTD", positions=True):
+    """Rows of bytes: two columns in the model's dtype, two at 4 bits, two means."""
+    weight = torch.randn(HEADS * DIM, 5, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    u = torch.linalg.svd(weight)[0]
+    basis = Basis(u, u.T, torch.arange(6.0, 0, -1).double(), torch.stack([u[0], 20 * u[1]]), informed=True)
+    decoder = codec_of(layout, positions).decoder
+    return make_codec(weight, None, basis, (Segment(2, MODEL), Segment(2, 4)), decoder, (), torch.float32)
+
+
+def codes_of(codec, tokens, batch, seed):
+    """Rows as the codec writes them, of random latents."""
+    latents = torch.randn(tokens, batch, codec.latent_width, generator=torch.Generator().manual_seed(seed))
+    f = codec.format
+    if f.plain:
+        return latents.to(codec.dtype)
+    return pack(latents, codec.offsets, codec.spread, f.spec, f.choices, f.dtype)
+
+
 def latent_of(codec, tokens=5, batch=2, seed=1, start=0):
-    codes = torch.randn(tokens, batch, RANK, generator=torch.Generator().manual_seed(seed)).to(codec.dtype)
+    codes = codes_of(codec, tokens, batch, seed)
     positions = (torch.arange(start, start + tokens, dtype=torch.int32) * 10)[:, None].repeat(1, batch)
     return LatentKV.born(codec, codes, positions if codec.decoder.needs_positions else None)
 
@@ -84,6 +102,9 @@ ROW_OPS = {
     "twice in batch": lambda x, t, b: torch.cat([x, x], b),
     "twice in tokens": lambda x, t, b: torch.cat([x, x], t),
     "negative dim": lambda x, t, b: torch.cat([x, x], t - x.dim()),
+    "repeat rows": lambda x, t, b: x.repeat_interleave(3, dim=b),
+    "repeat rows by counts": lambda x, t, b: x.repeat_interleave(torch.tensor([1, 2]), dim=b),
+    "repeat tokens": lambda x, t, b: x.repeat_interleave(2, t - x.dim()),
     "roll": lambda x, t, b: x.roll(2, t),
     "clone": lambda x, t, b: x.clone(),
     "detach": lambda x, t, b: x.detach(),

@@ -48,6 +48,7 @@ CASES = {
     "UnreadableGraph": (errors.UnreadableGraph("aten.nonzero"), ["aten.nonzero", "lorc_fx.explain"]),
     "GradRequired": (errors.GradRequired(), ["inference only", "torch.no_grad()"]),
     "ForeignCache": (errors.ForeignCache("of another plan"), ["another plan", "fresh cache"]),
+    "BadCacheFile": (errors.BadCacheFile("a.cache", "it is cut off"), ["a.cache", "cut off", "save_cache", "anew"]),
     "GraphInvariant": (errors.GraphInvariant("rewrite", "no orphan", "%a"), ["'rewrite'", "no orphan", "%a", "report"]),
     "MissingExtra": (
         errors.MissingExtra("--plot", "matplotlib", "plot"),

@@ -1,5 +1,6 @@
 """LatentKV against the dense tensor that it stands for: same tokens, same batch rows, whatever is done to it."""
 
+import copy
 import pickle
 import warnings
 
@@ -7,9 +8,11 @@ import pytest
 import torch
 from latent_cases import DIM, HEADS, LAYOUTS, ROW_OPS, append, codec_of, dims, latent_of, same
 from torch import nn
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from lorc_fx import latent_ops
-from lorc_fx.errors import EagerWarning, ForeignCache
+from lorc_fx.errors import EagerWarning
 from lorc_fx.latent import LatentKV, cache_nbytes
 
 
@@ -45,7 +48,8 @@ DENSE_OPS = {
     "cat features": lambda x: torch.cat([x, x], -1),
     "roll features": lambda x: x.roll(1, -1),
     "transpose": lambda x: x.transpose(1, 2),
-    "repeat_interleave rows": lambda x: x.repeat_interleave(3, dim=0),
+    "repeat_interleave, the function": lambda x: torch.repeat_interleave(x, 3, 0),
+    "repeat_interleave heads": lambda x: x.repeat_interleave(2, dim=1),
     "sdpa": lambda x: nn.functional.scaled_dot_product_attention(torch.ones(2, HEADS, 1, DIM), x, x),
 }
 
@@ -60,6 +64,7 @@ def test_everything_else_is_decoded_and_said_once(name):
     assert type(found) is torch.Tensor
     torch.testing.assert_close(found, DENSE_OPS[name](latent.dense()))
     assert [w.category for w in caught] == [EagerWarning]
+    assert caught[0].filename == __file__, "it points at the line that reads"
 
 
 def test_dense_tokens_after_coded_ones():
@@ -125,6 +130,59 @@ def test_a_write_through_a_view_reaches_the_cache(view):
     assert torch.equal(after[rest], before[rest])
 
 
+EVERY = slice(None)
+AT = {
+    "tokens": (EVERY, EVERY, slice(1, 3)),
+    "last tokens": (..., slice(-2, None), EVERY),
+    "rows": slice(1, 2),
+    "both": (slice(0, 1), EVERY, slice(1, 4)),
+    "all": ...,
+    "token": (EVERY, EVERY, 2),
+    "row": 1,
+    "heads": (EVERY, slice(0, 1)),
+    "feature": (..., 0),
+    "every other": (EVERY, EVERY, slice(None, None, 2)),
+    "index": (EVERY, EVERY, torch.tensor([0, 2])),
+    "mask": torch.tensor([True, False]),
+}
+
+
+@pytest.mark.parametrize("at", AT)
+@pytest.mark.parametrize("shared", [False, True])
+def test_assignment(at, shared):
+    """What is assigned is there, also in views made before; another continuation of the prefix keeps what it had."""
+    latent = latent_of(codec_of())
+    fork = append(latent, latent_of(latent.codec, 2, seed=3)) if shared else None
+    before = None if fork is None else fork.dense()
+    views = [latent[:, :, :3], latent[1:], latent[1:][:, :, 2:], latent.detach()]
+    want = latent.dense().clone()
+    value = torch.randn(want[AT[at]].shape)
+    latent[AT[at]] = value
+    want[AT[at]] = value
+    same(latent, want)
+    for view, part in zip(views, (want[:, :, :3], want[1:], want[1:][:, :, 2:], want), strict=True):
+        same(view, part)
+        assert torch.equal(view * 1, part)
+    if fork is not None:
+        same(fork, before)
+
+
+@pytest.mark.parametrize("at", ["tokens", "last tokens", "rows", "both", "all"])
+def test_dense_values_written_into_a_view_reach_the_cache(at):
+    latent, other = latent_of(codec_of()), latent_of(codec_of())
+    want = latent.dense().clone()
+    view, again = latent[AT[at]], latent[AT[at]]
+    view.add_(1)
+    want[AT[at]] += 1
+    same(latent, want)
+    same(again, want[AT[at]])
+    again.mul_(2)
+    want[AT[at]] *= 2
+    same(latent, want)
+    same(view, want[AT[at]])
+    same(other, latent_of(codec_of()).dense())
+
+
 @pytest.mark.parametrize("copied", ["select", "heads", "feature"])
 def test_what_needs_decoding_is_a_copy(copied):
     """As LatentKV's docstring says: a dense tensor of its own, with the right values; writing to it changes nothing."""
@@ -139,11 +197,67 @@ def test_what_needs_decoding_is_a_copy(copied):
     assert "copy does not reach the cache" in " ".join(LatentKV.__doc__.split())
 
 
-def test_repr_and_pickle():
+def test_repr():
     latent = latent_of(codec_of())
     assert "shape=(2, 2, 5, 3)" in repr(latent) and "rank=4 of 6" in repr(latent)
-    with pytest.raises(ForeignCache, match="pickled"):
-        pickle.dumps(latent)
+
+
+def saved(value, tmp_path, **more):
+    torch.save(value, tmp_path / "x.pt")
+    return torch.load(tmp_path / "x.pt", **more)
+
+
+PICKLES = {
+    "pickle": lambda value, path: pickle.loads(pickle.dumps(value)),
+    "weights_only": lambda value, path: saved(value, path, weights_only=True),
+    "mmap": lambda value, path: saved(value, path, mmap=True),
+}
+
+
+@pytest.mark.parametrize("how", PICKLES)
+def test_pickled_it_is_the_decoded_tensor(how, tmp_path):
+    """In nests too, where many are decoded one after the other: each gets storage of its own."""
+    codec = codec_of()
+    many = [latent_of(codec, seed=i) for i in range(20)]
+    with pytest.warns(EagerWarning, match="save_cache keeps it coded") as caught:
+        found = PICKLES[how]({"all": many, "again": many[0], "part": many[1][:, :, 1:3]}, tmp_path)
+    assert len(caught) == 1
+    assert all(type(t) is torch.Tensor for t in (*found["all"], found["part"]))
+    assert all(torch.equal(t, x.dense()) for t, x in zip(found["all"], many, strict=True))
+    assert found["again"] is found["all"][0] and torch.equal(found["part"], many[1].dense()[:, :, 1:3])
+
+
+def test_pickled_caches(tmp_path):
+    latent = latent_of(codec_of())
+    cache = DynamicCache([(latent, latent[:, :, :4])])
+    with torch.serialization.safe_globals([DynamicCache, DynamicLayer]):
+        found = saved(cache, tmp_path, weights_only=True)
+    assert torch.equal(found.layers[0].keys, latent.dense())
+    assert torch.equal(found.layers[0].values, latent.dense()[:, :, :4])
+
+
+def test_a_shallow_copy_shows_the_same_rows():
+    latent = latent_of(codec_of())
+    copied = copy.copy(latent)
+    same(copied, latent.dense())
+    copied.zero_()
+    same(latent, torch.zeros(latent.shape))
+
+
+@pytest.mark.parametrize("name", ROW_OPS)
+@pytest.mark.parametrize("tailed", [False, True])
+def test_inference_mode_over_what_was_made_outside(name, tailed):
+    """There torch hands over composite operations whole, and views of ordinary tensors are ordinary tensors."""
+    latent = latent_of(codec_of(positions=True))
+    if tailed:
+        latent = torch.cat([latent[:, :, :3], latent.dense()[:, :, 3:]], 2)
+    dense = latent.dense()
+    with torch.inference_mode():
+        found, want = (ROW_OPS[name](x, 2, 0) for x in (latent, dense))
+    if not tailed:
+        assert isinstance(found, LatentKV) and found.is_inference() == want.is_inference()
+    assert torch.equal(found.dense() if isinstance(found, LatentKV) else found, want)
+    assert torch.equal(found[:, :, :1].clone(), want[:, :, :1].clone())
 
 
 def test_dynamo_sees_the_logical_shape(clean):

@@ -22,6 +22,10 @@ CASES: dict[str, tuple[Any, list[Any], list[Any], list[Any]]] = {
     ),
     "expand_as": (lambda x, y: x.expand_as(y) + y, [R(1, 4), R(3, 4)], [aten.expand_as.default], [aten.expand.default]),
     "detach": (lambda x: x.detach() * 2, [R(3)], [aten.detach.default], [aten.mul.Tensor]),
+    "slice of all": (
+        lambda x: aten.slice.Tensor(x, 0, 0, (1 << 63) - 1) * aten.slice.Tensor(x, 0), [R(3)], [aten.slice.Tensor], [],
+    ),
+    "slice of some": (lambda x: aten.slice.Tensor(x, 0, 0, 2) * x[1:], [R(3)], [], [aten.slice.Tensor]),
     "copying cast": (lambda x: x.to(torch.float32, copy=True).add_(1), [R(3)], [], [aten.add_.Tensor]),
     "dropout in eval": (
         lambda x: torch.nn.functional.dropout(x, 0.5, training=False) * 2, [R(3)], [aten.dropout.default], [],
