@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from .codec import Codec
-from .compat import mark_weak_dynamic, skip_frame, traced_by_another_backend
+from .compat import is_fake, is_functional, mark_weak_dynamic, skip_frame, traced_by_another_backend
 from .decoder import decode_dense
 from .errors import ForeignCache
 from .rows import Rows, Track, alias, alone, reserve, unwritten, zero_unwritten
@@ -187,6 +187,19 @@ class LatentKV(torch.Tensor):
     def parts(self) -> list[torch.Tensor]:
         """The tensors that hold it: codes, positions, tail, as far as it has them."""
         return [t for t in (self.codes, self.positions, self.tail) if t is not None]
+
+    def repeat_interleave(self, repeats: Any, dim: Any = None, *, output_size: Any = None) -> torch.Tensor:
+        """Each batch row ``repeats`` times stays coded: torch takes it apart into ops that would not. Else decoded."""
+        batch = dim is not None and dim % self.dim() == self.codec.decoder.batch_dim and isinstance(repeats, int)
+        if not batch or is_fake(self.codes) or is_functional(self.codes):
+            return super().repeat_interleave(repeats, dim, output_size=output_size)
+        from .latent_ops import repeated
+
+        return repeated(self, repeats)
+
+    def _is_view(self) -> bool:
+        """Never, to Dynamo: it would make a view anew from what it is a view of, and lose the rows. Codes say it all."""
+        return False
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"LatentKV(shape={tuple(self.shape)}, rank={self.codec.rank} of {self.codec.width}, dtype={self.dtype})"

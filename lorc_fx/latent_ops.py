@@ -189,6 +189,11 @@ def _index_select(func: Any, args: Any, kwargs: Any) -> Any:
     return _mapped(latent, lambda t: t.index_select(0, index), ("select", 0), index)
 
 
+def repeated(latent: LatentKV, times: int) -> LatentKV:
+    """Each batch row ``times`` times in a row."""
+    return _batched(latent, lambda t, d: t.repeat_interleave(times, d), ("repeat", times))
+
+
 def _index(func: Any, args: Any, kwargs: Any) -> Any:
     latent, indices = args
     used = [(i, x) for i, x in enumerate(indices) if x is not None]

@@ -12,6 +12,7 @@ from torch.fx import GraphModule, Node
 from lorc_fx.compat import canonical_trace, example_value, is_held, is_module_state, size_expr
 from lorc_fx.latent import LatentKV
 
+from .axes import arg
 from .einsum import expand_einsum
 
 aten = torch.ops.aten
@@ -32,7 +33,7 @@ def normalise(gm: GraphModule, example_inputs: Sequence[Any]) -> GraphModule:
     """Trace to ATen on Dynamo's own fakes (``movedim``, ``concat`` and the like as what torch composes them of) and
     remove what does nothing.
 
-    1. ``to(x, dtype of x)``, ``type_as`` of the same dtype, ``dropout`` in eval, ``detach``  ->  x
+    1. ``to(x, dtype of x)``, ``type_as`` of the same dtype, ``dropout`` in eval, ``detach``, ``x[:]``  ->  x
     2. ``type_as(x, y)``  ->  ``to.dtype(x, dtype of y)``
        ``narrow(x, dim, start, n)``  ->  ``slice(x, dim, start, start + n)``
     3. ``baddbmm(a, x, y)``  ->  ``beta * a + alpha * bmm(x, y)``
@@ -141,9 +142,17 @@ def _simplify(node: Node) -> None:
     nothing = node.target in _NOTHING or node.target is aten.type_as.default
     nothing |= node.target in _CASTS and same and node.target is not aten._to_copy.default and not _copies(node)
     nothing |= node.target is aten.dropout.default and (not node.args[2] or node.args[1] == 0)
+    nothing |= node.target is aten.slice.Tensor and _takes_all(node)
     if nothing:
         node.replace_all_uses_with(source)
         node.graph.erase_node(node)
+
+
+def _takes_all(node: Node) -> bool:
+    """``x[:]`` along any axis: Dynamo writes it down where the axis is dynamic."""
+    start, end = arg(node, 2, "start"), arg(node, 3, "end")
+    to_end = end is None or (isinstance(end, int) and end > 1 << 40)
+    return start in (None, 0) and arg(node, 4, "step", 1) == 1 and to_end
 
 
 def _copies(node: Node) -> bool:

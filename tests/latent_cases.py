@@ -82,6 +82,7 @@ ROW_OPS = {
     "index rows": lambda x, t, b: x[(slice(None),) * b + (torch.tensor([1, 1]),)],
     "mask tokens": lambda x, t, b: x[(slice(None),) * t + (torch.tensor([True, False, True, True, False]),)],
     "twice in batch": lambda x, t, b: torch.cat([x, x], b),
+    "repeat rows": lambda x, t, b: x.repeat_interleave(3, dim=b),
     "twice in tokens": lambda x, t, b: torch.cat([x, x], t),
     "negative dim": lambda x, t, b: torch.cat([x, x], t - x.dim()),
     "roll": lambda x, t, b: x.roll(2, t),

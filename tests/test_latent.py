@@ -45,7 +45,7 @@ DENSE_OPS = {
     "cat features": lambda x: torch.cat([x, x], -1),
     "roll features": lambda x: x.roll(1, -1),
     "transpose": lambda x: x.transpose(1, 2),
-    "repeat_interleave rows": lambda x: x.repeat_interleave(3, dim=0),
+    "repeat_interleave tokens": lambda x: x.repeat_interleave(3, dim=2),
     "sdpa": lambda x: nn.functional.scaled_dot_product_attention(torch.ones(2, HEADS, 1, DIM), x, x),
 }
 
