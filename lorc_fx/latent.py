@@ -198,7 +198,7 @@ class LatentKV(torch.Tensor):
         return repeated(self, repeats)
 
     def _is_view(self) -> bool:
-        """Never, to Dynamo: it would make a view anew from what it is a view of, and lose the rows. Codes say it all."""
+        """Never, to Dynamo: it would make a view anew from what it is a view of, which has other rows."""
         return False
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]

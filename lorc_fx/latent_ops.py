@@ -124,8 +124,10 @@ def _cat(func: Any, args: Any, kwargs: Any) -> Any:
         return _with_tail(first, full[1:])
     if dim is None or not coded or (dim == 1 and _shared_positions(full)):
         return NotImplemented
-    positions = None if first.positions is None else torch.cat([t.positions for t in full], dim)
-    return LatentKV.born(first.codec, torch.cat([t.codes for t in full], dim), positions)
+    more = [(t.rows.track, t.start, t.length, t.positions) for t in full[1:]]
+    spans = tuple((None if track is None else track.state(), start, length) for track, start, length, _ in more)
+    joined = _track(first, lambda t: torch.cat([t, *(p for *_, p in more)], dim), ("cat", dim, *spans), None)
+    return LatentKV.born(first.codec, torch.cat([t.codes for t in full], dim), joined)
 
 
 def _with_tail(first: LatentKV, more: Sequence[torch.Tensor]) -> LatentKV:

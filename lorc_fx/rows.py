@@ -66,13 +66,14 @@ class Track:
     """Positions [capacity, B] int32, shared by the LatentKVs of all layers whose rows hold the same tokens.
 
     It counts once, is extended once, and is one tensor object to a compiled graph. The same operation on each layer's
-    LatentKV (reordering a beam, cropping) gives one new track again, because the last derived track is remembered.
+    LatentKV (reordering a beam, joining batches) gives one new track again, because the last derived track is
+    remembered. ``writes`` counts what may have written into it in place since.
     """
 
-    __slots__ = ("__weakref__", "_derived", "_views", "data", "owners", "used")
+    __slots__ = ("__weakref__", "_derived", "_views", "data", "owners", "used", "writes")
 
     def __init__(self, data: torch.Tensor, used: int) -> None:
-        self.data, self.used, self.owners = data, used, 0
+        self.data, self.used, self.owners, self.writes = data, used, 0, 0
         self._views: dict[tuple[int, int], torch.Tensor] = {}
         self._derived: _Derived | None = None
 
@@ -87,6 +88,10 @@ class Track:
             self._views[start, length] = found
         return found
 
+    def state(self) -> tuple[Hashable, ...]:
+        """Equal to another one only if it is of the same track, not written into in between."""
+        return (weakref.ref(self), self.writes)
+
     def copy(self) -> Track:
         return Track(self.data.clone(), self.used)
 
@@ -99,7 +104,7 @@ class Track:
         argument: torch.Tensor | None = None,
     ) -> Track:
         """``fn`` of rows [start, start + length) as a track of its own. ``key`` and ``argument`` say what fn is."""
-        key = (key, start, length)
+        key = (key, start, length, self.writes)
         version = -1 if argument is None or argument.is_inference() else argument._version
         last = self._derived
         if last is not None and last.key == key and last.version == version:
@@ -152,7 +157,10 @@ class Rows:
 def alone(rows: Sequence[Rows]) -> None:
     """Before the positions that these rows share are written in place: they stop sharing them with any others."""
     track = rows[0].track
-    if track is not None and track.owners > len(rows):
+    if track is None:
+        return
+    track.writes += 1
+    if track.owners > len(rows):
         own = track.copy()
         for each in rows:
             each.moved_to(own)

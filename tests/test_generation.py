@@ -1,4 +1,4 @@
-"""Every form of ``generate`` that needs no hub, on coded caches: what the eager model generates, and coded to the end."""
+"""Every form of ``generate`` that needs no hub: on coded caches the eager model's tokens, and coded to the end."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from latent_cases import LAYOUTS, RANK, append, codec_of, dims, latent_of, same
 
-from lorc_fx.latent import cache_nbytes
+from lorc_fx.latent import LatentKV, cache_nbytes, in_step
 from lorc_fx.rows import Rows, capacity
 
 STEPS = ("append", "slice", "batch", "reorder", "tokens", "cat", "clone", "roll", "deepcopy", "mask", "detach")
@@ -82,6 +82,28 @@ def test_appending_is_in_place_and_amortised(monkeypatch):
         assert latent.length == length
         assert latent.rows.codes.shape[0] <= length + max(64, length // 8)
     assert len(copied) < 30 and sum(copied) < 12 * 3000
+
+
+def test_positions_written_between_two_copies():
+    """The last thing made of a track is remembered, but not beyond a write into the track."""
+    codec = codec_of()
+    latent, other = latent_of(codec), latent_of(codec, seed=2, start=7)
+    before, pair = latent.clone(), torch.cat([latent, latent])
+    was = before.dense()
+    latent.copy_(other)
+    same(latent.clone(), other.dense())
+    same(torch.cat([latent, latent]), torch.cat([other.dense(), other.dense()]))
+    same(before, was)
+    same(pair, torch.cat([was, was]))
+
+
+def test_layers_joined_alike_share_their_positions():
+    codec = codec_of()
+    keys, more = latent_of(codec), latent_of(codec, start=7)
+    values = LatentKV.born(codec, keys.codes.clone(), keys.rows.track)
+    a, b = torch.cat([keys, more], 2), torch.cat([values, more], 2)
+    assert in_step(a, b)
+    assert not in_step(a, torch.cat([values, keys], 2)) and in_step(a, b)
 
 
 @pytest.mark.parametrize("rows", [0, 1, 63, 511, 512, 2049, 100_000])
