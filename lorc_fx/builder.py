@@ -158,9 +158,17 @@ class Builder:
 
     def inform(self, arguments: Sequence[Any]) -> None:
         """Run the prompt once as it is, and make codecs of what was seen, if it is long enough and none are there."""
-        sites = self.matched.sites
-        if all(self._informed(site, arguments) is not None for site in sites) or self._too_short(arguments):
+        if self._too_short(arguments) or self._is_informed(arguments):
             return
+        with compat.building():
+            if not self._is_informed(arguments):  # by a prompt that another thread had in hand meanwhile
+                self._inform(arguments)
+
+    def _is_informed(self, arguments: Sequence[Any]) -> bool:
+        return all(self._informed(site, arguments) is not None for site in self.matched.sites)
+
+    def _inform(self, arguments: Sequence[Any]) -> None:
+        sites = self.matched.sites
         with timed("statistics_s"), torch.inference_mode(False), torch.no_grad():
             try:
                 sums = self._seen(arguments)

@@ -173,6 +173,14 @@ def compile_with_inductor(gm: GraphModule, inputs: Sequence[Any], mode: str | No
         return compile_fx(gm, list(inputs), config_patches=patches or None)
 
 
+def building() -> Any:
+    """The lock under which codecs and graphs are made: Dynamo's own (reentrant), so that a thread which it makes
+    compile and one that builds in the middle of a call cannot wait for each other."""
+    from torch._dynamo.convert_frame import compile_lock
+
+    return compile_lock
+
+
 def to_fake(value: Any, mode: FakeTensorMode) -> Any:
     """A real codec tensor as a fake of static shape; fakes and ints as they are."""
     if isinstance(value, torch.Tensor) and not isinstance(value, FakeTensor):

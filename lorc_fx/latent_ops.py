@@ -188,23 +188,10 @@ def _cat(func: Any, args: Any, kwargs: Any) -> Any:
         return _with_tail(first, full[1:])
     if dim is None or not coded or (dim == 1 and _shared_positions(full)):
         return NotImplemented
-    return LatentKV.born(first.codec, torch.cat([t.codes for t in full], dim), _joined_positions(full, dim))
-
-
-def _joined_positions(full: Sequence[LatentKV], dim: int) -> Track | torch.Tensor | None:
-    """Of LatentKVs joined along tokens (``dim`` 0) or the batch (1): one track for all layers that join in step, where
-    there are at most two."""
-    first, *others = full
-    if first.positions is None:
-        return None
-    if not others:
-        return _track(first, torch.clone, ("clone",), None)
-    more = [t.positions for t in others if t.positions is not None]
-    rows = others[0].rows
-    if len(others) == 1 and rows is not None and rows.track is not None:
-        key = ("cat", dim, others[0].start, others[0].length)
-        return _track(first, lambda t: torch.cat([t, *more], dim), key, rows.track.data)
-    return torch.cat([first.positions, *more], dim)
+    more = [(t.rows.track, t.start, t.length, t.positions) for t in full[1:]]
+    spans = tuple((None if track is None else track.state(), start, length) for track, start, length, _ in more)
+    joined = _track(first, lambda t: torch.cat([t, *(p for *_, p in more)], dim), ("cat", dim, *spans), None)
+    return LatentKV.born(first.codec, torch.cat([t.codes for t in full], dim), joined)
 
 
 def _with_tail(first: LatentKV, more: Sequence[torch.Tensor]) -> LatentKV:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,10 @@ from dataclasses import dataclass
 import torch
 
 from .compat import mark_weak_dynamic
+
+_LOCK = threading.RLock()
+"""Held where rows and tracks are shared out: threads that continue one prefix, each in a cache of its own, must not get
+the same spare rows. Reentrant, because the garbage collector may end other rows at any time."""
 
 
 def capacity(rows: int) -> int:
@@ -66,20 +71,23 @@ class Track:
     """Positions [capacity, B] int32, shared by the LatentKVs of all layers whose rows hold the same tokens.
 
     It counts once, is extended once, and is one tensor object to a compiled graph. The same operation on each layer's
-    LatentKV (reordering a beam, cropping) gives one new track again, because the last derived track is remembered.
+    LatentKV (reordering a beam, joining batches) gives one new track again, because the last derived track is
+    remembered. ``writes`` counts what may have written into it in place since.
     """
 
-    __slots__ = ("__weakref__", "_derived", "_views", "data", "owners", "used")
+    __slots__ = ("__weakref__", "_derived", "_views", "data", "owners", "used", "writes")
 
     def __init__(self, data: torch.Tensor, used: int) -> None:
-        self.data, self.used, self.owners = data, used, 0
+        self.data, self.used, self.owners, self.writes = data, used, 0, 0
         self._views: dict[tuple[int, int], torch.Tensor] = {}
         self._derived: _Derived | None = None
 
     def view(self, start: int, length: int) -> torch.Tensor:
         """Positions of rows [start, start + length): the same object as long as it is among the last few asked for."""
         found = self._views.get((start, length))
-        if found is None:
+        if found is not None:
+            return found
+        with _LOCK:
             found = alias(self.data, start, length)
             mark_weak_dynamic(found, 0)
             if len(self._views) >= 4:
@@ -87,9 +95,9 @@ class Track:
             self._views[start, length] = found
         return found
 
-    def forget(self) -> None:
-        """Its positions are about to change: what was derived of them is not what will be."""
-        self._derived = None
+    def state(self) -> tuple[Hashable, ...]:
+        """Equal to another one only if it is of the same track, not written into in between."""
+        return (weakref.ref(self), self.writes)
 
     def copy(self) -> Track:
         return Track(self.data.clone(), self.used)
@@ -103,7 +111,17 @@ class Track:
         argument: torch.Tensor | None = None,
     ) -> Track:
         """``fn`` of rows [start, start + length) as a track of its own. ``key`` and ``argument`` say what fn is."""
-        key = (key, start, length)
+        with _LOCK:
+            return self._derive(fn, start, length, (key, start, length, self.writes), argument)
+
+    def _derive(
+        self,
+        fn: Callable[[torch.Tensor], torch.Tensor],
+        start: int,
+        length: int,
+        key: tuple[Hashable, ...],
+        argument: torch.Tensor | None,
+    ) -> Track:
         version = -1 if argument is None or argument.is_inference() else argument._version
         last = self._derived
         if last is not None and last.key == key and last.version == version:
@@ -130,11 +148,13 @@ class Rows:
     def __init__(self, codes: torch.Tensor, track: Track | None, used: int) -> None:
         self.codes, self.track, self.used, self.shared = codes, track, used, False
         if track is not None:
-            track.owners += 1
+            with _LOCK:
+                track.owners += 1
 
     def __del__(self) -> None:
         if self.track is not None:
-            self.track.owners -= 1
+            with _LOCK:
+                self.track.owners -= 1
 
     @property
     def positions(self) -> torch.Tensor | None:
@@ -158,12 +178,12 @@ def alone(rows: Sequence[Rows]) -> None:
     track = rows[0].track
     if track is None:
         return
-    if track.owners > len(rows):
-        own = track.copy()
-        for each in rows:
-            each.moved_to(own)
-    else:
-        track.forget()
+    with _LOCK:
+        track.writes += 1
+        if track.owners > len(rows):
+            own = track.copy()
+            for each in rows:
+                each.moved_to(own)
 
 
 def reserve(views: Sequence[tuple[Rows, int, int]], extra: int) -> list[tuple[Rows, int]]:
@@ -173,6 +193,11 @@ def reserve(views: Sequence[tuple[Rows, int, int]], extra: int) -> list[tuple[Ro
     storage ends and there is room; else grown copies, so that two continuations of one cache never meet.
     Returns the rows of each and where the view begins in them.
     """
+    with _LOCK:
+        return _reserved(views, extra)
+
+
+def _reserved(views: Sequence[tuple[Rows, int, int]], extra: int) -> list[tuple[Rows, int]]:
     _, start, length = views[0]
     end = start + length
     track = views[0][0].track

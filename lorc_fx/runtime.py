@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import sympy
@@ -14,7 +15,7 @@ import torch
 from torch.fx import GraphModule
 
 from .codec import Codec
-from .compat import is_fake, size_expr
+from .compat import building, is_fake, size_expr
 from .errors import EagerWarning
 from .latent import LatentKV, extend, in_step
 from .passes.interface import Output, Rewritten, Sharing
@@ -83,18 +84,18 @@ class Binding:
         self.windows = [(g, extras[g[0]], slot, [windows.get(i) for i in g]) for g, slot in (*leaders, *lone)]
         self.kept = [(slot, together) for slot, together, window in self.tracks if not window]
         self.count = len(made.inputs)
-        self.fixed: list[Any] = []
 
-    def set_codecs(self, codecs: Sequence[Codec]) -> None:
-        """Look the codecs' tensors up, once for all calls until they change."""
-        self.fixed = [None] * self.count
+    def fixed(self, codecs: Sequence[Codec]) -> list[Any]:
+        """The codecs' tensors in their slots, looked up once for all calls until the codecs change."""
+        values: list[Any] = [None] * self.count
         for slot, site, name in self.codec_slots:
             codec = codecs[site]
-            self.fixed[slot] = codec.encode if name == "encode" else codec.tensors()[name]
+            values[slot] = codec.encode if name == "encode" else codec.tensors()[name]
+        return values
 
-    def __call__(self, arguments: Sequence[Any], codecs: Sequence[Codec]) -> tuple[Any, ...]:
+    def __call__(self, arguments: Sequence[Any], codecs: Sequence[Codec], fixed: list[Any]) -> tuple[Any, ...]:
         sizes = self.sizes(arguments)
-        values = self.fixed.copy()
+        values = fixed.copy()
         for slot, index in self.plain:
             values[slot] = arguments[index]
         for slot, index in self.parts:
@@ -187,6 +188,23 @@ def _note(sources: dict[sympy.Symbol, tuple[int, int | None]], size: Any, argume
         sources[expr] = (argument, dim)
 
 
+@dataclass(frozen=True)
+class Ready:
+    """What calls need as long as weights stay the same. It is replaced as a whole, and a call reads it once: calls from
+    several threads, of models that share one graph too, never mix the codecs of one with the binding of another."""
+
+    epoch: int
+    states: tuple[tuple[int, WeightState], ...]
+    codecs: list[Codec]
+    binding: Binding | None
+    fixed: list[Any]
+    steps: tuple[tuple[int, int], ...]
+
+    def foreign(self, arguments: Sequence[Any], joined: Sequence[tuple[int, int]]) -> bool:
+        """Whether a cache that comes in was written by other codecs than those in hand."""
+        return self.binding is None or any(arguments[a].codec is not self.codecs[s] for a, s in joined)
+
+
 class Compiled:
     """The callable that Dynamo keeps for one graph.
 
@@ -195,14 +213,12 @@ class Compiled:
     dense: right, and said once.
     """
 
+    ready: Ready
+
     def __init__(self, canonical: GraphModule, original: GraphModule, matched: Matched, builder: Builder) -> None:
         self.canonical, self.original, self.matched, self.builder = canonical, original, matched, builder
         self.bindings: dict[tuple[Any, ...], Binding] = {}
-        self.states: tuple[tuple[int, WeightState], ...] = ()
-        self.codecs: list[Codec] = []
-        self.binding: Binding | None = None
-        self.steps: tuple[tuple[int, int], ...] = ()
-        self.epoch, self.uninformed = STORE.epoch, builder.informs()
+        self.uninformed = builder.informs()
         arguments = placeholders(canonical)
         latents = {n: i for i, n in enumerate(arguments) if n.meta.get("latent") is not None}
         self.templates = {i: n.meta["latent"].codec for n, i in latents.items()}
@@ -217,33 +233,31 @@ class Compiled:
         self._prepare(examples)
         return self
 
-    def _prepare(self, arguments: Sequence[Any]) -> None:
-        sites = self.matched.sites
-        self.epoch = STORE.epoch
-        self.codecs = self.builder.codecs(arguments)
+    def _prepare(self, arguments: Sequence[Any]) -> Ready:
+        """Codecs and an inner callable for these weights and caches, kept for the calls to come."""
+        with building():
+            self.ready = self._made(arguments)
+            return self.ready
+
+    def _made(self, arguments: Sequence[Any]) -> Ready:
+        sites, epoch = self.matched.sites, STORE.epoch
+        codecs = self.builder.codecs(arguments)
         for a, s in self.joined:  # a cache goes on with the codec that it began with
             codec = arguments[a].codec
-            if codec is not self.codecs[s] and self.builder.holds(sites[s], arguments, codec):
-                self.codecs[s] = codec
+            if codec is not codecs[s] and self.builder.holds(sites[s], arguments, codec):
+                codecs[s] = codec
         places = sorted({place for site in sites for place in self.builder.places[site]})
-        self.states = tuple((place, WeightState.of(arguments[place])) for place in places)
-        sharing = self._sharing(arguments)
-        signature = (sharing, *(c.signature for c in self.codecs))
-        fits = all(self.templates[a].signature == self.codecs[s].signature for a, s in self.joined)
-        if not fits:
-            self.binding = None
-            return
+        states = tuple((place, WeightState.of(arguments[place])) for place in places)
+        if any(self.templates[a].signature != codecs[s].signature for a, s in self.joined):
+            return Ready(epoch, states, codecs, None, [], ())
+        sharing = self._sharing(arguments, codecs)
+        signature = (sharing, *(c.signature for c in codecs))
         if signature not in self.bindings:
-            self.bindings[signature] = self.builder.build(self.codecs, dict(self.joined), sharing)
-        self.binding = self.bindings[signature]
-        self.binding.set_codecs(self.codecs)
-        self.steps = sharing.tracks
+            self.bindings[signature] = self.builder.build(codecs, dict(self.joined), sharing)
+        binding = self.bindings[signature]
+        return Ready(epoch, states, codecs, binding, binding.fixed(codecs), sharing.tracks)
 
-    def _foreign(self, arguments: Sequence[Any]) -> bool:
-        """Whether a cache that comes in was written by other codecs than those in hand."""
-        return self.binding is None or any(arguments[a].codec is not self.codecs[s] for a, s in self.joined)
-
-    def _sharing(self, arguments: Sequence[Any]) -> Sharing:
+    def _sharing(self, arguments: Sequence[Any], codecs: Sequence[Codec]) -> Sharing:
         tracks = []
         for i in self.templates:
             for j in self.templates:
@@ -252,7 +266,7 @@ class Compiled:
                     break
         first: dict[int, tuple[int, str]] = {}
         consts = []
-        for site, codec in enumerate(self.codecs):
+        for site, codec in enumerate(codecs):
             for at, const in enumerate(codec.consts):
                 here = (site, f"const{at}")
                 consts.append((here, first.setdefault(id(const), here)))
@@ -261,18 +275,19 @@ class Compiled:
     def __call__(self, *arguments: Any) -> Any:
         if self.uninformed:
             self.builder.inform(arguments)
-        if self.epoch != STORE.epoch or not all(state.still(arguments[place]) for place, state in self.states):
-            self._prepare(arguments)
-        if self._foreign(arguments):
-            self._prepare(arguments)
-            if self._foreign(arguments):
+        ready = self.ready
+        if ready.epoch != STORE.epoch or not all(state.still(arguments[place]) for place, state in ready.states):
+            ready = self._prepare(arguments)
+        if ready.foreign(arguments, self.joined):
+            ready = self._prepare(arguments)
+            if ready.foreign(arguments, self.joined):
                 return self._dense(arguments)
-        for i, j in self.steps:
+        for i, j in ready.steps:
             if not in_step(arguments[i], arguments[j]):
-                self._prepare(arguments)
+                ready = self._prepare(arguments)
                 break
-        assert self.binding is not None
-        return self.binding(arguments, self.codecs)
+        assert ready.binding is not None
+        return ready.binding(arguments, ready.codecs, ready.fixed)
 
     def _dense(self, arguments: Sequence[Any]) -> Any:
         """Run the untouched graph on decoded caches: the cache in hand was written by other weights or another plan.

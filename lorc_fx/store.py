@@ -6,6 +6,7 @@ guard parameters by identity). So codecs are looked up by the weights at hand: t
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -51,10 +52,14 @@ class Entry:
 
 class CodecStore:
     """Codecs by (options, kind, ordinal, weights). Entries of weights that died are dropped as their ids come up.
-    ``epoch`` counts when codecs changed though the weights did not (statistics came in, or were forgotten)."""
+    ``epoch`` changes when codecs did though the weights did not (statistics came in, or were forgotten).
+
+    Without a lock: each read and write of a dict is one step, also where the garbage collector calls ``_drop``, and
+    what goes through all entries goes through a copy. Codecs are made under ``compat.building``."""
 
     def __init__(self) -> None:
         self._entries: dict[tuple[Any, ...], Entry] = {}
+        self._epochs = itertools.count(1)
         self.epoch = 0
         self._copies: dict[int, tuple[WeightState, torch.Tensor]] = {}
 
@@ -79,12 +84,12 @@ class CodecStore:
 
     def turn(self) -> None:
         """Codecs that were made for the same weights have changed: whoever holds some must look again."""
-        self.epoch += 1
+        self.epoch = next(self._epochs)
 
     def fidelities(self, weights: Iterable[torch.Tensor]) -> tuple[Fidelity, ...]:
         """Of the codecs made from some of these weights, as they are now."""
         known = set(map(id, weights))
-        mine = [entry for full, entry in self._entries.items() if known & set(full[1:])]
+        mine = [entry for full, entry in self._entries.copy().items() if known & set(full[1:])]
         return tuple(e.fidelity for e in mine if e.fidelity is not None and e.unchanged())
 
     def codecs(self, weights: Iterable[torch.Tensor]) -> list[Codec]:
@@ -96,8 +101,8 @@ class CodecStore:
     def forget(self, weights: Iterable[torch.Tensor]) -> None:
         """Drop every codec made from one of these weights."""
         known = set(map(id, weights))
-        for full in [f for f in self._entries if known & set(f[1:])]:
-            del self._entries[full]
+        for full in [f for f in self._entries.copy() if known & set(f[1:])]:
+            self._entries.pop(full, None)
         self.turn()
 
     def snapshot(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -112,7 +117,7 @@ class CodecStore:
 
     def _drop(self, full: tuple[Any, ...], entry: Entry) -> None:
         if self._entries.get(full) is entry:
-            del self._entries[full]
+            self._entries.pop(full, None)
 
     def __len__(self) -> int:
         return len(self._entries)

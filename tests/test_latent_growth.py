@@ -62,6 +62,26 @@ def test_appending_is_in_place_and_amortised(monkeypatch):
     assert len(copied) < 30 and sum(copied) < 12 * 3000
 
 
+@pytest.mark.parametrize("made", [lambda x: x.clone(), lambda x: torch.cat([x, x])])
+def test_positions_written_between_two_copies(made):
+    """The last thing made of a track is remembered, but not beyond a write into the track."""
+    codec = codec_of()
+    latent, other = latent_of(codec), latent_of(codec, seed=2, start=7)
+    before, was = made(latent), made(latent.dense())
+    latent.copy_(other)
+    same(made(latent), made(other.dense()))
+    same(before, was)
+
+
+def test_layers_joined_alike_share_their_positions():
+    codec = codec_of()
+    keys, more = latent_of(codec), latent_of(codec, start=7)
+    values = LatentKV.born(codec, keys.codes.clone(), keys.rows.track)
+    a, b = torch.cat([keys, more], 2), torch.cat([values, more], 2)
+    assert in_step(a, b)
+    assert not in_step(a, torch.cat([values, keys], 2)) and in_step(a, b)
+
+
 @pytest.mark.parametrize("rows", [0, 1, 63, 511, 512, 2049, 100_000])
 def test_spare_capacity_is_bounded(rows):
     assert rows < capacity(rows) <= rows + max(64, rows // 8)

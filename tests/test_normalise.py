@@ -15,6 +15,7 @@ R = torch.randn
 #: name -> function, inputs, ops that are gone, ops that are there
 CASES: dict[str, tuple[Any, list[Any], list[Any], list[Any]]] = {
     "narrow": (lambda x: x.narrow(1, 1, 2) * 1, [R(2, 4)], [aten.narrow.default], [aten.slice.Tensor]),
+    "whole slice": (lambda x: torch.ops.aten.slice(x, 1, 0) * 1, [R(2, 4)], [aten.slice.Tensor], [aten.mul.Tensor]),
     "same cast": (lambda x: x.to(torch.float32) * 2, [R(3)], [aten.to.dtype], [aten.mul.Tensor]),
     "type_as": (lambda x, y: x.type_as(y), [R(3), R(3).double()], [aten.type_as.default], [aten.to.dtype]),
     "reshape_as": (
