@@ -13,6 +13,7 @@ from .records import Fidelity, Miss, Plan
 from .report import Report, explain, make_plan
 from .schedulers import register_scheduler
 from .store import fidelity, reset
+from .trim import trim_cache
 
 __version__ = "0.1.0"
 
@@ -38,4 +39,5 @@ __all__ = [
     "register_scheduler",
     "reset",
     "schedulers",
+    "trim_cache",
 ]
