@@ -210,7 +210,9 @@ class LatentKV(torch.Tensor):
     # -- the protocol of traceable wrapper subclasses ---------------------------------------------------------
 
     def __tensor_flatten__(self) -> tuple[list[str], LatentMeta]:
-        return _INNER[self.positions is not None, self.tail is not None], LatentMeta(self.codec, self.tail is not None)
+        rows, tailed = self.rows, self.tail is not None  # at each call, for guards: not by way of ``positions``
+        placed = self._positions if rows is None else rows.track
+        return _INNER[placed is not None, tailed], LatentMeta(self.codec, tailed)
 
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, Any], meta: LatentMeta, size: Any, stride: Any) -> LatentKV:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from latent_cases import append, codec_of, latent_of, same
 
 import lorc_fx
+from bench import growth
 from helpers import assert_close, compiled, latents, new_cache, piecewise, prompt
 from lorc_fx.latent import in_step
 from lorc_fx.rows import capacity
@@ -139,3 +140,20 @@ def test_a_trimmed_view_is_a_copy():
 def test_plain_tensors_are_left_alone():
     held = torch.zeros(9)[:3]
     assert lorc_fx.trim_cache([held, {"x": None}]) == 0 and lorc_fx.cache_nbytes(held) == 36
+
+
+# -- bytes copied ------------------------------------------------------------------------------------------------------
+
+
+def test_copies_per_token_do_not_grow():
+    """Amortised over a doubling: the token's own row and at most ten more, where a dynamic dense cache copies all."""
+    found = growth.decode("lorc, half", 700)
+    token = found[-1].used / 700
+    for at in (64, 128, 256, 350, 700):
+        steps = [step.copied for step in found[at // 2 : at] if step.used]
+        assert token <= sum(steps) / len(steps) <= 11 * token, at
+    assert sorted(step.copied for step in found[16:])[600] == token, "most steps copy their own row alone"
+    dense = growth.decode("dynamic, eager", 40)
+    assert [step.copied for step in dense[16:]] == [step.used for step in dense[16:]]
+    static = growth.decode("static, eager", 40)
+    assert all(step.copied <= 1.1 * step.used / 40 for step in static[16:])
