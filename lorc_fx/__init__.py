@@ -14,6 +14,7 @@ from .records import Fidelity, Miss, Plan
 from .report import Report, explain, make_plan
 from .schedulers import register_scheduler
 from .store import fidelity, reset
+from .trim import trim_cache
 
 __version__ = "0.1.0"
 
@@ -41,4 +42,5 @@ __all__ = [
     "reset",
     "save_cache",
     "schedulers",
+    "trim_cache",
 ]

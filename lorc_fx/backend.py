@@ -179,20 +179,35 @@ def _untouched(gm: GraphModule, example_inputs: Sequence[Any], options: Options,
 
 
 def _plain(gm: GraphModule, options: Options) -> Callee:
-    """The inner compiler on the untouched graph; LatentKVs that come in are decoded before."""
-    values = [compat.example_value(p) for p in placeholders(gm)]
+    """The inner compiler on the untouched graph. LatentKVs that come in are decoded before; those that it may write
+    into become dense in place, so that the writes reach them."""
+    holders = placeholders(gm)
+    values = [compat.example_value(p) for p in holders]
     inner = compile_inner(gm, [logical(v) for v in values], options)
-    coded = [i for i, v in enumerate(values) if isinstance(v, LatentKV)]
-    if not coded:
+    into = {i: _may_write(gm, holders[i]) for i, v in enumerate(values) if isinstance(v, LatentKV)}
+    if not into:
         return inner
 
     def decode_first(*arguments: Any) -> Any:
         plain = list(arguments)
-        for i in coded:
-            plain[i] = plain[i].dense()
+        for i, written in into.items():
+            plain[i] = plain[i].uncompress_() if written else plain[i].dense()
         return inner(*plain)
 
     return decode_first
+
+
+def _may_write(gm: GraphModule, holder: Node) -> bool:
+    """Whether a graph of Dynamo's may write into an input, or into anything that is made of it (which may be a view):
+    no only where that is sure."""
+    made = {holder}
+    for node in gm.graph.nodes:
+        if node in made or made.isdisjoint(node.all_input_nodes):
+            continue
+        made.add(node)
+        if compat.is_in_place(node) and (node.args[0] in made or not made.isdisjoint(node.kwargs.values())):
+            return True
+    return False
 
 
 def _report(matched: Matched, options: Options) -> None:

@@ -28,6 +28,7 @@ from .passes.rewrite import rewrite, writes_to
 from .passes.sites import Matched, Site
 from .passes.tracks import shared_tracks
 from .plan_data import SiteBasis, kept
+from .ranks import all_agree
 from .records import Fidelity, Plan, PlannedSite
 from .runtime import Binding, size_reader
 from .store import STORE
@@ -168,15 +169,23 @@ class Builder:
         return all(self._informed(site, arguments) is not None for site in self.matched.sites)
 
     def _inform(self, arguments: Sequence[Any]) -> None:
-        sites = self.matched.sites
+        sums, why = None, "another process has none of it"
         with timed("statistics_s"), torch.inference_mode(False), torch.no_grad():
             try:
                 sums = self._seen(arguments)
             except BadCalibration as error:  # the prompt is at fault, not the model: it runs all the same
-                warnings.warn(f"this prompt gives no statistics: {error.reason}", QualityWarning, stacklevel=2)
-                return
-        if min(s.seen for s in sums.values()) < FIRST_PROMPT_TOKENS:
-            return
+                why = error.reason
+        enough = sums is None or min(s.seen for s in sums.values()) >= FIRST_PROMPT_TOKENS
+        # with statistics a process runs no further prompt twice, which the others would wait for: all have them or none
+        if all_agree(self.canonical, sums is not None and enough):
+            assert sums is not None
+            self._inform_by(sums, arguments)
+        elif enough:
+            warnings.warn(f"this prompt gives no statistics: {why}", QualityWarning, stacklevel=2)
+
+    def _inform_by(self, sums: dict[Site, Sums], arguments: Sequence[Any]) -> None:
+        """Make codecs of what was seen, and measure how well they read it back."""
+        sites = self.matched.sites
         samples = {site: s.sample for site, s in sums.items()}
         prepared, plan = self.planned(sites, arguments, sums)
         found = []

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
 
 import sympy
 import torch
+from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule, Interpreter, Node
@@ -20,6 +22,23 @@ from torch.fx.traceback import preserve_node_meta
 def example_value(node: Node) -> Any:
     """The fake tensor, SymInt or constant that Dynamo attached to a placeholder."""
     return node.meta.get("example_value", node.meta.get("val"))
+
+
+_OPERATORS = frozenset(
+    "setitem iadd iand ifloordiv ilshift imatmul imod imul ior ipow irshift isub itruediv ixor".split()
+)
+
+
+def is_in_place(node: Node) -> bool:
+    """Whether a node of a Dynamo graph may write into its first argument or a named one: by its name or schema."""
+    if "out" in node.kwargs or isinstance(node.target, torch._ops.HigherOrderOperator):
+        return True
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.is_mutable
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    if name.strip("_") in _OPERATORS:
+        return True
+    return name.endswith("_") and not name.endswith("__") and getattr(operator, name, None) is not node.target
 
 
 def is_module_state(node: Node, example: Any) -> bool:
@@ -105,7 +124,8 @@ def canonical_trace(gm: Callable[..., Any], values: Sequence[Any]) -> GraphModul
 
 def _traced(gm: Callable[..., Any], values: Sequence[Any], pre_dispatch: bool) -> GraphModule:
     mode = fake_mode_of(values)
-    with mock.patch.object(mode, "allow_non_fake_inputs", True), mode, torch.no_grad(), preserve_node_meta():
+    symbolic = enable_python_dispatcher()  # sizes that are symbols: make_fx does without after decompositions
+    with mock.patch.object(mode, "allow_non_fake_inputs", True), mode, torch.no_grad(), preserve_node_meta(), symbolic:
         run = Interpreter(gm).run if isinstance(gm, GraphModule) else gm
         traced = make_fx(lambda *given: run(*given), _spellings(), pre_dispatch=pre_dispatch)(*values)
     for node in traced.graph.nodes:
@@ -125,7 +145,6 @@ def fake_execution(mode: FakeTensorMode) -> Iterator[None]:
 @contextlib.contextmanager
 def batched_execution(mode: FakeTensorMode) -> Iterator[None]:
     """``fake_execution`` of code under ``vmap``, of symbolic sizes too. Levels left open by an exception are closed."""
-    from torch._dispatch.python import enable_python_dispatcher
 
     level = torch._C._functorch.maybe_current_level() or 0
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -59,11 +60,11 @@ class Decoder:
     def needs_positions(self) -> bool:
         return self.side is not None
 
-    @property
+    @cached_property
     def batch_dim(self) -> int:
         return self.layout.index("B") if "B" in self.layout else -1
 
-    @property
+    @cached_property
     def token_dim(self) -> int:
         return self.layout.index("T")
 

@@ -24,7 +24,8 @@ SAMPLE = 128
 
 
 class Walker(Interpreter):
-    """Runs a canonical graph as it is and hands y of each site to ``sums[site]`` on the way, a layer at a time.
+    """Runs a canonical graph as it is and hands y of each site to ``sums[site]`` on the way, a layer at a time. Raises
+    BadCalibration at the end of a run in which some y was not finite.
 
     ``real`` [B, T] bool says which tokens count; where it is None, attention does: a token is real if its reader's mask
     lets it attend to itself. With ``gradients`` the gradient of whatever is back-propagated later is summed too; else,
@@ -55,6 +56,9 @@ class Walker(Interpreter):
         out = self.run(*arguments)
         self._flush(None)
         self.leaves.clear()
+        for site, sums in self.sums.items():  # not before: other processes wait in the collectives that come after
+            if not sums.finite:
+                raise BadCalibration(site.name, "its activations are not finite on this text")
         return out
 
     def run_node(self, n: Node) -> Any:
@@ -104,7 +108,7 @@ class Walker(Interpreter):
     def _flush(self, mask: Any) -> None:
         """Sum up the sites whose y is there: those of the layer whose attention comes now."""
         for site, y in self.waiting.items():
-            self.sums[site].add(y, self._real(y, mask), site.name)
+            self.sums[site].add(y, self._real(y, mask))
         self.waiting.clear()
 
     def _real(self, y: torch.Tensor, mask: Any) -> torch.Tensor | None:
@@ -187,13 +191,15 @@ class Sums:
         self.sink_square = 0.0
         self.outer = second_moment(torch.zeros(0, width, dtype=torch.float64), self.groups)
         self.gradient: torch.Tensor | None = None
-        self.local = False
+        self.local, self.finite = False, True
         self.sample = torch.zeros(0, width, dtype=torch.float64)
 
-    def add(self, y: torch.Tensor, real: torch.Tensor | None, name: str) -> None:
-        """``y`` [B, T, n]; ``real`` [B, T] bool, None where all tokens are."""
+    def add(self, y: torch.Tensor, real: torch.Tensor | None) -> None:
+        """``y`` [B, T, n]; ``real`` [B, T] bool, None where all tokens are. Values that are not finite add nothing, and
+        ``finite`` then says so."""
         if not bool(torch.isfinite(y).all()):
-            raise BadCalibration(name, "its activations are not finite on this text")
+            self.finite = False
+            return
         y = y.to("cpu", torch.float64)
         first, ordinary = parted(y, real)
         sinks, rest = y[first], y[ordinary]

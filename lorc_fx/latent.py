@@ -6,7 +6,7 @@ rows where an operation only moves tokens or batch rows, and otherwise decodes: 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -266,7 +266,10 @@ class LatentKV(torch.Tensor):
     # -- the protocol of traceable wrapper subclasses ---------------------------------------------------------
 
     def __tensor_flatten__(self) -> tuple[list[str], LatentMeta]:
-        return _INNER[self.positions is not None, self.tail is not None], LatentMeta(self.codec, self.tail is not None)
+        self.follow()
+        rows, tailed = self.rows, self.tail is not None  # at each call, for guards: not by way of ``positions``
+        placed = self._positions if rows is None else rows.track
+        return _INNER[placed is not None, tailed], LatentMeta(self.codec, tailed)
 
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, Any], meta: LatentMeta, size: Any, stride: Any) -> LatentKV:
@@ -311,31 +314,29 @@ def cache_nbytes(cache: Any, used: bool = False) -> int:
     shown, each tensor counted once.
     """
     seen: dict[tuple[Any, ...], int] = {}
+    for item in tensors_of(cache):
+        for tensor in item.parts() if isinstance(item, LatentKV) else [item]:
+            storage = tensor.untyped_storage()
+            if used:
+                key = (storage.data_ptr(), tensor.storage_offset(), tensor.shape)
+                seen[key] = tensor.numel() * tensor.element_size()
+            else:
+                seen[(storage.data_ptr(),)] = storage.nbytes()
+    return sum(seen.values())
+
+
+def tensors_of(cache: Any) -> Iterator[torch.Tensor]:
+    """The tensors of a transformers cache, or of any nest of lists, tuples, dicts and objects with attributes."""
     visited: set[int] = set()
-
-    def add(tensor: torch.Tensor) -> None:
-        if isinstance(tensor, LatentKV):
-            for part in tensor.parts():
-                add(part)
-            return
-        storage = tensor.untyped_storage()
-        if used:
-            seen[(storage.data_ptr(), tensor.storage_offset(), tensor.shape)] = tensor.numel() * tensor.element_size()
-        else:
-            seen[(storage.data_ptr(),)] = storage.nbytes()
-
-    def walk(item: Any) -> None:
+    queue = [cache]
+    while queue:
+        item = queue.pop()
         if isinstance(item, torch.Tensor):
-            add(item)
+            yield item
         elif isinstance(item, dict):
-            for value in item.values():
-                walk(value)
+            queue += item.values()
         elif isinstance(item, (list, tuple)):
-            for value in item:
-                walk(value)
+            queue += item
         elif hasattr(item, "__dict__") and not isinstance(item, (type, torch.nn.Module)) and id(item) not in visited:
             visited.add(id(item))
-            walk(vars(item))
-
-    walk(cache)
-    return sum(seen.values())
+            queue.append(vars(item))

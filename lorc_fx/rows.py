@@ -46,8 +46,7 @@ def alias(tensor: torch.Tensor, start: int, length: int) -> torch.Tensor:
         return tensor
     stride = tensor.stride()
     offset = tensor.storage_offset() + start * stride[0]
-    made = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-    return made.set_(tensor.untyped_storage(), offset, (length, *tensor.shape[1:]), stride)
+    return tensor.new_empty(0).set_(tensor.untyped_storage(), offset, (length, *tensor.shape[1:]), stride)
 
 
 def _grown(old: torch.Tensor, start: int, length: int, extra: int) -> torch.Tensor:

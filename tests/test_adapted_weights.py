@@ -347,6 +347,9 @@ def test_shards(world, tmp_path):
     )
     assert run.returncode == 0, run.stderr[-4000:]
     found = json.loads((tmp_path / "found.json").read_text())
+    for rank, seen in enumerate(found.pop("lopsided")):
+        assert not seen["without"]["informed"] and seen["with"]["informed"], (rank, seen)
+        assert max(seen[way]["error"] for way in seen) < 0.1, (rank, seen)
     for case, seen in found.items():
         assert seen["error"] < 1e-4 and seen["tokens"], (case, seen)
         assert all(seen["coded"]) or (not any(seen["coded"]) and seen["said"]), (case, seen)
