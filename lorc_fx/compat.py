@@ -207,6 +207,14 @@ def to_fake(value: Any, mode: FakeTensorMode) -> Any:
     return value
 
 
+def process_group(name: Any) -> Any:
+    """The process group that a collective's last argument stands for (its name, or itself)."""
+    from torch.distributed import distributed_c10d
+
+    resolve: Any = distributed_c10d._resolve_process_group
+    return resolve(name) if isinstance(name, str) else name
+
+
 def traced_by_another_backend() -> str | None:
     """The name of the backend that Dynamo is tracing for; None where it is lorc, or where Dynamo is not tracing."""
     from torch._dynamo.symbolic_convert import InstructionTranslator

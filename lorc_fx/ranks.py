@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
+from .compat import process_group
+
 
 def groups(gm: GraphModule) -> tuple[Any, ...]:
     """The process groups (or their names) that the collectives of a graph run in, each once, in their order; () where
@@ -29,9 +31,7 @@ def all_agree(gm: GraphModule, mine: bool) -> bool:
     """Whether ``mine`` holds in each process that runs ``gm`` with this one, all of which must ask. A graph without
     collectives is one process's own."""
     for name in groups(gm):
-        from torch.distributed import distributed_c10d as c10d
-
-        group = c10d._resolve_process_group(name) if isinstance(name, str) else name
+        group = process_group(name)
         told = [mine] * torch.distributed.get_world_size(group)
         torch.distributed.all_gather_object(told, mine, group)
         mine = all(told)

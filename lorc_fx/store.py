@@ -128,7 +128,8 @@ STORE = CodecStore()
 
 def reset(model: torch.nn.Module) -> None:
     """Forget the codecs of ``model``, and with them the statistics of its first prompt: the next prompt counts as the
-    first again. Caches in use go on decoded: right, dense, and with a warning."""
+    first again. Caches in use go on decoded: right, dense, and with a warning (coded, where the codecs that are made
+    again have the same content)."""
     STORE.forget(all_parts(model.parameters()))
 
 
