@@ -1,4 +1,4 @@
-"""Several threads at once: each gets what it gets alone. Dynamo compiles under a lock; what is ours is safe too."""
+"""Several threads at once: each gets what it gets alone. Dynamo compiles under a lock; ours must be safe too."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from families import FAMILIES
 from transformers import DynamicCache
 
 import lorc_fx
-from helpers import assert_close, assert_tokens, cache_name, compiled, generate, latents, new_cache, prompt
+from helpers import assert_close, assert_tokens, cache_name, compiled, generate, latents, new_cache, options, prompt
 from lorc_fx import runtime
 from lorc_fx.latent import LatentKV
 
@@ -81,7 +81,7 @@ def test_models_that_share_a_graph(monkeypatch):
     want = [feed(m, ids, new_cache(m)) for m in family]
     first, second = family
     compiled(first, ratio=1.0)
-    second.compile(backend="lorc", options={"inner": "eager", "calibration": "none", "ratio": 1.0})
+    second.compile(backend="lorc", options=options(ratio=1.0))
     for model in family:
         feed(model, ids, new_cache(model))
     run, calls = runtime.Binding.__call__, []
