@@ -108,9 +108,10 @@ def work(rank: int, world: int, meeting: str, out: str) -> None:
             "coded": [isinstance(t, LatentKV) for pair in pairs for t in pair],
             "said": [str(w.message) for w in caught if issubclass(w.category, LorcWarning)],
         }
-    told: list[Any] = [None] * world
-    dist.all_gather_object(told, lopsided(rank, mesh))
-    found["lopsided"] = told
+    if world > 1:
+        told: list[Any] = [None] * world
+        dist.all_gather_object(told, lopsided(rank, mesh))
+        found["lopsided"] = told
     if rank == 0:
         Path(out).write_text(json.dumps(found))
     dist.destroy_process_group()
