@@ -13,7 +13,7 @@ from latent_cases import append, codec_of, latent_of, same
 
 import lorc_fx
 from bench import growth
-from helpers import assert_close, compiled, latents, new_cache, piecewise, prompt
+from helpers import assert_close, compiled, latents, new_cache, options, piecewise, prompt
 from lorc_fx.latent import in_step
 from lorc_fx.rows import capacity
 from lorc_fx.timing import COUNTS
@@ -157,3 +157,20 @@ def test_copies_per_token_do_not_grow():
     assert [step.copied for step in dense[16:]] == [step.used for step in dense[16:]]
     static = growth.decode("static, eager", 40)
     assert all(step.copied <= 1.1 * step.used / 40 for step in static[16:])
+
+
+@pytest.mark.filterwarnings("ignore::lorc_fx.errors.LorcWarning")
+@pytest.mark.parametrize("write", ["rows", "dense"])
+def test_a_view_goes_in_as_what_it_is_of_was_written(pair, write):
+    """Written in eager code, which makes the cache leave rows that it shares with another continuation."""
+    model, _ = pair
+    cache = new_cache(model)
+    piecewise(model, prompt(2, 9)[0], cache, [9])
+    base = cache.layers[0].keys
+    view = base[:, :, :3]
+    piecewise(model, prompt(2, 1)[0], cache, [1])
+    call = torch.compile(lambda x: x * 1.0, backend="lorc", options=options())
+    with torch.no_grad():
+        assert torch.equal(call(view), view.dense())
+        base.zero_() if write == "rows" else base.add_(1)
+        assert torch.equal(call(view), base.dense()[:, :, :3])
