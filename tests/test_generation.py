@@ -8,9 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from families import FAMILIES, make_low_rank
 
+from bench.zoo import randomise
 from helpers import assert_close, assert_tokens, compiled, latents, options, prompt
+from lorc_fx.errors import LorcWarning
 from lorc_fx.latent import LatentKV
 
 pytestmark = pytest.mark.usefixtures("many_shapes")
@@ -187,3 +190,54 @@ def test_forms_that_transformers_has_on_the_hub_only(clean):
                 run(each, 2, **more)
             said.append(str(raised.value))
         assert said[0] == said[1]
+
+
+# -- an encoder before it ----------------------------------------------------------------------------------------------
+
+
+def encoder_decoder(name: str) -> Any:
+    """Two layers each; keys and values of rank 1/4, in the decoder and of the encoder's output too."""
+    shared = {"vocab_size": 101, "d_model": 64, "decoder_start_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
+    if name == "T5":
+        more: dict[str, Any] = {"d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4}
+    else:
+        more = dict.fromkeys(("encoder_layers", "decoder_layers"), 2)
+        more |= dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 4)
+        more |= dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), 96) | {"forced_eos_token_id": None}
+    config = getattr(transformers, name + "Config")(**shared, **more)
+    model = getattr(transformers, name + "ForConditionalGeneration")(config).eval()
+    randomise(model, 0)
+    model.generation_config.eos_token_id = model.generation_config.forced_eos_token_id = None
+    with torch.no_grad():
+        for path, module in model.named_modules():
+            if "decoder" in path and path.rsplit(".", 1)[-1] in ("k", "v", "k_proj", "v_proj"):
+                module.weight.copy_(module.weight[:16].repeat(4, 1))
+    return model
+
+
+@pytest.mark.parametrize("name", ["T5", "Bart"])
+def test_an_encoder_and_a_decoder(name, clean):
+    """Both caches are coded: the decoder's own, and the one of the encoder's output, which is written once."""
+    eager = encoder_decoder(name)
+    model = compiled(copy.deepcopy(eager), ratio=0.5, scheduler="uniform")
+    for form in ("greedy", "beams", "prompt lookup"):
+        rows, more = FORMS[form]
+        got, want = run(model, rows, **more), run(eager, rows, **more)
+        agree(form, got, want)
+        cache = got["cache"] if "cache" in got else got["past_key_values"]
+        latents(cache.self_attention_cache)
+        latents(cache.cross_attention_cache)
+
+
+@pytest.mark.slow
+def test_generate_batch(clean):
+    """Continuous batching writes into pages of its own, which were allocated before: right, dense, and said."""
+    eager = FAMILIES["qwen3"].build(layers=1)
+    model = compiled(copy.deepcopy(eager), ratio=0.5)
+    requests = [prompt(1, n, seed=n)[0][0].tolist() for n in (5, 8)]
+    config = transformers.GenerationConfig(max_new_tokens=5, do_sample=False, eos_token_id=None, pad_token_id=0)
+    want = eager.generate_batch(requests, generation_config=config)
+    with pytest.warns(LorcWarning):
+        got = model.generate_batch(requests, generation_config=config)
+    assert [r.generated_tokens for r in got.values()] == [r.generated_tokens for r in want.values()]
+    assert len(got) == 2
