@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.fx import GraphModule, Node
 
 from . import compat
@@ -33,6 +32,7 @@ from .passes.normalise import logical, normalise, placeholders
 from .passes.sites import Matched, match
 from .records import Miss, Plan
 from .runtime import Compiled
+from .scalars import ByScalars, scalar_places
 from .timing import COUNTS, counts, reset_timings, timed, timings
 
 __all__ = ["compile_graph", "counts", "examine", "lorc", "reset_timings", "timings"]
@@ -64,6 +64,9 @@ def compile_graph(gm: GraphModule, example_inputs: Sequence[Any], options: Optio
         return _plain(gm, options)  # a mask, made of lengths and flags: nothing to say about it
     if torch.is_grad_enabled() and any(isinstance(e, torch.Tensor) and e.requires_grad for e in example_inputs):
         return _untouched(gm, example_inputs, options, GradRequired())
+    if scalar_places(gm):
+        each = ByScalars(gm, lambda fixed, given: compile_graph(fixed, given, options), lambda: _too_many(gm, options))
+        return each.first(example_inputs)
     unloaded = [n.name for n, e in zip(placeholders(gm), example_inputs, strict=True) if _unloaded(n, e)]
     if unloaded:
         raise UnloadedWeights(unloaded)
@@ -77,7 +80,7 @@ def compile_graph(gm: GraphModule, example_inputs: Sequence[Any], options: Optio
     except LorcError:
         raise
     except Exception as error:  # whatever torch's tracer says: the graph stays right, and it is said
-        return _untouched(gm, example_inputs, options, UnreadableGraph(_unread(gm, error)))
+        return _untouched(gm, example_inputs, options, UnreadableGraph(f"{type(error).__name__}: {error}"))
     if matched.coded or matched.misses or any(map(may_project, canonical.graph.nodes)):
         _report(matched, options)
     if not matched.sites and not any(n.meta.get("latent") is not None for n in placeholders(canonical)):
@@ -101,16 +104,11 @@ def make_codecs(gm: GraphModule, example_inputs: Sequence[Any], options: Options
     Builder(canonical, matched, options).codecs(take(example_inputs))
 
 
-def _unread(gm: GraphModule, error: Exception) -> str:
-    """Why a trace failed. A number of the model that changed between calls has become an input without a value."""
-    read = [n.args[0] for n in gm.graph.nodes if n.op == "call_method" and n.target == "item"]
-    numbers = [str(n) for n in read if isinstance(n, Node) and n.op == "placeholder"]
-    if numbers and isinstance(error, DataDependentOutputException):
-        return (
-            f"a Python number changed between calls, and Dynamo made it an input ({', '.join(numbers[:4])}); "
-            "torch._dynamo.config.specialize_float = True compiles for its value instead"
-        )
-    return f"{type(error).__name__}: {error}"
+def _too_many(gm: GraphModule, options: Options) -> Callee:
+    """For graphs whose Python numbers go on changing: dense for all values to come."""
+    names = ", ".join(placeholders(gm)[i].name for i in scalar_places(gm)[:4])
+    detail = f"Python numbers of it ({names}) have had {compat.recompile_limit()} values, each with codecs of its own"
+    return _untouched(gm, [], options, UnreadableGraph(detail))
 
 
 def _unloaded(node: Node, example: Any) -> bool:

@@ -29,6 +29,11 @@ _OPERATORS = frozenset(
 )
 
 
+def recompile_limit() -> int:
+    """How many graphs Dynamo makes of one piece of code before it gives up."""
+    return int(torch._dynamo.config.recompile_limit)
+
+
 def is_in_place(node: Node) -> bool:
     """Whether a node of a Dynamo graph may write into its first argument or a named one: by its name or schema."""
     if "out" in node.kwargs or isinstance(node.target, torch._ops.HigherOrderOperator):

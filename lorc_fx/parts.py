@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .compat import example_value, is_module_state
 from .latent import LatentKV
+from .scalars import with_scalars
 
 Take = Callable[[Sequence[Any]], Sequence[Any]]
 
@@ -81,11 +82,13 @@ def all_parts(weights: Iterable[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def in_parts(gm: GraphModule, examples: Sequence[Any]) -> tuple[GraphModule, Take]:
-    """``gm`` with the parts of its subclass weights as inputs, and what takes arguments apart in the same way.
+    """``gm`` with the parts of its subclass weights as inputs, and what takes arguments apart in the same way. Python
+    numbers that are inputs are those of ``examples`` (``scalars.py``).
 
-    Where no weight is a subclass, ``gm`` itself, and a call costs nothing. Dynamo guards the type of a weight and what
+    Where no weight is a subclass, a call costs nothing. Dynamo guards the type of a weight and what
     its subclass says of it (``__tensor_flatten__``), so a graph always gets the parts that it was made for.
     """
+    gm = with_scalars(gm, examples)
     sources = [n for n in gm.graph.nodes if n.op == "placeholder"]
     state = [is_module_state(n, e) for n, e in zip(sources, examples, strict=True)]
     found = {i for i, n in enumerate(sources) if state[i] and in_several(example_value(n))}

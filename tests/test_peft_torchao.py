@@ -13,7 +13,7 @@ from oracle import oracle, ranks_of
 from torch import nn
 
 from helpers import assert_close, compiled, generate, latents
-from lorc_fx.errors import EagerWarning, LorcWarning, NoSitesWarning
+from lorc_fx.errors import EagerWarning, NoSitesWarning
 from lorc_fx.latent import LatentKV
 
 pytestmark = [pytest.mark.usefixtures("clean"), pytest.mark.filterwarnings("ignore:Adapter name")]
@@ -31,7 +31,7 @@ def peft():
 def many_adapters():
     """Dynamo compiles once for each set of adapters, and gives up after eight; a scale that changes becomes an input
     of the graph, unless told otherwise."""
-    limits = {"recompile_limit": 64, "accumulated_recompile_limit": 256, "specialize_float": True}
+    limits = {"recompile_limit": 64, "accumulated_recompile_limit": 256}
     with torch._dynamo.config.patch(limits):
         yield
 
@@ -144,15 +144,15 @@ def test_switches_after_compile(peft, many_adapters, ratio):
     holds("rescaled")
 
 
-def test_a_scale_that_changes_is_said(peft):
-    """Dynamo makes it an input of the graph. Nothing can be coded for all its values: right, dense, with what to do."""
+def test_a_scale_that_changes(peft):
+    """Dynamo makes it an input of the graph; each value has codecs of its own."""
     model, eager = adapted(peft), adapted(peft)
     check(inner(model), inner(eager))
     for changed in (model, eager):
         rescale(changed)
-    with pytest.warns(LorcWarning, match="specialize_float = True"):
-        got = generate(inner(model), IDS, MASK)
+    got = generate(inner(model), IDS, MASK)
     assert_close("logits", got.logits, generate(inner(eager), IDS, MASK).logits)
+    latents(got.cache)
 
 
 @pytest.mark.parametrize("how", ["two", "disabled", "merged", "rescaled"])
