@@ -137,6 +137,11 @@ class Codec:
         object.__setattr__(self, "version", version_of(self.encode))
 
     @property
+    def itself(self) -> Codec:
+        """This codec, also to who has a weak proxy of it."""
+        return self
+
+    @property
     def outdated(self) -> bool:
         """Whether ``encode``, which at full rank is the model's own weight, was written since."""
         return version_of(self.encode) != self.version
@@ -159,7 +164,7 @@ class Codec:
     def dtype(self) -> torch.dtype:
         return self.format.dtype
 
-    @property
+    @cached_property
     def signature(self) -> tuple[Any, ...]:
         """What a compiled graph depends on: two codecs of equal signature can be swapped as plain inputs."""
         has = tuple(t is None for t in (self.shift, self.offsets, self.spread, self.decode, self.mean))

@@ -6,13 +6,14 @@ rows where an operation only moves tokens or batch rows, and otherwise decodes: 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
 from .codec import Codec
-from .compat import mark_weak_dynamic, skip_frame, traced_by_another_backend
+from .compat import is_fake, mark_weak_dynamic, skip_frame, traced_by_another_backend
 from .decoder import decode_dense
 from .rows import Rows, Track, alias, alone, reserve, unwritten, zero_unwritten
 
@@ -27,21 +28,26 @@ _INNER = {
 class LatentMeta:
     """What Dynamo keeps of a LatentKV beside its inner tensors; guards compare the codec's signature only."""
 
-    __slots__ = ("codec", "tailed")
+    __slots__ = ("codec", "signature", "tailed")
 
     def __init__(self, codec: Codec, tailed: bool) -> None:
-        self.codec, self.tailed = codec, tailed
+        self.codec, self.signature, self.tailed = codec, codec.signature, tailed
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, LatentMeta) or self.tailed != other.tailed:
             return False
-        return self.codec is other.codec or self.codec.signature == other.codec.signature
+        return self.signature is other.signature or self.signature == other.signature
 
     def __hash__(self) -> int:
-        return hash(self.codec.signature)
+        return hash(self.signature)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LatentMeta:
-        return self
+        return LatentMeta(_weak(self.codec), self.tailed)  # for a guard, and those outlive ``torch._dynamo.reset``
+
+
+def _weak(codec: Codec) -> Codec:
+    """The codec for whoever must not keep it: torch's own caches keep fake tensors and guards for good."""
+    return codec if isinstance(codec, weakref.ProxyType) else weakref.proxy(codec)
 
 
 class LatentKV(torch.Tensor):
@@ -277,7 +283,8 @@ class LatentKV(torch.Tensor):
         if other is not None:  # it would not know what to do with latents: this frame runs in Python
             skip_frame(f"a LatentKV does not enter a region compiled by {other!r}")
         positions, tail = inner.get("positions"), inner.get("tail")
-        return LatentKV(meta.codec, inner["codes"], positions, tail=tail, size=size, stride=stride)
+        codec = _weak(meta.codec) if is_fake(inner["codes"]) else meta.codec
+        return LatentKV(codec, inner["codes"], positions, tail=tail, size=size, stride=stride)
 
     @classmethod
     def __metadata_guard__(cls, kept: LatentMeta, other: LatentMeta) -> bool:

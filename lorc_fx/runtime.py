@@ -221,7 +221,7 @@ class Compiled:
         self.uninformed = builder.informs()
         arguments = placeholders(canonical)
         latents = {n: i for i, n in enumerate(arguments) if n.meta.get("latent") is not None}
-        self.templates = {i: n.meta["latent"].codec for n, i in latents.items()}
+        self.templates = {i: n.meta["latent"].codec.itself for n, i in latents.items()}  # fakes do not keep them
         self.joined = [
             (latents[n], s) for s, site in enumerate(matched.sites) for n in site.group.find().latents if n in latents
         ]

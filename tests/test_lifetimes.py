@@ -60,6 +60,10 @@ def test_a_model_dies_and_its_codecs_leave_the_store():
     gc.collect()
     assert len(STORE) == held and not any(ref() is not None for ref in dead)
     assert torch.equal(cache.layers[0].keys.dense(), want)
+    codecs = [weakref.ref(x.codec) for pair in latents(cache) for x in pair]
+    del cache
+    gc.collect()
+    assert not any(ref() is not None for ref in codecs)  # torch's own caches keep fake tensors, which hold none
 
 
 def test_dynamo_reset_between_two_steps():
