@@ -88,22 +88,24 @@ class CodecStore:
 
     def fidelities(self, weights: Iterable[torch.Tensor]) -> tuple[Fidelity, ...]:
         """Of the codecs made from some of these weights, as they are now."""
-        known = set(map(id, weights))
-        mine = [entry for full, entry in self._entries.copy().items() if known & set(full[1:])]
+        mine = [entry for _, entry in self._of(weights)]
         return tuple(e.fidelity for e in mine if e.fidelity is not None and e.unchanged())
 
     def codecs(self, weights: Iterable[torch.Tensor]) -> list[Codec]:
         """Those made from some of these weights, as they are now; those that know the data first."""
-        known = set(map(id, weights))
-        mine = [(full, e.codec) for full, e in self._entries.items() if known & set(full[1:]) and e.unchanged()]
-        return [codec for full, codec in sorted(mine, key=lambda item: not item[0][0][1])]
+        mine = [(full, e.codec) for full, e in self._of(weights) if e.unchanged()]
+        return [codec for _, codec in sorted(mine, key=lambda item: not item[0][0][1])]
 
     def forget(self, weights: Iterable[torch.Tensor]) -> None:
         """Drop every codec made from one of these weights."""
-        known = set(map(id, weights))
-        for full in [f for f in self._entries.copy() if known & set(f[1:])]:
+        for full, _ in self._of(weights):
             self._entries.pop(full, None)
         self.turn()
+
+    def _of(self, weights: Iterable[torch.Tensor]) -> list[tuple[tuple[Any, ...], Entry]]:
+        """The entries made from some of these weights, of a copy: others may come and go meanwhile."""
+        known = set(map(id, weights))
+        return [(full, entry) for full, entry in self._entries.copy().items() if known & set(full[1:])]
 
     def snapshot(self, tensor: torch.Tensor) -> torch.Tensor:
         """A copy of a small tensor of the model (norm weights, rotary frequencies) as it is now, shared by all codecs

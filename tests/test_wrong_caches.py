@@ -57,6 +57,10 @@ def test_another_plan_of_the_same_weights():
     feed(wide, PROMPT, cache)
     wide.compile(backend="lorc", options=options(ratio=0.7, scheduler="uniform"))
     assert_close("the same codecs", went_on(wide, copy.deepcopy(cache)), want, 1e-4)
+    fresh = new_cache(wide)
+    feed(wide, PROMPT, fresh)
+    assert_close("with a fresh cache", went_on(wide, fresh), want, 1e-4)
+    latents(fresh)
     wide.compile(backend="lorc", options=options(ratio=0.1, scheduler="uniform"))
     with pytest.warns(EagerWarning, match="another plan"):
         got = went_on(wide, cache)
