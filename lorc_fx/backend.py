@@ -63,7 +63,7 @@ def compile_graph(gm: GraphModule, example_inputs: Sequence[Any], options: Optio
     if not any(map(_may_hold_tokens, map(compat.example_value, placeholders(gm)))):
         return _plain(gm, options)  # a mask, made of lengths and flags: nothing to say about it
     if torch.is_grad_enabled() and any(isinstance(e, torch.Tensor) and e.requires_grad for e in example_inputs):
-        return _untouched(gm, example_inputs, options, GradRequired())
+        return _untouched(gm, options, GradRequired())
     if scalar_places(gm):
         each = ByScalars(gm, lambda fixed, given: compile_graph(fixed, given, options), lambda: _too_many(gm, options))
         return each.first(example_inputs)
@@ -80,7 +80,7 @@ def compile_graph(gm: GraphModule, example_inputs: Sequence[Any], options: Optio
     except LorcError:
         raise
     except Exception as error:  # whatever torch's tracer says: the graph stays right, and it is said
-        return _untouched(gm, example_inputs, options, UnreadableGraph(f"{type(error).__name__}: {error}"))
+        return _untouched(gm, options, UnreadableGraph(f"{type(error).__name__}: {error}"))
     if matched.coded or matched.misses or any(map(may_project, canonical.graph.nodes)):
         _report(matched, options)
     if not matched.sites and not any(n.meta.get("latent") is not None for n in placeholders(canonical)):
@@ -94,21 +94,28 @@ def make_codecs(gm: GraphModule, example_inputs: Sequence[Any], options: Options
     none."""
     if not any(map(_may_hold_tokens, map(compat.example_value, placeholders(gm)))):
         return
-    opened, take = in_parts(gm, example_inputs)
     try:
-        matched = match(canonical := normalise(opened, take(example_inputs)))
+        canonical, matched, arguments = _read(gm, example_inputs)
     except LorcError:
         raise
     except Exception:
         return
-    Builder(canonical, matched, options).codecs(take(example_inputs))
+    Builder(canonical, matched, options).codecs(arguments)
+
+
+def _read(gm: GraphModule, example_inputs: Sequence[Any]) -> tuple[GraphModule, Matched, Sequence[Any]]:
+    """The canonical graph, what matching found in it, and the arguments that it takes."""
+    opened, take = in_parts(gm, example_inputs)
+    arguments = take(example_inputs)
+    canonical = normalise(opened, arguments)
+    return canonical, match(canonical), arguments
 
 
 def _too_many(gm: GraphModule, options: Options) -> Callee:
     """For graphs whose Python numbers go on changing: dense for all values to come."""
     names = ", ".join(placeholders(gm)[i].name for i in scalar_places(gm)[:4])
     detail = f"Python numbers of it ({names}) have had {compat.recompile_limit()} values, each with codecs of its own"
-    return _untouched(gm, [], options, UnreadableGraph(detail))
+    return _untouched(gm, options, UnreadableGraph(detail))
 
 
 def _unloaded(node: Node, example: Any) -> bool:
@@ -124,10 +131,7 @@ def examine(
     gm: GraphModule, example_inputs: Sequence[Any], options: Options
 ) -> tuple[list[dict[str, Any]], tuple[Miss, ...], Plan]:
     """The same steps up to the codecs, for reports: one dict per site (fields of ``report.SiteReport``)."""
-    opened, take = in_parts(gm, example_inputs)
-    example_inputs = take(example_inputs)
-    canonical = normalise(opened, example_inputs)
-    matched = match(canonical)
+    canonical, matched, example_inputs = _read(gm, example_inputs)
     builder = Builder(canonical, matched, options)
     prepared, plan = builder.planned(matched.sites, example_inputs)
     codecs = builder.made(prepared, plan, example_inputs)
@@ -160,16 +164,13 @@ def examine(
 def plans(gm: GraphModule, example_inputs: Sequence[Any], many: Sequence[Options]) -> list[Plan]:
     """A plan for each of ``many`` options that differ in how bytes are given and spent only: weights are factorised
     once. Raises what planning raises."""
-    opened, take = in_parts(gm, example_inputs)
-    example_inputs = take(example_inputs)
-    canonical = normalise(opened, example_inputs)
-    matched = match(canonical)
+    canonical, matched, example_inputs = _read(gm, example_inputs)
     builder = Builder(canonical, matched, many[0])
     prepared = builder.prepared(matched.sites, example_inputs)
     return [complete(prepared, builder.plan(prepared, options)) for options in many]
 
 
-def _untouched(gm: GraphModule, example_inputs: Sequence[Any], options: Options, why: LorcError) -> Callee:
+def _untouched(gm: GraphModule, options: Options, why: LorcError) -> Callee:
     if options.strict:
         raise why
     warnings.warn(f"{why} This graph runs uncompressed.", LorcWarning, stacklevel=2)

@@ -24,14 +24,14 @@ def example_value(node: Node) -> Any:
     return node.meta.get("example_value", node.meta.get("val"))
 
 
-_OPERATORS = frozenset(
-    "setitem iadd iand ifloordiv ilshift imatmul imod imul ior ipow irshift isub itruediv ixor".split()
-)
-
-
 def recompile_limit() -> int:
     """How many graphs Dynamo makes of one piece of code before it gives up."""
     return int(torch._dynamo.config.recompile_limit)
+
+
+_OPERATORS = frozenset(
+    "setitem iadd iand ifloordiv ilshift imatmul imod imul ior ipow irshift isub itruediv ixor".split()
+)
 
 
 def is_in_place(node: Node) -> bool:
@@ -150,7 +150,6 @@ def fake_execution(mode: FakeTensorMode) -> Iterator[None]:
 @contextlib.contextmanager
 def batched_execution(mode: FakeTensorMode) -> Iterator[None]:
     """``fake_execution`` of code under ``vmap``, of symbolic sizes too. Levels left open by an exception are closed."""
-
     level = torch._C._functorch.maybe_current_level() or 0
     try:
         with fake_execution(mode), enable_python_dispatcher():

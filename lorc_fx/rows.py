@@ -111,27 +111,18 @@ class Track:
     ) -> Track:
         """``fn`` of rows [start, start + length) as a track of its own. ``key`` and ``argument`` say what fn is."""
         with _LOCK:
-            return self._derive(fn, start, length, (key, start, length, self.writes), argument)
-
-    def _derive(
-        self,
-        fn: Callable[[torch.Tensor], torch.Tensor],
-        start: int,
-        length: int,
-        key: tuple[Hashable, ...],
-        argument: torch.Tensor | None,
-    ) -> Track:
-        version = -1 if argument is None or argument.is_inference() else argument._version
-        last = self._derived
-        if last is not None and last.key == key and last.version == version:
-            made = last.made()
-            if made is not None and (None if last.argument is None else last.argument()) is argument:
-                return made
-        made = Track(fn(self.view(start, length)), 0)
-        made.used = made.data.shape[0]
-        kept = None if argument is None else weakref.ref(argument)
-        self._derived = _Derived(key, kept, version, weakref.ref(made))
-        return made
+            key = (key, start, length, self.writes)
+            version = -1 if argument is None or argument.is_inference() else argument._version
+            last = self._derived
+            if last is not None and last.key == key and last.version == version:
+                made = last.made()
+                if made is not None and (None if last.argument is None else last.argument()) is argument:
+                    return made
+            made = Track(fn(self.view(start, length)), 0)
+            made.used = made.data.shape[0]
+            kept = None if argument is None else weakref.ref(argument)
+            self._derived = _Derived(key, kept, version, weakref.ref(made))
+            return made
 
 
 class Rows:
@@ -193,22 +184,18 @@ def reserve(views: Sequence[tuple[Rows, int, int]], extra: int) -> list[tuple[Ro
     Returns the rows of each and where the view begins in them.
     """
     with _LOCK:
-        return _reserved(views, extra)
-
-
-def _reserved(views: Sequence[tuple[Rows, int, int]], extra: int) -> list[tuple[Rows, int]]:
-    _, start, length = views[0]
-    end = start + length
-    track = views[0][0].track
-    fits = track is None or (end == track.used and end + extra <= track.data.shape[0])
-    fits = fits and all(end == r.used and end + extra <= r.codes.shape[0] for r, _, _ in views)
-    if not fits:
-        track = None if track is None else Track(_grown(track.data, start, length, extra), length)
-        views = [(r.grown(start, length, extra, track), 0, length) for r, _, _ in views]
-        end = length
-    if track is not None:
-        track.used = end + extra
-    for rows, _, _ in views:
-        rows.shared |= fits
-        rows.used = end + extra
-    return [(rows, at) for rows, at, _ in views]
+        _, start, length = views[0]
+        end = start + length
+        track = views[0][0].track
+        fits = track is None or (end == track.used and end + extra <= track.data.shape[0])
+        fits = fits and all(end == r.used and end + extra <= r.codes.shape[0] for r, _, _ in views)
+        if not fits:
+            track = None if track is None else Track(_grown(track.data, start, length, extra), length)
+            views = [(r.grown(start, length, extra, track), 0, length) for r, _, _ in views]
+            end = length
+        if track is not None:
+            track.used = end + extra
+        for rows, _, _ in views:
+            rows.shared |= fits
+            rows.used = end + extra
+        return [(rows, at) for rows, at, _ in views]
