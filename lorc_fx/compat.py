@@ -14,7 +14,7 @@ import torch
 from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
 
@@ -78,6 +78,19 @@ def is_functional(tensor: torch.Tensor) -> bool:
     return isinstance(tensor, FunctionalTensor) or torch._is_functional_tensor(tensor)
 
 
+def copied(gm: GraphModule) -> tuple[GraphModule, dict[Node, Node]]:
+    """A Dynamo graph to change: the same nodes over the same module, with all that is known of them, and which became
+    which."""
+    graph, copies = Graph(), dict[Node, Node]()
+    graph.output(graph.graph_copy(gm.graph, copies)).meta = dict(gm.graph.output_node().meta)
+    made = GraphModule(gm, graph)
+    made.meta = dict(gm.meta)
+    for old, new in copies.items():
+        if hasattr(old, "_dynamo_source"):  # where an input comes from is no part of ``meta``
+            new._dynamo_source = old._dynamo_source
+    return made, copies
+
+
 def fake_mode_of(values: Sequence[Any]) -> FakeTensorMode:
     """The fake mode that Dynamo traced with; a fresh one where no value is fake."""
     mode = detect_fake_mode(list(values))
@@ -129,8 +142,7 @@ def canonical_trace(gm: Callable[..., Any], values: Sequence[Any]) -> GraphModul
 
 def _traced(gm: Callable[..., Any], values: Sequence[Any], pre_dispatch: bool) -> GraphModule:
     mode = fake_mode_of(values)
-    symbolic = enable_python_dispatcher()  # sizes that are symbols: make_fx does without after decompositions
-    with mock.patch.object(mode, "allow_non_fake_inputs", True), mode, torch.no_grad(), preserve_node_meta(), symbolic:
+    with batched_execution(mode), torch.no_grad(), preserve_node_meta():
         run = Interpreter(gm).run if isinstance(gm, GraphModule) else gm
         traced = make_fx(lambda *given: run(*given), _spellings(), pre_dispatch=pre_dispatch)(*values)
     for node in traced.graph.nodes:
@@ -149,7 +161,8 @@ def fake_execution(mode: FakeTensorMode) -> Iterator[None]:
 
 @contextlib.contextmanager
 def batched_execution(mode: FakeTensorMode) -> Iterator[None]:
-    """``fake_execution`` of code under ``vmap``, of symbolic sizes too. Levels left open by an exception are closed."""
+    """``fake_execution`` of symbolic sizes too (make_fx does without after decompositions), and of code under ``vmap``:
+    levels left open by an exception are closed."""
     level = torch._C._functorch.maybe_current_level() or 0
     try:
         with fake_execution(mode), enable_python_dispatcher():

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .compat import example_value, is_module_state
+from .compat import copied, example_value, is_module_state
 from .latent import LatentKV
 from .scalars import with_scalars
 
@@ -94,12 +94,8 @@ def in_parts(gm: GraphModule, examples: Sequence[Any]) -> tuple[GraphModule, Tak
     found = {i for i, n in enumerate(sources) if state[i] and in_several(example_value(n))}
     if not found:
         return gm, lambda arguments: arguments
-    graph, copies = Graph(), dict[Node, Node]()
-    graph.output(graph.graph_copy(gm.graph, copies))
-    made = GraphModule(gm, graph)
-    made.meta["in_parts"] = True
-    for i, source in enumerate(sources):
-        copies[source].meta["lorc_module_state"] = state[i]  # Dynamo's own mark is no part of ``meta``
+    made, copies = copied(gm)
+    graph, made.meta["in_parts"] = made.graph, True
     first = next(n for n in graph.nodes if n.op != "placeholder")
     for i in sorted(found):
         holder, value = copies[sources[i]], example_value(sources[i])

@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule, Node
 
-from .compat import building, example_value, recompile_limit
+from .compat import building, copied, example_value, recompile_limit
 
 Callee = Callable[..., Any]
 
@@ -37,18 +37,12 @@ def with_scalars(gm: GraphModule, examples: Sequence[Any]) -> GraphModule:
     places = scalar_places(gm)
     if not places:
         return gm
-    graph, copies = Graph(), dict[Node, Node]()
-    graph.output(graph.graph_copy(gm.graph, copies))
-    made = GraphModule(gm, graph)
-    made.meta = dict(gm.meta)
-    for old, new in copies.items():
-        if old.op == "placeholder" and hasattr(old, "_dynamo_source"):
-            new._dynamo_source = old._dynamo_source  # what Dynamo knows of an input is no part of ``meta``
-    holders = [n for n in graph.nodes if n.op == "placeholder"]
+    made, _ = copied(gm)
+    holders = [n for n in made.graph.nodes if n.op == "placeholder"]
     for place in places:
         for item in _items(holders[place]):
             item.replace_all_uses_with(float(examples[place]))  # type: ignore[arg-type]
-            graph.erase_node(item)
+            made.graph.erase_node(item)
     made.recompile()
     return made
 

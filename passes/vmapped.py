@@ -11,7 +11,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from lorc_fx.compat import batched_execution, example_value, fake_mode_of
+from lorc_fx.compat import batched_execution, copied, example_value, fake_mode_of
 
 
 def expand_vmap(gm: GraphModule) -> GraphModule:
@@ -24,15 +24,10 @@ def expand_vmap(gm: GraphModule) -> GraphModule:
     """
     if not any(_steps(node) for node in gm.graph.nodes):
         return gm
-    graph = Graph()
-    result = graph.graph_copy(gm.graph, {}, return_output_node=True)
-    assert isinstance(result, tuple)
-    graph.output(result[0]).meta = dict(result[1].meta)
-    made = GraphModule(gm, graph)
-    made.meta = dict(gm.meta)
-    for region in _regions(graph):
+    made, _ = copied(gm)
+    for region in _regions(made.graph):
         _expand(made, region)
-    graph.lint()
+    made.graph.lint()
     made.recompile()
     return made
 

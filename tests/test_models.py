@@ -225,7 +225,7 @@ def test_demo_is_converted_once_and_again_when_damaged(
 
 @pytest.mark.slow
 def test_the_real_demo_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip(models.DEMO_MODULE)
+    pytest.importorskip(models.DEMO_MODULE, reason="the extra `demo` (the real model) is not installed")
     monkeypatch.setenv("LORC_CACHE", str(tmp_path))
     model, words = models.load_model(None)
     assert model.dtype == torch.bfloat16
