@@ -13,6 +13,8 @@ from adapted import FAMILY, IDS, MASK, PAPER, check
 from oracle import oracle, ranks_of
 from torch import nn
 
+from hand_written import check as check_hand_written
+from hand_written import decoder
 from helpers import assert_close, compiled, generate, latents
 from lorc_fx.errors import EagerWarning, NoSitesWarning
 from lorc_fx.latent import LatentKV
@@ -255,3 +257,14 @@ def test_adapters_on_a_quantised_model(ao, peft):
         return peft.get_peft_model(model, config).eval()
 
     check(inner(made()), inner(made()), tol=1e-3)
+
+
+def test_a_table_of_angles_beside_quantised_weights(ao):
+    """What Dynamo knows of an input (that a module holds the table) is not lost where weights are taken apart."""
+    model = decoder(angles="table")
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.bias = None
+    ao.quantize_(model, ao.Int8WeightOnlyConfig(), filter_fn=lambda module, _: isinstance(module, torch.nn.Linear))
+    values, _, said = check_hand_written(model)
+    assert all(isinstance(v, LatentKV) for v in values) and not said
