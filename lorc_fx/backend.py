@@ -135,7 +135,7 @@ def examine(
     builder = Builder(canonical, matched, options)
     prepared, plan = builder.planned(matched.sites, example_inputs)
     codecs = builder.made(prepared, plan, example_inputs)
-    absorbed = readings(absorb(canonical, matched, {s.group.find(): c for s, c in codecs.items()}, step=True))
+    read = readings(absorb(canonical, matched, {s.group.find(): c for s, c in codecs.items()}, step=True))
     found = []
     for (site, p), line in zip(prepared.items(), plan.sites, strict=True):
         sigma = p.factors.singular
@@ -154,7 +154,7 @@ def examine(
                 bytes=line.bytes,
                 dense_bytes=line.dense_bytes,
                 window=line.window,
-                lowering="latent" if site.group.find() in absorbed else "decoding",
+                lowering=read.get(site.group.find(), "decoding"),
                 codec_bytes=codecs[site].nbytes(),
             )
         )

@@ -238,6 +238,62 @@ def pack(
     return F.pad(row, (0, form.nbytes - row.shape[-1]))
 
 
+class Parts(NamedTuple):
+    """What rows [.., nbytes] hold, quantised columns still as levels: ``exact`` [.., e] and ``levels`` [.., q] fp32,
+    ``scale`` [.., 1] fp32 >= 0, ``further`` [.., m - 1] fp32: 1 for the token's mean. None where there is nothing.
+
+    A quantised column is scale * (level - half) * step, with ``step`` and ``half`` of ``level_constants``.
+    """
+
+    exact: torch.Tensor | None
+    levels: torch.Tensor | None
+    scale: torch.Tensor | None
+    further: torch.Tensor | None
+
+
+def parts_of(rows: torch.Tensor, form: Format) -> Parts:
+    """rows [.., width] as stored -> what they hold."""
+    if form.plain:
+        return Parts(rows.float(), None, None, None)
+    at = sum(s.columns for s in form.segments if s.bits == MODEL) * form.dtype.itemsize
+    exact = rows[..., :at].view(form.dtype).float() if at else None
+    levels = scale = further = None
+    if form.scaled:
+        scale = rows[..., at : at + SCALE_BYTES].view(torch.float16).float()
+        at += SCALE_BYTES
+        if form.choices == 2:
+            further, scale = (scale < 0).float(), scale.abs()
+        quantised = [s for s in form.segments if s.bits != MODEL and s.columns]
+        levels = rows.new_empty((*rows.shape[:-1], sum(s.columns for s in quantised)), dtype=torch.float32)
+        done = 0
+        for columns, bits in quantised:
+            size = segment_bytes(columns, bits, 0)
+            _levels_into(levels[..., done : done + columns], rows[..., at : at + size], bits)
+            at, done = at + size, done + columns
+    if further is None and form.choices > 1:
+        index = rows[..., at : at + INDEX_BYTES]
+        further = torch.cat([(index == j + 1).float() for j in range(1, form.choices)], -1)
+    return Parts(exact, levels, scale, further)
+
+
+def _levels_into(out: torch.Tensor, data: torch.Tensor, bits: int) -> None:
+    """``_unpack_bits`` into fp32, without numbers wider than a byte on the way where a column is in one plane."""
+    if len(planes(bits)) > 1:
+        out.copy_(_unpack_bits(data, out.shape[-1], bits))
+        return
+    count, mask = data.shape[-1], (1 << bits) - 1
+    for i in range(8 // bits):
+        piece = out[..., i * count : (i + 1) * count]
+        held = data[..., : piece.shape[-1]]
+        piece.copy_(held if bits == 8 else (held >> (i * bits)) & mask)
+
+
+def level_constants(form: Format, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each quantised column: its step at scale 1, and 2^(bits-1) - 1/2; [q] fp32."""
+    step, half = per_column(form.spec, device)
+    return step, half - 0.5
+
+
 def unpack(rows: torch.Tensor, segments: tuple[tuple[int, int], ...], choices: int, dtype: torch.dtype) -> torch.Tensor:
     """rows [.., nbytes] uint8 -> [.., r + choices - 1] in the model's dtype: the columns, then for each further mean
     1 where it is this token's and 0 where not."""

@@ -51,6 +51,7 @@ class Binding:
         joined: dict[int, int],
     ) -> None:
         self.inner, self.outputs, self.sizes = inner, made.outputs, sizes
+        self.attends = made.attends  # the graph's ops look them up as long as they live
         self.plain: list[tuple[int, int]] = []
         self.parts: list[tuple[int, int]] = []
         self.decoded: list[tuple[int, int, str]] = []

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 import sympy
 from torch.fx import GraphModule
 
+from lorc_fx.kernels.attend import Attend
+
 
 @dataclass(frozen=True)
 class Input:
@@ -64,9 +66,9 @@ class Output:
 
 @dataclass
 class Rewritten:
-    """The graph over latents with its inputs and outputs."""
+    """The graph over latents with its inputs and outputs. ``attends``: what its ops ``lorc::attend`` refer to, kept alive."""
 
     module: GraphModule
     inputs: list[Input]
     outputs: list[Output]
-    lowerings: dict[str, str] = field(default_factory=dict)
+    attends: list[Attend] = field(default_factory=list)

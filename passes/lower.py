@@ -17,17 +17,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule, Node
 
 from lorc_fx.codec import Codec
-from lorc_fx.decoder import Decoder
 
-from .axes import Axes, Mixes, arg, shape
+from .attention import Reading, find_attention
+from .axes import Axes, arg, shape
 from .caches import Group
-from .cost import absorbs
-from .epilogue import _emit
-from .facts import Facts, NoSite, static_size
-from .rules import rule_of
+from .facts import Facts, static_size
+from .operands import Seen, seen_as
 
 if TYPE_CHECKING:
     from .rewrite import Rewriter
@@ -36,105 +34,10 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 
 
-@dataclass(frozen=True)
-class Latent:
-    """A cached operand that can be read as latents: ``heads`` groups of ``head_dim`` columns of S, each shared by
-    ``repeat`` consecutive heads of the operand; ``columns`` is None where they are simply in order."""
-
-    cell: Node
-    group: Group
-    heads: int
-    head_dim: int
-    repeat: int
-    columns: tuple[int, ...] | None
-
-
-def selection(decoder: Decoder) -> torch.Tensor | None:
-    """Which column of y each element of the dense value is, in the decoder's layout with B = T = 1; None where the
-    epilogue does more than move columns. Found by running it on numbered columns, twice."""
-    if decoder.needs_positions:
-        return None
-    return _moved(decoder.module, decoder.width, lambda y: decoder.module(y, None))
-
-
-def _moved(module: GraphModule, width: int, run: Any) -> torch.Tensor | None:
-    if any(node.op == "get_attr" for node in module.graph.nodes):
-        return None
-    base = torch.arange(1, width + 1, dtype=torch.float64)
-    try:
-        first, second = run(base.view(1, 1, -1)), run(3 * base.flip(0).view(1, 1, -1) + 0.5)
-    except (RuntimeError, TypeError):  # the epilogue has constants: it is no mere selection
-        return None
-    index = first.round().long() - 1
-    inside = bool(((index >= 0) & (index < width)).all())
-    same = inside and torch.equal(first, base[index]) and torch.equal(second, (3 * base.flip(0) + 0.5)[index])
-    return index if same else None
-
-
-def _latent(matched: Matched, codecs: Mapping[Group, Codec], facts: Facts, operand: Node, axes: Axes) -> Latent | None:
-    """The operand of a product as a latent: follow layout ops back to a cell, then number the columns forward."""
-    node, at = operand, axes
-    while matched.caches.group(node) not in matched.coded:
-        rule = rule_of(node)
-        if rule is None or rule.role != "layout":
-            return None
-        try:
-            sources = [(s, a) for s, a in rule.back(node, at) if a.token is not None]
-        except Mixes:
-            return None
-        if len(sources) != 1:
-            return None
-        node, at = sources[0]
-    group = matched.caches.group(node)
-    assert group is not None
-    if group in matched.bare:
-        return None
-    codec = codecs[group]
-    decoder = codec.decoder
-    if codec.decode is None or (at.batch, at.token) != (decoder.batch_dim, decoder.token_dim):
-        return None
-    index = selection(decoder)
-    if index is None:
-        return None
-    columns = _through(facts, operand, axes, node, at, index)
-    if columns is None:
-        return None
-    rows = columns.movedim((axes.batch, axes.token), (0, 1))[0, 0]
-    if rows.dim() != 2:
-        return None
-    return _grouped(node, group, rows, decoder.width)
-
-
-def _through(facts: Facts, operand: Node, axes: Axes, cell: Node, at: Axes, index: torch.Tensor) -> Any:
-    """Run the layout ops between cell and operand on the column numbers, with B = T = 1."""
-    graph = Graph()
-    start = graph.placeholder("index")
-    try:
-        region = facts.region(operand, axes, {cell: at}, lambda n, a: False)
-        graph.output(_emit(graph, region, {cell: start}, 1, 1, {cell}) if region.nodes else start)
-        return GraphModule(torch.nn.Module(), graph)(index)
-    except (NoSite, RuntimeError):
-        return None
-
-
-def _grouped(cell: Node, group: Group, rows: torch.Tensor, width: int) -> Latent | None:
-    """[heads of the operand, D] column numbers -> consecutive repeats of the cached heads."""
-    heads = [rows[0]]
-    for row in rows[1:]:
-        if not torch.equal(row, heads[-1]):
-            heads.append(row)
-    repeat = len(rows) // len(heads)
-    base = torch.stack(heads)
-    if not torch.equal(base.repeat_interleave(repeat, 0), rows):
-        return None
-    plain = torch.equal(base.flatten(), torch.arange(width))  # all of them: a reader may take some heads only
-    return Latent(cell, group, len(heads), rows.shape[1], repeat, None if plain else tuple(base.flatten().tolist()))
-
-
 # -- emission -------------------------------------------------------------------------------------------------
 
 
-def _matrix(r: Rewriter, latent: Latent) -> Node:
+def _matrix(r: Rewriter, latent: Seen) -> Node:
     """S as [heads, r, D]."""
     decode = r.codec_input(latent.group, "decode")
     assert decode is not None
@@ -145,14 +48,14 @@ def _matrix(r: Rewriter, latent: Latent) -> Node:
     )
 
 
-def _columns(r: Rewriter, latent: Latent, source: Node, dim: int) -> Node:
+def _columns(r: Rewriter, latent: Seen, source: Node, dim: int) -> Node:
     if latent.columns is None:
         return source
     order = r.constant(torch.tensor(latent.columns))
     return r.call(aten.index_select.default, source, dim, order)
 
 
-def _mean(r: Rewriter, latent: Latent, per_head: int) -> Node | None:
+def _mean(r: Rewriter, latent: Seen, per_head: int) -> Node | None:
     """mu as [heads * per_head, 1, D] for the operand's heads, or None."""
     mean = r.codec_input(latent.group, "mean")
     if mean is None:
@@ -161,7 +64,7 @@ def _mean(r: Rewriter, latent: Latent, per_head: int) -> Node | None:
     return r.call(aten.repeat_interleave.self_int, rows, per_head, 0) if per_head > 1 else rows
 
 
-def query_latent(r: Rewriter, query: Node, latent: Latent, sizes: tuple[Any, int, int], shift: bool) -> Node:
+def query_latent(r: Rewriter, query: Node, latent: Seen, sizes: tuple[Any, int, int], shift: bool) -> Node:
     """q [B, H, S, D] -> q K_hat^T [B, H, S, T], with the q mu term where ``shift``."""
     batch, heads, queries = sizes
     each = heads // latent.heads
@@ -180,7 +83,7 @@ def query_latent(r: Rewriter, query: Node, latent: Latent, sizes: tuple[Any, int
     return r.call(aten.add.Tensor, scores, constant)
 
 
-def weights_latent(r: Rewriter, weights: Node, latent: Latent, sizes: tuple[Any, int, int], partial: bool) -> Node:
+def weights_latent(r: Rewriter, weights: Node, latent: Seen, sizes: tuple[Any, int, int], partial: bool) -> Node:
     """A [B, H, S, T] -> A V_hat [B, H, S, D]; ``partial`` where the weights of a query may not sum to one."""
     batch, heads, queries = sizes
     each = heads // latent.heads
@@ -203,7 +106,7 @@ def weights_latent(r: Rewriter, weights: Node, latent: Latent, sizes: tuple[Any,
 class Product:
     """A product of eager attention with an absorbed operand: scores (``key``) or values."""
 
-    latent: Latent
+    latent: Seen
     kind: str
     sizes: tuple[Any, int, int]
 
@@ -219,8 +122,8 @@ class Product:
 class Attention:
     """SDPA taken apart, with one or both cached operands absorbed (None: decoded)."""
 
-    key: Latent | None
-    value: Latent | None
+    key: Seen | None
+    value: Seen | None
     sizes: tuple[Any, int, int]
 
     def emit(self, r: Rewriter, node: Node) -> Node:
@@ -258,34 +161,38 @@ class Attention:
         return r.call(aten.reshape.default, out, [batch, heads, queries, dim])
 
 
-Absorption = Product | Attention
+Absorption = Product | Attention | Reading
 
 
 def absorb(
     gm: GraphModule, matched: Matched, codecs: Mapping[Group, Codec], step: bool = False
 ) -> dict[Node, Absorption]:
-    """The products to emit over latents, by node of the canonical graph. With ``step``: as if this graph had one
-    query token (for reports: how a decode step will read)."""
+    """What to emit over rows, by node of the canonical graph. With ``step``: as if this graph had one query token (for
+    reports: how a decode step will read)."""
     facts = Facts(gm.graph.nodes)
     found: dict[Node, Absorption] = {}
     for node in gm.graph.nodes:
-        if node.target is aten.scaled_dot_product_attention.default:
+        made: Absorption | None = find_attention(node, matched, codecs, facts, step)
+        if made is None and node.target is aten.scaled_dot_product_attention.default:
             made = _attention(node, matched, codecs, facts, step)
-        elif node.target is aten.matmul.default and len(shape(node)) == 4:
+        elif made is None and node.target is aten.matmul.default and len(shape(node)) == 4:
             made = _product(node, matched, codecs, facts, step)
-        else:
-            continue
         if made is not None:
             found[node] = made
     return found
 
 
-def readings(absorptions: Mapping[Node, Absorption]) -> set[Group]:
-    """The groups that are read as latents."""
-    parts: list[Latent | None] = []
+def readings(absorptions: Mapping[Node, Absorption]) -> dict[Group, str]:
+    """How groups are read that are not decoded as a whole: "latent", or "tiles"."""
+    found: dict[Group, str] = {}
     for made in absorptions.values():
-        parts += [made.latent] if isinstance(made, Product) else [made.key, made.value]
-    return {part.group for part in parts if part is not None}
+        if isinstance(made, Reading):
+            for seen, operand in zip(made.seen, made.operands, strict=True):
+                found.setdefault(seen.group, "latent" if operand.absorbed else "tiles")
+        else:
+            parts = [made.latent] if isinstance(made, Product) else [made.key, made.value]
+            found |= {part.group: "latent" for part in parts if part is not None}
+    return found
 
 
 def _sizes(node: Node, step: bool) -> tuple[Any, int, int] | None:
@@ -296,11 +203,19 @@ def _sizes(node: Node, step: bool) -> tuple[Any, int, int] | None:
     return None if static[0] is None or static[1] is None else (batch, static[0], static[1])
 
 
-def _worth(latent: Latent | None, sizes: tuple[Any, int, int], codecs: Mapping[Group, Codec]) -> Latent | None:
-    if latent is None or sizes[1] % latent.heads:
+def _latent(
+    matched: Matched,
+    codecs: Mapping[Group, Codec],
+    facts: Facts,
+    operand: Node,
+    axes: Axes,
+    sizes: tuple[Any, int, int],
+) -> Seen | None:
+    """The operand where reading it as latents is cheaper than decoding it."""
+    seen = seen_as(matched, codecs, facts, operand, axes, latent=True)
+    if seen is None or codecs[seen.group].decode is None:
         return None
-    codec = codecs[latent.group]
-    return latent if absorbs(sizes[2], sizes[1], latent.head_dim, codec.width, codec.latent_width) else None
+    return seen if seen.worth(codecs[seen.group], sizes[2], sizes[1]) else None
 
 
 def _attention(
@@ -310,9 +225,7 @@ def _attention(
     dropout, causal = arg(node, 4, "dropout_p", 0.0), arg(node, 5, "is_causal", False)
     if sizes is None or len(shape(node)) != 4 or dropout or (causal and not step):
         return None
-    key, value = (
-        _worth(_latent(matched, codecs, facts, operand, Axes(0, 2)), sizes, codecs) for operand in node.args[1:3]
-    )
+    key, value = (_latent(matched, codecs, facts, operand, Axes(0, 2), sizes) for operand in node.args[1:3])
     return None if key is None and value is None else Attention(key, value, sizes)
 
 
@@ -322,7 +235,7 @@ def _product(node: Node, matched: Matched, codecs: Mapping[Group, Codec], facts:
     if sizes is None or len(shape(right)) != 4:
         return None
     for kind, axes in (("value", Axes(0, 2)), ("key", Axes(0, 3))):
-        latent = _worth(_latent(matched, codecs, facts, right, axes), sizes, codecs)
+        latent = _latent(matched, codecs, facts, right, axes, sizes)
         if latent is not None:
             return Product(latent, kind, sizes)
     return None

@@ -26,13 +26,14 @@ from lorc_fx.codec import Codec
 from lorc_fx.compat import size_expr
 from lorc_fx.errors import GraphInvariant
 from lorc_fx.kernels import ops as _ops  # noqa: F401  (registers lorc::table)
+from lorc_fx.kernels.attend import Attend
 from lorc_fx.packing import pack, unpack
 from lorc_fx.rows import zero_unwritten
 
 from .axes import Axes, shape
 from .caches import Group, viewed, written
 from .interface import Input, Output, Rewritten, Sharing
-from .lower import Absorption, absorb, readings
+from .lower import Absorption, absorb
 from .mirrors import MIRRORS, Cell
 from .normalise import is_impure
 from .sides import width
@@ -62,6 +63,7 @@ class Rewriter:
         self.last: Node | None = None
         self.pure: dict[str, Node] = {}
         self.unread: list[tuple[Node, Group, Cell]] = []
+        self.attends: list[Attend] = []
         self._owners()
         self.same_const = dict(sharing.consts)
         self.places = {n: i for i, n in enumerate(self.arguments)}
@@ -126,7 +128,7 @@ class Rewriter:
                 self.env[node] = self._copied(node)
         self.graph.eliminate_dead_code(is_impure)
         module = GraphModule(self.old, self.graph)
-        return self._pruned(Rewritten(module, self.inputs, outputs, self._lowerings()))
+        return self._pruned(Rewritten(module, self.inputs, outputs, self.attends))
 
     def coded(self, node: Node) -> Group | None:
         group = self.matched.caches.group(node)
@@ -439,11 +441,6 @@ class Rewriter:
             self.returned[positions] = len(results)
             results.append(positions if fresh else self.call(aten.clone.default, positions))
         return self.returned[positions]
-
-    def _lowerings(self) -> dict[str, str]:
-        """How each site is read in this graph."""
-        absorbed = readings(self.absorptions)
-        return {s.name: "absorbed" if s.group.find() in absorbed else "decoded" for s in self.matched.sites}
 
     def _pruned(self, made: Rewritten) -> Rewritten:
         """Drop inputs that nothing reads (replaced weights), so that the compiled graph does not ask for them."""

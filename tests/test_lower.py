@@ -16,7 +16,7 @@ from torch.fx import GraphModule, Interpreter
 
 from helpers import Recorder, assert_close, cache_name, compiled, generate, latents, new_cache, piecewise, prompt
 from lorc_fx.options import Options
-from lorc_fx.passes import cost, lower, rewrite
+from lorc_fx.passes import cost, lower, operands, rewrite
 from lorc_fx.report import examined
 
 TOKENS, NEW = 9, 3
@@ -57,6 +57,10 @@ class Watched(Recorder):
 
         return run
 
+    def attends(self) -> bool:
+        """Whether the last graph has one attention op over rows for each layer, here one."""
+        return sum("lorc.attend" in str(node.target) for node in self.graphs[-1].graph.nodes) == 1
+
     def dense(self, batch: int, tokens: int, width: int) -> int:
         """How many products made a dense cached value: B x T x n numbers, with tokens along one axis."""
         return sum(tokens in size and torch.Size(size).numel() == batch * tokens * width for size in self.sizes)
@@ -71,15 +75,29 @@ def run(model: Any, pad: int, kind: str = "dynamic") -> Any:
     return generate(model, ids, mask, new_cache(model, kind, TOKENS + NEW), new=NEW)
 
 
+@pytest.fixture(params=["rows", "products"])
+def lowering(request, monkeypatch):
+    """Attention as one op over rows, or (as where that is not understood) product by product."""
+    if request.param == "products":
+        monkeypatch.setattr(lower, "find_attention", lambda *_: None)
+    return request.param
+
+
+def decoded(lowering: str, absorbed: set[str]) -> int:
+    """How many operands are decoded as a whole."""
+    return 0 if lowering == "rows" else 2 - len(absorbed)
+
+
 @pytest.mark.parametrize(("name", "attn"), CASES, ids=str)
-def test_absorbed_is_decoded_is_the_oracle(name, attn, clean, monkeypatch):
+def test_absorbed_is_decoded_is_the_oracle(name, attn, clean, monkeypatch, lowering):
     absorbed, watched = CASES[name, attn], Watched()
     model = build(name, attn)
     truth = copy.deepcopy(model)
     compiled(model, ratio=0.5, scheduler="uniform", inner=watched)
     got = {pad: run(model, pad) for pad in (0, 3)}
     cached, width = TOKENS + NEW - 1, latents(got[3].cache)[0][0].codec.width
-    assert watched.dense(2, cached, width) == 2 - len(absorbed), watched.sizes
+    assert watched.dense(2, cached, width) == decoded(lowering, absorbed), watched.sizes
+    assert watched.attends() == (lowering == "rows" and name != "bloom"), "Bloom's products are of merged heads"
     oracle(FAMILIES[name], truth, ranks_of(got[3].cache))
     for pad, found in got.items():
         assert_close(f"logits after {pad} padded tokens, oracle", found.logits, run(truth, pad).logits, 1e-5)
@@ -101,35 +119,36 @@ def test_pieces_are_the_whole_prompt(name, clean):
 
 
 @pytest.mark.parametrize(("name", "attn"), [("gpt2", "sdpa"), ("opt", "eager"), ("llama-gqa", "sdpa")], ids=str)
-def test_static_caches(name, attn, clean):
+def test_static_caches(name, attn, clean, lowering):
     """The whole buffer is read: rows that nothing has written yet are masked."""
     watched, model = Watched(), build(name, attn)
     truth = copy.deepcopy(model)
     got = run(compiled(model, ratio=0.5, scheduler="uniform", inner=watched), 3, "static")
     width = latents(got.cache)[0][0].codec.width
-    assert watched.dense(2, TOKENS + NEW, width) == 2 - len(CASES[name, attn]), watched.sizes
+    assert watched.dense(2, TOKENS + NEW, width) == decoded(lowering, CASES[name, attn]), watched.sizes
     want = run(oracle(FAMILIES[name], truth, ranks_of(got.cache)), 3, "static")
     assert_close("logits", got.logits, want.logits, 1e-5)
 
 
 @pytest.mark.parametrize(("name", "attn"), CASES, ids=str)
-def test_explain_says_latent(name, attn, clean):
+def test_explain_says_how(name, attn, clean, lowering):
+    how = "tiles" if lowering == "rows" else "decoding"
     model = build(name, attn)
     ids, mask = prompt(2, TOKENS)
     given = {"attention_mask": mask, cache_name(model): new_cache(model), "use_cache": True}
     report = examined(model, (ids,), given, Options(ratio=0.5, scheduler="uniform"))
     assert {s.kind: s.lowering for s in report.sites} == {
-        kind: "latent" if kind in CASES[name, attn] else "decoding" for kind in ("key", "value")
+        kind: "latent" if kind in CASES[name, attn] else how for kind in ("key", "value")
     }
 
 
-def test_at_full_rank_nothing_is_absorbed(clean):
-    """Its codes are the projections themselves: there is no decode matrix to move."""
+def test_at_full_rank_there_is_nothing_to_move(clean):
+    """Its codes are the projections themselves: there is no decode matrix."""
     watched = Watched()
     model = compiled(build("gpt2", "sdpa"), ratio=1.0, inner=watched)
     found = run(model, 3)
     assert all(x.codec.decode is None for pair in latents(found.cache) for x in pair)
-    assert watched.sizes == [], "SDPA reads both"
+    assert watched.sizes == [] and watched.attends()
 
 
 def test_selection_tells_moved_columns_from_computed_ones():
@@ -142,7 +161,7 @@ def test_selection_tells_moved_columns_from_computed_ones():
             return self.fn(y)
 
     def found(fn: Any) -> Any:
-        return lower._moved(torch.fx.symbolic_trace(Epilogue(fn)), 6, fn)
+        return operands._moved(torch.fx.symbolic_trace(Epilogue(fn)), 6, fn)
 
     assert found(lambda y: y).flatten().tolist() == [0, 1, 2, 3, 4, 5]
     assert found(lambda y: y.unflatten(2, (3, 2)).transpose(2, 3)).flatten().tolist() == [0, 2, 4, 1, 3, 5]

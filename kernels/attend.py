@@ -1,0 +1,137 @@
+"""Attention of a few queries over stored rows, as one op: what it is made of, its schema and its fake.
+
+    out[b, h, s] = sum_t softmax_t(f(q[b, h, s] . K[b, t, h']))  V[b, t, h']          h' = h // (H_q / heads)
+
+K and V are never there as a whole: ``keys`` and ``values`` are the rows of two caches, ``f`` is what the graph does to
+scores before the softmax. An ``Attend`` says all that shapes the computation; the op carries its digest, and what is
+called is chosen by the device: ``tiled`` in plain torch, generated kernels where there is Triton. ``reference`` is the
+truth for both.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from weakref import WeakValueDictionary
+
+import torch
+from torch.fx import GraphModule
+
+from lorc_fx.decoder import Decoder
+from lorc_fx.packing import Format
+
+CODEC_TENSORS = ("decode", "mean")
+"""A codec's tensors that a reader needs, in this order where they are there; the decoder's constants follow."""
+
+
+@dataclass(frozen=True, eq=False)
+class Operand:
+    """Keys or values, as stored and as attention sees them.
+
+    format, latent_width: the rows, and the k numbers that they hold per token.
+    decoder: latents -> the token's features in the dense cache (and what is stored beside: positions).
+    heads, head_dim: cached heads of the operand; query head h reads head h // (H_q / heads).
+    columns: which feature (of y where ``absorbed``, else of the dense token) each of heads * head_dim is, None where they
+    are in order.
+    absorbed: the product is taken with latents. ``decodes``, ``has_mean``: which codec tensors there are.
+    """
+
+    format: Format
+    latent_width: int
+    decoder: Decoder
+    heads: int
+    head_dim: int
+    columns: tuple[int, ...] | None
+    absorbed: bool
+    decodes: bool
+    has_mean: bool
+
+    @property
+    def words(self) -> str:
+        """In one line, for reports and for the head of what is generated."""
+        how = "absorbed" if self.absorbed else f"decoded ({self.decoder.words})"
+        return f"{self.heads} heads of {self.head_dim}, rows {self.format.spec}, {how}"
+
+
+@dataclass(frozen=True)
+class Extra:
+    """A tensor that scores meet, [.., T] broadcast to [B, H, S, T]; ``tokens``: its last axis is that of the cached tokens."""
+
+    tokens: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Attend:
+    """One reader of a pair of caches.
+
+    scores: a graph (scores [B, H, S, T] fp32, *extras) -> what the softmax takes, pointwise.
+    extras: the tensors that it takes.   sink: whether the last input of the op is a logit per query [.., H, S or 1, 1] that
+    takes part in the softmax and in nothing else.
+    blind: queries that see no token give 0 (SDPA), else what softmax gives (NaN). ``masks``: an extra (by number) that says
+    which tokens are out, in every query where it is False or -inf.
+    """
+
+    keys: Operand
+    values: Operand
+    scores: GraphModule
+    extras: tuple[Extra, ...]
+    sink: bool = False
+    blind: bool = True
+    masks: int | None = None
+
+    @cached_property
+    def digest(self) -> str:
+        """Of everything that shapes the computation: equal for equal layers of all models."""
+        parts = [self.scores.code, str((self.extras, self.sink, self.blind, self.masks))]
+        for x in (self.keys, self.values):
+            parts.append(
+                str((x.format, x.latent_width, x.heads, x.head_dim, x.columns, x.absorbed, x.decodes, x.has_mean))
+            )
+            parts.append(x.decoder.digest)
+        return hashlib.sha256("|".join(parts).encode()).hexdigest()[:24]
+
+
+_KNOWN: WeakValueDictionary[str, Attend] = WeakValueDictionary()
+
+
+def intern(about: Attend) -> Attend:
+    """The one ``Attend`` of this digest that is alive; ops find it as long as someone holds it (the compiled graph does)."""
+    return _KNOWN.setdefault(about.digest, about)
+
+
+def known(digest: str) -> Attend:
+    return _KNOWN[digest]
+
+
+@torch.library.custom_op("lorc::attend", mutates_args=())
+def attend(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    key_side: torch.Tensor | None,
+    key_codec: Sequence[torch.Tensor],
+    values: torch.Tensor,
+    value_side: torch.Tensor | None,
+    value_codec: Sequence[torch.Tensor],
+    extras: Sequence[torch.Tensor],
+    about: str,
+) -> torch.Tensor:
+    """query [B, H, S, D], rows [T, B, width] and what is stored beside them [T, B, ...] -> [B, H, S, D_v] in the query's
+    dtype. ``key_codec``: the codec's tensors of ``CODEC_TENSORS`` that are there, then the decoder's constants.
+    ``about``: the digest of an interned ``Attend``.
+    """
+    from . import tiled
+
+    return tiled.attend(
+        known(about),
+        query,
+        tiled.Stored(keys, key_side, tuple(key_codec)),
+        tiled.Stored(values, value_side, tuple(value_codec)),
+        tuple(extras),
+    )
+
+
+@attend.register_fake
+def _(query, keys, key_side, key_codec, values, value_side, value_codec, extras, about):  # type: ignore[no-untyped-def]
+    return query.new_empty((*query.shape[:3], known(about).values.head_dim))

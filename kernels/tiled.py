@@ -1,0 +1,282 @@
+"""Attention over stored rows in tiles of tokens, in plain torch: the op on a CPU.
+
+For each tile of t tokens (of T), with M = H_q / heads * S queries per cached head and k numbers per token:
+
+    absorbed keys    (q S_k^T) c^T                          2 M heads k FLOP a token, nothing decoded
+    decoded keys     q . epilogue(c S_k + mu)               2 k n FLOP and the epilogue; n numbers a token for a moment
+    softmax          online: a running maximum and sum (Milakov and Gimelshein, arXiv 1805.02867)
+    absorbed values  (p c) accumulated, times S_v at the end
+    decoded values   p . epilogue(c S_v + mu) accumulated
+
+Quantised columns are never scaled one by one: c = scale_t (levels - half) step, so the query takes ``step``, the scores
+take ``scale_t``, and what ``half`` adds is one number per query.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+from lorc_fx.packing import Parts, level_constants, parts_of
+
+from .attend import Attend, Operand
+from .reference import features
+from .stored import Stored
+
+TILE_NUMBERS = 1 << 19
+"""Numbers in a tile: 2 MiB of fp32, so that a tile of keys and one of values stay in a core's cache between their ops."""
+
+TILE_LEAST = 256
+"""Tokens in a tile, at least: below it, calling an op costs more than what it does."""
+
+
+def attend(
+    about: Attend,
+    query: torch.Tensor,
+    keys: Stored,
+    values: Stored,
+    extras: tuple[torch.Tensor, ...],
+    tile: int | None = None,
+) -> torch.Tensor:
+    """The op's result [B, H, S, D_v] in the query's dtype. ``tile``: tokens at a time."""
+    batch, heads, queries, _ = query.shape
+    total = keys.rows.shape[0]
+    left, right = _reader(about.keys, keys), _reader(about.values, values)
+    tile = tile or max(TILE_LEAST, TILE_NUMBERS // (batch * max(left.width, right.width)))
+    score, sum_up = left.scores(query.float()), right.sums(batch, heads, queries)
+    sink = extras[-1].float() if about.sink else None
+    extras = extras[: len(about.extras)]
+    top: torch.Tensor | None = None
+    weight = query.new_zeros((batch, heads, queries, 1), dtype=torch.float32)
+    for start, stop in _tiles(about, extras, total, tile):
+        seen = [e[..., start:stop] if extra.tokens else e for e, extra in zip(extras, about.extras, strict=True)]
+        scores = about.scores(score(start, stop), *seen)
+        highest = scores.amax(-1, keepdim=True)
+        if sink is not None and top is None:
+            highest = torch.maximum(highest, sink)
+        if top is not None:
+            highest = torch.maximum(highest, top)
+        shift = highest.masked_fill(highest == -torch.inf, 0.0)
+        p = scores.sub_(shift).exp_() if scores.dtype == torch.float32 else (scores - shift).float().exp()
+        if top is not None:
+            less = (top - shift).exp_()
+            weight.mul_(less)
+            sum_up.scale(less)
+        weight += p.sum(-1, keepdim=True)
+        sum_up.add(p, start, stop)
+        top = highest
+    summed = sum_up.total(weight)
+    if sink is not None:
+        weight = weight + (torch.zeros_like(sink) if top is None else sink - top).exp()
+    return _divided(summed, weight, about.blind).to(query.dtype)
+
+
+def _divided(total: torch.Tensor, weight: torch.Tensor, blind: bool) -> torch.Tensor:
+    """Sums over their weights; a query that sees nothing gives 0 or NaN."""
+    return total / (weight.masked_fill(weight == 0, 1.0) if blind else weight)
+
+
+def _tiles(about: Attend, extras: tuple[torch.Tensor, ...], total: int, tile: int) -> Iterator[tuple[int, int]]:
+    """The tiles to look at: all but those that a mask leaves out for every query (a static cache's free end, say)."""
+    starts = range(0, total, tile)
+    mask = None if about.masks is None or len(starts) == 1 else extras[about.masks]
+    if mask is None or mask.shape[-1] != total:
+        yield from ((s, min(s + tile, total)) for s in starts)
+        return
+    seen = (mask if mask.dtype == torch.bool else mask != -torch.inf).flatten(0, -2).any(0)
+    for s in starts:
+        if bool(seen[s : s + tile].any()):
+            yield s, min(s + tile, total)
+
+
+# -- one operand ------------------------------------------------------------------------------------------------------
+
+
+def _reader(operand: Operand, stored: Stored) -> _Absorbed | _Decoded:
+    form = operand.format
+    one_kind = all(s.bits == form.segments[0].bits for s in form.segments) and form.choices == 1
+    if operand.absorbed and (operand.decodes or (one_kind and operand.columns is None)):
+        return _Absorbed(operand, stored)
+    return _Decoded(operand, stored)
+
+
+class _Absorbed:
+    """Products with what rows hold. ``blocks``: 1 where all heads read all columns (through S), else one per head."""
+
+    def __init__(self, operand: Operand, stored: Stored) -> None:
+        self.operand, self.rows, self.form = operand, stored.rows, operand.format
+        decode, mean, _ = stored.parts(operand)
+        self.width = operand.latent_width
+        self.blocks = 1 if operand.decodes else operand.heads
+        self.exact = self.form.columns if self.form.plain else sum(s.columns for s in self.form.segments if not s.bits)
+        if self.form.scaled:
+            self.step, self.half = level_constants(self.form, stored.rows.device)
+        self.matrix = None if decode is None else self._heads(decode.float())  # [heads, k, D]
+        self.mean = None if mean is None else self._heads(mean.float()[None])  # [heads, 1, D]
+
+    def _heads(self, source: torch.Tensor) -> torch.Tensor:
+        """[.., n] -> [heads, .., D]."""
+        o = self.operand
+        source = source if o.columns is None else source[..., list(o.columns)]
+        return source.unflatten(-1, (o.heads, o.head_dim)).movedim(-2, 0)
+
+    def _part(self, part: torch.Tensor) -> torch.Tensor:
+        """[t, B, c] -> [B, blocks, t, c / blocks]."""
+        return part.unflatten(2, (self.blocks, -1)).permute(1, 2, 0, 3)
+
+    def scores(self, query: torch.Tensor) -> Callable[[int, int], torch.Tensor]:
+        """q [B, H, S, D] fp32 -> (start, stop) -> q K^T [B, H, S, t]."""
+        batch, heads, queries, dim = query.shape
+        q = query.reshape(batch, self.operand.heads, -1, dim)
+        constant = None
+        if self.mean is not None:
+            constant = (q @ self.mean.transpose(1, 2)).reshape(batch, heads, queries, 1)
+        if self.matrix is not None:
+            q = q @ self.matrix.transpose(1, 2)
+        q = q.reshape(batch, self.blocks, -1, q.shape[-1])
+        e = self.exact // self.blocks
+        quantised = q[..., e : self.form.columns // self.blocks]
+        if self.form.scaled:
+            quantised = quantised * self.step[: quantised.shape[-1]]
+            offset = quantised @ self.half[: quantised.shape[-1], None]  # [B, blocks, M, 1]
+        exact, further = q[..., :e], q[..., self.form.columns // self.blocks :]
+
+        def tile(start: int, stop: int) -> torch.Tensor:
+            parts = parts_of(self.rows[start:stop], self.form)
+            found = None
+            if parts.levels is not None and parts.scale is not None:
+                found = quantised @ self._part(parts.levels).transpose(2, 3)
+                found = found.sub_(offset).mul_(parts.scale.permute(1, 2, 0)[:, None])
+            for weights, part in ((exact, parts.exact), (further, parts.further)):
+                if part is not None:
+                    product = weights @ self._part(part).transpose(2, 3)
+                    found = product if found is None else found.add_(product)
+            assert found is not None
+            found = found.reshape(batch, heads, queries, stop - start)
+            return found if constant is None else found.add_(constant)
+
+        return tile
+
+    def sums(self, batch: int, heads: int, queries: int) -> _Sums:
+        return _LatentSums(self, batch, heads, queries)
+
+
+class _Decoded:
+    """Tiles of decoded tokens."""
+
+    def __init__(self, operand: Operand, stored: Stored) -> None:
+        self.operand, self.stored = operand, stored
+        decode, mean, self.consts = stored.parts(operand)
+        self.decode = None if decode is None else decode.float()
+        self.mean = None if mean is None else mean.float()
+        self.width = max(operand.decoder.width, operand.latent_width)
+        if operand.format.scaled:
+            self.step, self.half = level_constants(operand.format, stored.rows.device)
+
+    def tokens(self, start: int, stop: int) -> torch.Tensor:
+        """[B, heads, t, D] fp32."""
+        o = self.operand
+        y = self._numbers(parts_of(self.stored.rows[start:stop], o.format))
+        if self.decode is not None:
+            y = y @ self.decode
+        y = y.transpose(0, 1)
+        y = y if self.mean is None else y + self.mean
+        if not o.absorbed:
+            side = None if self.stored.side is None else self.stored.side[start:stop].transpose(0, 1)
+            y = features(o, o.decoder.module(y.to(o.format.dtype), side, *self.consts)).float()
+        y = y if o.columns is None else y[..., list(o.columns)]
+        return y.unflatten(2, (o.heads, o.head_dim)).transpose(1, 2)
+
+    def _numbers(self, parts: Parts) -> torch.Tensor:
+        """[t, B, k] fp32."""
+        columns = [] if parts.exact is None else [parts.exact]
+        if parts.levels is not None and parts.scale is not None:
+            columns.append(parts.levels.sub_(self.half).mul_(self.step).mul_(parts.scale))
+        columns += [] if parts.further is None else [parts.further]
+        return columns[0] if len(columns) == 1 else torch.cat(columns, -1)
+
+    def scores(self, query: torch.Tensor) -> Callable[[int, int], torch.Tensor]:
+        batch, heads, queries, dim = query.shape
+        q = query.reshape(batch, self.operand.heads, -1, dim)
+
+        def tile(start: int, stop: int) -> torch.Tensor:
+            return (q @ self.tokens(start, stop).transpose(2, 3)).reshape(batch, heads, queries, stop - start)
+
+        return tile
+
+    def sums(self, batch: int, heads: int, queries: int) -> _Sums:
+        return _DenseSums(self, batch, heads, queries)
+
+
+# -- sums of values ---------------------------------------------------------------------------------------------------
+
+
+class _Sums:
+    """Weighted sums of values over tokens so far: ``held`` fp32, all of the same leading sizes [B, blocks, M, ..]."""
+
+    def __init__(self, batch: int, heads: int, queries: int, blocks: int) -> None:
+        self.sizes = (batch, heads, queries)
+        self.shape = (batch, blocks, heads // blocks * queries)
+        self.held: list[torch.Tensor] = []
+
+    def scale(self, less: torch.Tensor) -> None:
+        """What was summed counts ``less`` [B, H, S, 1]: a larger maximum has come."""
+        for held in self.held:
+            held.mul_(less.reshape(*self.shape, 1))
+
+    def _add(self, terms: list[torch.Tensor]) -> None:
+        if not self.held:
+            self.held = terms
+        else:
+            for held, term in zip(self.held, terms, strict=True):
+                held.add_(term)
+
+
+class _LatentSums(_Sums):
+    def __init__(self, reader: _Absorbed, batch: int, heads: int, queries: int) -> None:
+        super().__init__(batch, heads, queries, reader.blocks)
+        self.reader = reader
+
+    def add(self, p: torch.Tensor, start: int, stop: int) -> None:
+        r = self.reader
+        parts, p = parts_of(r.rows[start:stop], r.form), p.reshape(*self.shape, -1)
+        terms = [p @ r._part(part) for part in (parts.exact, parts.further) if part is not None]
+        if parts.levels is not None and parts.scale is not None:
+            scaled = p * parts.scale.permute(1, 2, 0)[:, None]
+            terms += [scaled @ r._part(parts.levels), scaled.sum(-1, keepdim=True)]
+        self._add(terms)
+
+    def total(self, weight: torch.Tensor) -> torch.Tensor:
+        """[B, H, S, D_v]: sums over tokens of weight times value. ``weight`` [B, H, S, 1]: their sum (sinks apart)."""
+        r, (batch, heads, queries) = self.reader, self.sizes
+        o, held = r.operand, list(self.held)
+        if not held:
+            return weight.new_zeros(batch, heads, queries, o.head_dim)
+        pieces = [held.pop(0)] if r.exact else []
+        further = [held.pop(0)] if r.form.choices > 1 else []
+        if r.form.scaled:
+            levels, scales = held
+            n = levels.shape[-1]
+            pieces.append((levels - scales * r.half[:n]) * r.step[:n])
+        sums = pieces[0] if len(pieces + further) == 1 else torch.cat(pieces + further, -1)
+        sums = sums.reshape(batch, o.heads, -1, sums.shape[-1])
+        if r.matrix is not None:
+            sums = sums @ r.matrix
+        if r.mean is not None:
+            sums = sums + weight.reshape(batch, o.heads, -1, 1) * r.mean
+        return sums.reshape(batch, heads, queries, o.head_dim)
+
+
+class _DenseSums(_Sums):
+    def __init__(self, reader: _Decoded, batch: int, heads: int, queries: int) -> None:
+        super().__init__(batch, heads, queries, reader.operand.heads)
+        self.reader = reader
+
+    def add(self, p: torch.Tensor, start: int, stop: int) -> None:
+        self._add([p.reshape(*self.shape, -1) @ self.reader.tokens(start, stop)])
+
+    def total(self, weight: torch.Tensor) -> torch.Tensor:
+        batch, heads, queries = self.sizes
+        dim = self.reader.operand.head_dim
+        return self.held[0].reshape(batch, heads, queries, dim) if self.held else weight.new_zeros((*self.sizes, dim))
