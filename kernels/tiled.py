@@ -1,4 +1,4 @@
-"""Attention over stored rows in tiles of tokens, in plain torch: the op on a CPU.
+"""Attention over stored rows in tiles of tokens, in torch ops and (products with rows, on a CPU) ``rows.cpp``.
 
 For each tile of t tokens (of T), with M = H_q / heads * S queries per cached head and k numbers per token:
 
@@ -20,6 +20,7 @@ import torch
 
 from lorc_fx.packing import Parts, level_constants, parts_of
 
+from . import native
 from .attend import Attend, Operand
 from .reference import features
 from .stored import Stored
@@ -29,6 +30,9 @@ TILE_NUMBERS = 1 << 19
 
 TILE_LEAST = 256
 """Tokens in a tile, at least: below it, calling an op costs more than what it does."""
+
+TILE_SCORES = 1 << 20
+"""Scores in a tile where ``rows.cpp`` reads the rows: nothing else of a tile is ever in memory."""
 
 
 def attend(
@@ -43,7 +47,8 @@ def attend(
     batch, heads, queries, _ = query.shape
     total = keys.rows.shape[0]
     left, right = _reader(about.keys, keys), _reader(about.values, values)
-    tile = tile or max(TILE_LEAST, TILE_NUMBERS // (batch * max(left.width, right.width)))
+    most = min(reader.tile(batch, heads * queries) for reader in (left, right))
+    tile = tile or max(TILE_LEAST, most)
     score, sum_up = left.scores(query.float()), right.sums(batch, heads, queries)
     sink = extras[-1].float() if about.sink else None
     extras = extras[: len(about.extras)]
@@ -96,9 +101,13 @@ def _tiles(about: Attend, extras: tuple[torch.Tensor, ...], total: int, tile: in
 def _reader(operand: Operand, stored: Stored) -> _Absorbed | _Decoded:
     form = operand.format
     one_kind = all(s.bits == form.segments[0].bits for s in form.segments) and form.choices == 1
-    if operand.absorbed and (operand.decodes or (one_kind and operand.columns is None)):
-        return _Absorbed(operand, stored)
-    return _Decoded(operand, stored)
+    if not operand.absorbed or not (operand.decodes or (one_kind and operand.columns is None)):
+        return _Decoded(operand, stored)
+    if stored.rows.device.type == "cpu" and stored.rows.stride(2) == 1 and native.library() is not None:
+        about = native.layout(form, 1 if operand.decodes else operand.heads)
+        if about is not None:
+            return _Native(operand, stored, about)
+    return _Absorbed(operand, stored)
 
 
 class _Absorbed:
@@ -121,6 +130,10 @@ class _Absorbed:
         source = source if o.columns is None else source[..., list(o.columns)]
         return source.unflatten(-1, (o.heads, o.head_dim)).movedim(-2, 0)
 
+    def tile(self, batch: int, lines: int) -> int:
+        """Tokens that a tile should have; ``lines``: queries of all heads."""
+        return TILE_NUMBERS // (batch * self.width)
+
     def _part(self, part: torch.Tensor) -> torch.Tensor:
         """[t, B, c] -> [B, blocks, t, c / blocks]."""
         return part.unflatten(2, (self.blocks, -1)).permute(1, 2, 0, 3)
@@ -135,12 +148,24 @@ class _Absorbed:
         if self.matrix is not None:
             q = q @ self.matrix.transpose(1, 2)
         q = q.reshape(batch, self.blocks, -1, q.shape[-1])
-        e = self.exact // self.blocks
-        quantised = q[..., e : self.form.columns // self.blocks]
+        e, r = self.exact // self.blocks, self.form.columns // self.blocks
+        exact, quantised, further = q[..., :e], q[..., e:r], q[..., r:]
+        offset = torch.zeros_like(q[..., :1])
         if self.form.scaled:
-            quantised = quantised * self.step[: quantised.shape[-1]]
-            offset = quantised @ self.half[: quantised.shape[-1], None]  # [B, blocks, M, 1]
-        exact, further = q[..., :e], q[..., self.form.columns // self.blocks :]
+            quantised = quantised * self.step[: r - e]
+            offset = quantised @ self.half[: r - e, None]  # [B, blocks, M, 1]
+        product = self._product(exact, quantised, further, offset)
+
+        def tile(start: int, stop: int) -> torch.Tensor:
+            found = product(start, stop).reshape(batch, heads, queries, stop - start)
+            return found if constant is None else found.add_(constant)
+
+        return tile
+
+    def _product(
+        self, exact: torch.Tensor, quantised: torch.Tensor, further: torch.Tensor, offset: torch.Tensor
+    ) -> Callable[[int, int], torch.Tensor]:
+        """What the query has for each kind of column, [B, blocks, M, ..] -> (start, stop) -> [B, blocks, M, t]."""
 
         def tile(start: int, stop: int) -> torch.Tensor:
             parts = parts_of(self.rows[start:stop], self.form)
@@ -153,13 +178,49 @@ class _Absorbed:
                     product = weights @ self._part(part).transpose(2, 3)
                     found = product if found is None else found.add_(product)
             assert found is not None
-            found = found.reshape(batch, heads, queries, stop - start)
-            return found if constant is None else found.add_(constant)
+            return found
 
         return tile
 
+    def sum_up(self, p: torch.Tensor, start: int, stop: int) -> list[torch.Tensor]:
+        """p [B, blocks, M, t] -> sums over these tokens: of exact columns, of what further means have, of levels times
+        their token's scale, of scales; those that there are."""
+        parts = parts_of(self.rows[start:stop], self.form)
+        terms = [p @ self._part(part) for part in (parts.exact, parts.further) if part is not None]
+        if parts.levels is not None and parts.scale is not None:
+            scaled = p * parts.scale.permute(1, 2, 0)[:, None]
+            terms += [scaled @ self._part(parts.levels), scaled.sum(-1, keepdim=True)]
+        return terms
+
     def sums(self, batch: int, heads: int, queries: int) -> _Sums:
         return _LatentSums(self, batch, heads, queries)
+
+
+class _Native(_Absorbed):
+    """The same by ``rows.cpp``, which never has a tile's numbers in memory."""
+
+    def __init__(self, operand: Operand, stored: Stored, about: native.Layout) -> None:
+        super().__init__(operand, stored)
+        self.about = about
+
+    def tile(self, batch: int, lines: int) -> int:
+        return TILE_SCORES // (batch * lines)
+
+    def _product(
+        self, exact: torch.Tensor, quantised: torch.Tensor, further: torch.Tensor, offset: torch.Tensor
+    ) -> Callable[[int, int], torch.Tensor]:
+        weights = native.laid_out(torch.cat([exact, quantised], -1), self.about)
+        shift = offset[..., 0].contiguous()
+        further = further[..., 0].contiguous() if further.shape[-1] else torch.zeros_like(shift)
+        return lambda start, stop: native.scores(self.rows[start:stop], self.about, weights, shift, further)
+
+    def sum_up(self, p: torch.Tensor, start: int, stop: int) -> list[torch.Tensor]:
+        held, scales, further = native.sums(self.rows[start:stop], self.about, p.contiguous())
+        columns = native.gathered(held, self.about, self.form.columns // self.blocks)
+        e = self.exact // self.blocks
+        terms = [columns[..., :e]] if e else []
+        terms += [further[..., None]] if self.form.choices > 1 else []
+        return [*terms, columns[..., e:], scales[..., None]] if self.form.scaled else terms
 
 
 class _Decoded:
@@ -173,6 +234,9 @@ class _Decoded:
         self.width = max(operand.decoder.width, operand.latent_width)
         if operand.format.scaled:
             self.step, self.half = level_constants(operand.format, stored.rows.device)
+
+    def tile(self, batch: int, lines: int) -> int:
+        return TILE_NUMBERS // (batch * self.width)
 
     def tokens(self, start: int, stop: int) -> torch.Tensor:
         """[B, heads, t, D] fp32."""
@@ -239,13 +303,7 @@ class _LatentSums(_Sums):
         self.reader = reader
 
     def add(self, p: torch.Tensor, start: int, stop: int) -> None:
-        r = self.reader
-        parts, p = parts_of(r.rows[start:stop], r.form), p.reshape(*self.shape, -1)
-        terms = [p @ r._part(part) for part in (parts.exact, parts.further) if part is not None]
-        if parts.levels is not None and parts.scale is not None:
-            scaled = p * parts.scale.permute(1, 2, 0)[:, None]
-            terms += [scaled @ r._part(parts.levels), scaled.sum(-1, keepdim=True)]
-        self._add(terms)
+        self._add(self.reader.sum_up(p.reshape(*self.shape, -1), start, stop))
 
     def total(self, weight: torch.Tensor) -> torch.Tensor:
         """[B, H, S, D_v]: sums over tokens of weight times value. ``weight`` [B, H, S, 1]: their sum (sinks apart)."""

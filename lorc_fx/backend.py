@@ -30,6 +30,7 @@ from .passes.epilogue import may_project
 from .passes.lower import absorb, readings
 from .passes.normalise import logical, normalise, placeholders
 from .passes.sites import Matched, match
+from .passes.unprojected import without_projection
 from .records import Miss, Plan
 from .runtime import Compiled
 from .scalars import ByScalars, scalar_places
@@ -76,7 +77,7 @@ def compile_graph(gm: GraphModule, example_inputs: Sequence[Any], options: Optio
             canonical = normalise(opened, take(example_inputs))
             check_canonical(canonical)
         with timed("match_s"):
-            matched = match(canonical)
+            matched = without_projection(match(canonical), options)
     except LorcError:
         raise
     except Exception as error:  # whatever torch's tracer says: the graph stays right, and it is said
@@ -95,7 +96,7 @@ def make_codecs(gm: GraphModule, example_inputs: Sequence[Any], options: Options
     if not any(map(_may_hold_tokens, map(compat.example_value, placeholders(gm)))):
         return
     try:
-        canonical, matched, arguments = _read(gm, example_inputs)
+        canonical, matched, arguments = _read(gm, example_inputs, options)
     except LorcError:
         raise
     except Exception:
@@ -103,12 +104,14 @@ def make_codecs(gm: GraphModule, example_inputs: Sequence[Any], options: Options
     Builder(canonical, matched, options).codecs(arguments)
 
 
-def _read(gm: GraphModule, example_inputs: Sequence[Any]) -> tuple[GraphModule, Matched, Sequence[Any]]:
+def _read(
+    gm: GraphModule, example_inputs: Sequence[Any], options: Options
+) -> tuple[GraphModule, Matched, Sequence[Any]]:
     """The canonical graph, what matching found in it, and the arguments that it takes."""
     opened, take = in_parts(gm, example_inputs)
     arguments = take(example_inputs)
     canonical = normalise(opened, arguments)
-    return canonical, match(canonical), arguments
+    return canonical, without_projection(match(canonical), options), arguments
 
 
 def _too_many(gm: GraphModule, options: Options) -> Callee:
@@ -131,7 +134,7 @@ def examine(
     gm: GraphModule, example_inputs: Sequence[Any], options: Options
 ) -> tuple[list[dict[str, Any]], tuple[Miss, ...], Plan]:
     """The same steps up to the codecs, for reports: one dict per site (fields of ``report.SiteReport``)."""
-    canonical, matched, example_inputs = _read(gm, example_inputs)
+    canonical, matched, example_inputs = _read(gm, example_inputs, options)
     builder = Builder(canonical, matched, options)
     prepared, plan = builder.planned(matched.sites, example_inputs)
     codecs = builder.made(prepared, plan, example_inputs)
@@ -164,7 +167,7 @@ def examine(
 def plans(gm: GraphModule, example_inputs: Sequence[Any], many: Sequence[Options]) -> list[Plan]:
     """A plan for each of ``many`` options that differ in how bytes are given and spent only: weights are factorised
     once. Raises what planning raises."""
-    canonical, matched, example_inputs = _read(gm, example_inputs)
+    canonical, matched, example_inputs = _read(gm, example_inputs, many[0])
     builder = Builder(canonical, matched, many[0])
     prepared = builder.prepared(matched.sites, example_inputs)
     return [complete(prepared, builder.plan(prepared, options)) for options in many]

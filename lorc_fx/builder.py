@@ -13,9 +13,20 @@ import torch
 from torch.fx import GraphModule
 
 from . import compat
-from .bases import in_columns_of
+from .bases import BUILT_IN, in_columns_of
 from .calibration import Calibration, basis_of, fingerprint
-from .codec import Basis, Codec, Factors, around_bias, factorise, make_codec, prior_basis, through
+from .codec import (
+    Basis,
+    Codec,
+    Factors,
+    around_bias,
+    factorise,
+    flat_basis,
+    identity_codec,
+    make_codec,
+    prior_basis,
+    through,
+)
 from .errors import BadCalibration, BadPlan, QualityWarning
 from .gather import Sums, Walker
 from .options import CODEC_OPTIONS, FIRST_PROMPT, FIRST_PROMPT_TOKENS, Options
@@ -28,6 +39,7 @@ from .passes.rewrite import rewrite, writes_to
 from .passes.sites import Matched, Site
 from .passes.tracks import shared_tracks
 from .plan_data import SiteBasis, kept
+from .plan_file import checksum
 from .ranks import all_agree
 from .records import Fidelity, Plan, PlannedSite
 from .runtime import Binding, size_reader
@@ -233,7 +245,8 @@ class Builder:
         o = self.options
         budget = tuple(getattr(o, name) for name in CODEC_OPTIONS)
         stored = site.group.find().in_place  # such sites store their own positions, which a budget must count
-        return (budget, site.kind, site.ordinal, stored, self.constants[site], self.recipes[site])
+        about = (site.kind, site.ordinal, site.unprojected, stored)
+        return (budget, *about, self.constants[site], self.recipes[site])
 
     def _informed(self, site: Site, arguments: Sequence[Any]) -> Codec | None:
         return STORE.find((self._key(site), True), self.weights(site, arguments))
@@ -292,8 +305,11 @@ class Builder:
             basis = prior_basis(factors, bias)
         else:
             basis = basis_of(statistics, weight.detach().double(), site.name)
-        if self.options.basis != "joint":
-            basis = in_columns_of(self.options.basis, basis, weight, statistics, site.name)
+        name = self.options.basis_for(site.kind)
+        if site.unprojected:
+            basis = flat_basis(basis)
+        elif name not in BUILT_IN:
+            basis = in_columns_of(name, basis, weight, statistics, site.name)
         if statistics is None:
             return Prepared(weight, bias, factors, basis)
         return Prepared(weight, bias, replace(factors, left=factors.left[:, :0].clone()), basis)
@@ -319,6 +335,10 @@ class Builder:
         with timed("factorise_s"), torch.no_grad():
             for (site, p), line in zip(prepared.items(), plan.sites, strict=True):
                 consts = tuple(STORE.snapshot(self.real(n, arguments)) for n in site.consts)
+                if site.unprojected:
+                    origin = checksum({"weight": fingerprint(p.weight)})
+                    made[site] = identity_codec(p.weight, origin, line.segments, site.decoder, site.decoder.dtype)
+                    continue
                 dtype = site.rows.y.meta["val"].dtype
                 basis = kept(p.basis_for(line), line.rank)
                 made[site] = make_codec(p.weight, p.bias, basis, line.segments, site.decoder, consts, dtype)

@@ -120,6 +120,7 @@ class Codec:
     column in the model's dtype. Encode and decode have them folded in; the quantiser weighs errors by them.
     decode [k, n]: S, then mu_j - mu_0 for each further mean; None for the identity (r = n, m = 1).
     mean [n]: mu_0, or None where it is zero.   consts: the tensors that the decoder's epilogue reads.
+    origin: of an ``unprojected`` codec (``identity_codec``), which weight its site has, in hex; else "".
     """
 
     decoder: Decoder
@@ -131,6 +132,7 @@ class Codec:
     decode: torch.Tensor | None
     mean: torch.Tensor | None
     consts: tuple[torch.Tensor, ...]
+    origin: str = ""
     version: int = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -140,6 +142,11 @@ class Codec:
     def itself(self) -> Codec:
         """This codec, also to who has a weak proxy of it."""
         return self
+
+    @property
+    def unprojected(self) -> bool:
+        """Whether rows hold what the dense cache would, at whatever precision: nothing is projected or decoded."""
+        return bool(self.origin)
 
     @property
     def outdated(self) -> bool:
@@ -168,7 +175,7 @@ class Codec:
     def signature(self) -> tuple[Any, ...]:
         """What a compiled graph depends on: two codecs of equal signature can be swapped as plain inputs."""
         has = tuple(t is None for t in (self.shift, self.offsets, self.spread, self.decode, self.mean))
-        return (self.format, self.latent_width, *has, self.dtype, self.decoder.digest)
+        return (self.format, self.latent_width, *has, self.unprojected, self.dtype, self.decoder.digest)
 
     @cached_property
     def digest(self) -> str:
@@ -176,7 +183,7 @@ class Codec:
         it of the same weights by the same plan or calibration; unlike any other where it is ``outdated``."""
         if self.outdated:
             return hashlib.sha256(f"outdated {id(self)}".encode()).hexdigest()
-        about = (self.signature, self.decoder.shared_positions, checksum(self.tensors()))
+        about = (self.signature, self.origin, self.decoder.shared_positions, checksum(self.tensors()))
         return hashlib.sha256(repr(about).encode()).hexdigest()
 
     def equals(self, other: Codec) -> bool:
@@ -253,6 +260,24 @@ def make_codec(
     )
 
 
+def identity_codec(
+    weight: torch.Tensor, origin: str, segments: tuple[Segment, ...], decoder: Decoder, dtype: torch.dtype
+) -> Codec:
+    """The codec of a site that is cached as it is: its rows are what the dense cache would hold, in ``segments`` of all n
+    columns. It has no tensors (``encode`` is [n, 0]); ``origin`` says of which ``weight`` [n, d] the site is."""
+    nothing = weight.new_empty((weight.shape[0], 0))
+    return Codec(decoder, Format(segments, 1, dtype), nothing, None, None, None, None, None, (), origin)
+
+
+def flat_basis(basis: Basis) -> Basis:
+    """``basis`` where nothing is projected: every column as it comes, around zero, all expected to hold the same."""
+    n = basis.analysis.shape[0]
+    eye = torch.eye(n, dtype=basis.energy.dtype, device=basis.energy.device)
+    return replace(
+        basis, analysis=eye, synthesis=eye, energy=(basis.energy.sum() / n).expand(n), means=torch.zeros_like(eye[:1])
+    )
+
+
 def _projection(analysis: torch.Tensor, gaps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """[k, n] and [m - 1]: what y - mu_0 is multiplied with, columns first, then a row per further mean, from whose
     product the second is taken off: 2 (y - mu_0)(mu_j - mu_0) - |mu_j - mu_0|^2, in units that fp16 holds."""
@@ -263,6 +288,9 @@ def _projection(analysis: torch.Tensor, gaps: torch.Tensor) -> tuple[torch.Tenso
 
 def through(codec: Codec, basis: Basis, y: torch.Tensor) -> torch.Tensor:
     """y [N, n] written to the cache and read again, fp64. ``basis``: the one that ``codec`` was made of."""
+    if codec.unprojected and not codec.format.plain:
+        f = codec.format
+        return codec.latents(pack(y.float(), None, None, f.spec, f.choices, f.dtype)).double()
     if codec.decode is None:
         return y
     form, y = codec.format, y.double()

@@ -27,7 +27,7 @@ PROGRESSIVE_KNOBS = ("d_min", "d_max", "protect_first", "protect_last")
 #: option -> (values that work now, documented values that come later)
 CHOICES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "precision": (("model", "int8", "int4", "auto"), ()),
-    "basis": (("joint",), ("auto", "grouped", "identity")),
+    "basis": (("joint", "identity"), ("auto", "grouped")),
     "objective": (("balanced",), ("bytes", "time")),
 }
 #: the ``calibration`` that waits for the first long enough prompt
@@ -92,7 +92,7 @@ class Options:
     protect_first: int = 0
     protect_last: int = 0
     mode: str | None = None
-    basis: str = "joint"
+    basis: str | tuple[str, str] = "joint"
     group_size: int | None = None
     objective: str = "balanced"
     calibration: Any = FIRST_PROMPT
@@ -197,6 +197,10 @@ class Options:
             reason = f"d_min={self.d_min} is above d_max={self.d_max}"
             raise ConflictingOptions(("d_min", "d_max"), reason, "Give 1 <= d_min <= d_max <= width")
 
+    def basis_for(self, kind: str) -> str:
+        """The basis of "key" or "value" sites."""
+        return self.basis if isinstance(self.basis, str) else self.basis[kind == "value"]
+
     def budget(
         self, group: Sequence[SiteSpec], sites: Sequence[SiteSpec] | None = None, fixed: Sequence[int] | None = None
     ) -> int:
@@ -223,13 +227,14 @@ def _integer(name: str, value: object, low: int, default: object) -> None:
         raise BadOption(name, value, f"an int of at least {low}", default)
 
 
-def _choice(name: str, value: object) -> str:
-    """A value of ``CHOICES``; a pair for K and V counts as its value where both are the same (basis only)."""
+def _choice(name: str, value: object) -> Any:
+    """A value of ``CHOICES``, or (basis only) a pair of them for K and V, which is one value where both are the same."""
     now, later = CHOICES[name]
     now += registered_bases() if name == "basis" else ()
     allowed = " or ".join(repr(choice) for choice in now + later)
     if name == "basis" and isinstance(value, (tuple, list)) and len(value) == 2:
-        return [_choice(name, part) for part in value][0]
+        pair = tuple(_choice(name, part) for part in value)
+        return pair[0] if pair[0] == pair[1] else pair
     if isinstance(value, str):
         if value in now:
             return value

@@ -18,9 +18,9 @@ import torch
 
 from .errors import BadPlan
 
-VERSION = 3
-READABLE = (2, VERSION)
-"""Version 2 had neither tensors nor predicted losses."""
+VERSION = 4
+READABLE = (2, 3, VERSION)
+"""Version 2 had neither tensors nor predicted losses, version 3 no sites that are cached as they are."""
 
 
 def tensor_path(path: Path) -> Path:

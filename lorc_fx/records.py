@@ -74,7 +74,8 @@ class Miss:
 class PlannedSite:
     """One line of a plan: the segments of columns that the site gets, of ``choices`` means, and what they cost in bytes
     per token (positions included). ``predicted`` is the loss that is expected of that: in nats per token (``nats``), or
-    as a share of the site's energy; None in old plans."""
+    as a share of the site's energy; None in old plans. ``projected``: False for a site that is cached as it is (basis
+    "identity")."""
 
     layer: int
     kind: str
@@ -87,6 +88,7 @@ class PlannedSite:
     cond: float
     predicted: float | None = None
     nats: bool = False
+    projected: bool = True
 
     @property
     def name(self) -> str:

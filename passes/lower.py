@@ -183,12 +183,13 @@ def absorb(
 
 
 def readings(absorptions: Mapping[Node, Absorption]) -> dict[Group, str]:
-    """How groups are read that are not decoded as a whole: "latent", or "tiles"."""
+    """How groups are read that are not decoded as a whole: as "latent", as the "rows" that they are, or in "tiles"."""
     found: dict[Group, str] = {}
     for made in absorptions.values():
         if isinstance(made, Reading):
             for seen, operand in zip(made.seen, made.operands, strict=True):
-                found.setdefault(seen.group, "latent" if operand.absorbed else "tiles")
+                how = "tiles" if not operand.absorbed else "latent" if operand.decodes else "rows"
+                found.setdefault(seen.group, how)
         else:
             parts = [made.latent] if isinstance(made, Product) else [made.key, made.value]
             found |= {part.group: "latent" for part in parts if part is not None}

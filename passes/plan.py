@@ -29,13 +29,14 @@ SAFE = 4
 
 @dataclass(frozen=True)
 class Candidate:
-    """A site as the planner sees it: ``columns`` for the allocator, ``spec`` for the scheduler, bytes of positions, and
-    whether losses are in nats per token."""
+    """A site as the planner sees it: ``columns`` for the allocator, ``spec`` for the scheduler, bytes of positions,
+    whether losses are in nats per token, and whether it is projected."""
 
     columns: Columns
     spec: SiteSpec
     fixed: int
     nats: bool
+    projected: bool = True
 
     @property
     def least(self) -> int:
@@ -56,13 +57,17 @@ def candidate(site: Site, factors: Factors, basis: Basis, keeps_positions: bool,
         dense *= size if isinstance(size, int) else 1
     fixed = decoder.side.nbytes if keeps_positions and decoder.side is not None else 0
     width, only_model = min(factors.rank, len(basis.energy)), options.precision == "model"
+    if site.unprojected:
+        width = len(basis.energy)
     energy = basis.energy[:width].clamp_min(0)
     share = (energy / 2 if basis.absolute else energy / energy.sum().clamp_min(1e-300)).tolist()
     paper = only_model and options.calibration == "none"
-    levels = LEVELS[str(options.precision)] + ((DROPPED,) if paper or basis.informed else ())
-    if not basis.informed:
+    droppable = (paper or basis.informed) and not site.unprojected
+    levels = LEVELS[str(options.precision)] + ((DROPPED,) if droppable else ())
+    if not basis.informed or site.unprojected:
         levels = tuple(b for b in levels if b in (MODEL, DROPPED) or b >= SAFE)
-    columns = Columns(tuple(share), levels, element, len(basis.means), 1 if only_model else BLOCK)
+    block = width if site.unprojected else 1 if only_model else BLOCK
+    columns = Columns(tuple(share), levels, element, len(basis.means), block)
     # The scheduler deals in columns' worth of bytes on top of the least that the site can have.
     base = fixed + row_bytes(least(columns), columns)
     full = fixed + row_bytes({max(levels, key=_precision): width}, columns)
@@ -78,7 +83,7 @@ def candidate(site: Site, factors: Factors, basis: Basis, keeps_positions: bool,
         spectrum=tuple(energy.sqrt()[:worth].tolist()),
         window=site.window,
     )
-    return Candidate(columns, spec, fixed, basis.absolute)
+    return Candidate(columns, spec, fixed, basis.absolute, not site.unprojected)
 
 
 def _precision(level: int) -> int:
@@ -165,6 +170,7 @@ def planned_site(view: Candidate, chosen: tuple[Segment, ...]) -> PlannedSite:
         spec.cond,
         predicted(view.columns, chosen),
         view.nats,
+        view.projected,
     )
 
 

@@ -264,6 +264,8 @@ class Rewriter:
     def _encode(self, index: int, site: Site) -> Node:
         """New rows: x [.., d] -> codes [S, B, width] by the factorised projection, packed in the codec's format."""
         codec, owner = self.codecs[site], ("site", index)
+        if site.unprojected:
+            return self._stored(site, codec)
         weight = self._codec_tensor(owner, "encode", codec.encode)
         shift = [] if codec.shift is None else [self._codec_tensor(owner, "shift", codec.shift)]
         x, form = self.env_value(site.rows.x), codec.format
@@ -276,6 +278,22 @@ class Rewriter:
             codes = self.call(pack, codes, offsets, spread, form.spec, form.choices, form.dtype)
         return self._token_major(codes, site.rows.x_axes, *self._extent(site), [form.width])
 
+    def _stored(self, site: Site, codec: Codec) -> Node:
+        """New rows as the dense cache would have them, packed in the codec's format: [S, B, width]."""
+        form, axes = codec.format, site.rows.epilogue.output_axes
+        flat, at = self._flat(self._copied(site.node), site.node, axes, [form.columns])
+        if not form.plain:
+            flat = self.call(pack, flat, None, None, form.spec, form.choices, form.dtype)
+        return self._token_major(flat, at, *self._extent(site), [form.width])
+
+    def _flat(self, value: Node, old: Node, axes: Axes, rest: list[int]) -> tuple[Node, Axes]:
+        """A per-token value with batch and tokens first and its features (``rest``: how many) flat behind."""
+        leading = [i for i in dict.fromkeys((axes.batch, axes.token)) if i is not None]
+        order = leading + [i for i in range(len(shape(old))) if i not in leading]
+        moved = self.call(aten.permute.default, value, order)
+        at = Axes(None if axes.batch is None else 0, len(leading) - 1)
+        return self.call(aten.reshape.default, moved, [*(self.size(old, i) for i in leading), *rest]), at
+
     def _positions(self, site: Site) -> Node | None:
         """What is kept of new rows beside codes, [S, B] or [S, B, width]: positions, where the epilogue needs them."""
         side = site.decoder.side
@@ -286,11 +304,8 @@ class Rewriter:
             value = self.call(aten.to.dtype, self.env_value(node), side.dtype)
             if side.width is None:
                 return self._token_major(value, axes, *self._extent(site), [], given=False)
-            leading = [i for i in dict.fromkeys((axes.batch, axes.token)) if i is not None]
-            order = leading + [i for i in range(len(shape(node))) if i not in leading]
-            moved = self.call(aten.permute.default, value, order)
-            at = Axes(None if axes.batch is None else 0, len(leading) - 1)
-            pieces.append(self._token_major(moved, at, *self._extent(site), [width(node, axes)], given=False))
+            flat, at = self._flat(value, node, axes, [width(node, axes)])
+            pieces.append(self._token_major(flat, at, *self._extent(site), [width(node, axes)], given=False))
         return pieces[0] if len(pieces) == 1 else self.call(aten.cat.default, pieces, 2)
 
     def env_value(self, node: Node) -> Node:

@@ -16,7 +16,7 @@ from torch.fx import GraphModule, Interpreter
 
 from helpers import Recorder, assert_close, cache_name, compiled, generate, latents, new_cache, piecewise, prompt
 from lorc_fx.options import Options
-from lorc_fx.passes import cost, lower, operands, rewrite
+from lorc_fx.passes import attention, cost, lower, operands, rewrite
 from lorc_fx.report import examined
 
 TOKENS, NEW = 9, 3
@@ -80,6 +80,7 @@ def lowering(request, monkeypatch):
     """Attention as one op over rows, or (as where that is not understood) product by product."""
     if request.param == "products":
         monkeypatch.setattr(lower, "find_attention", lambda *_: None)
+    monkeypatch.setattr(attention, "ANGLES", True)
     return request.param
 
 

@@ -1,0 +1,153 @@
+"""``rows.cpp`` for torch: built when first used, by the compiler that inductor uses on a CPU."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lorc_fx.compat import compile_cpp
+from lorc_fx.errors import LorcWarning
+from lorc_fx.packing import MODEL, SCALE_BYTES, Format, planes, segment_bytes
+
+LANES = 16
+_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_FIELD = 8
+"""A plane of fields of b bits has kind 8 + b (``rows.cpp``)."""
+
+
+class _Plane(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int64) for name in ("kind", "offset", "step", "count", "at")]
+
+
+@functools.cache
+def library() -> Any:
+    """The compiled functions, or None (said once) where nothing compiles them: attention over rows then runs in torch."""
+    try:
+        return compile_cpp((Path(__file__).parent / "rows.cpp").read_text())
+    except Exception as error:  # whatever the compiler or its absence raises
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        warnings.warn(
+            LorcWarning(f"rows.cpp does not compile ({reason}); attention over stored rows runs in torch ops")
+        )
+        return None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a row's columns are, plane by plane. ``width``: floats of one weight vector; ``pieces``: for each run of columns
+    [first, last) of the row, the places of their weights, and what their fields count."""
+
+    planes: Any
+    count: int
+    width: int
+    scale: int
+    pieces: tuple[tuple[int, int, torch.Tensor, float], ...]
+
+
+@functools.lru_cache(maxsize=256)
+def layout(form: Format, blocks: int) -> Layout | None:
+    """None where ``rows.cpp`` does not know such rows: more than two means, several blocks of fields below a byte."""
+    if form.choices > 2 or (form.choices == 2 and not form.scaled) or form.dtype not in _KINDS:
+        return None
+    if blocks > 1 and (len(form.segments) > 1 or form.segments[0].bits not in (MODEL, 8)):
+        return None
+    found: list[_Plane] = []
+    pieces = []
+    offset = first = at = 0
+    scale = -1
+    for columns, bits in form.segments:
+        if bits != MODEL and scale < 0:
+            scale, offset = offset, offset + SCALE_BYTES
+        each, weight = columns // blocks, 1.0
+        if bits == MODEL:
+            size = form.dtype.itemsize
+            found.append(_Plane(_KINDS[form.dtype], offset, each * size, each, at))
+            pieces.append((first, first + each, at + torch.arange(each), weight))
+            at += _padded(each)
+        begin = offset
+        for plane in planes(bits) if bits != MODEL else ():
+            fields = 8 // plane
+            count = -(-each // fields)
+            found.append(_Plane(_FIELD + plane, begin, each, count, at))
+            column = torch.arange(each)
+            pieces.append((first, first + each, at + column // count * _padded(count) + column % count, weight))
+            at, begin, weight = at + fields * _padded(count), begin + count, weight * (1 << plane)
+        offset, first = offset + segment_bytes(columns, bits, form.dtype.itemsize), first + each
+    return Layout((_Plane * len(found))(*found), len(found), at, scale, tuple(pieces))
+
+
+def _padded(count: int) -> int:
+    return -(-count // LANES) * LANES
+
+
+def laid_out(weights: torch.Tensor, about: Layout) -> torch.Tensor:
+    """weights [.., columns] fp32 -> [.., width], plane by plane."""
+    found = weights.new_zeros((*weights.shape[:-1], about.width))
+    for first, last, places, factor in about.pieces:
+        part = weights[..., first:last]
+        found[..., places] = part if factor == 1 else part * factor
+    return found
+
+
+def gathered(sums: torch.Tensor, about: Layout, columns: int) -> torch.Tensor:
+    """Inverse of ``laid_out`` for sums of what planes hold: [.., width] -> [.., columns]."""
+    found = sums.new_zeros((*sums.shape[:-1], columns))
+    for first, last, places, factor in about.pieces:
+        found[..., first:last] += sums[..., places] * factor
+    return found
+
+
+def scores(
+    rows: torch.Tensor, about: Layout, weights: torch.Tensor, shift: torch.Tensor, further: torch.Tensor
+) -> torch.Tensor:
+    """rows [t, B, ..], weights [B, blocks, M, width], shift and further [B, blocks, M] -> [B, blocks, M, t], all fp32 and
+    contiguous but for the rows' strides along t and B."""
+    batch, blocks, m, width = weights.shape
+    out = weights.new_empty((batch, blocks, m, rows.shape[0]))
+    _lib().lorc_scores(
+        *_where(rows), *_which(about), *map(ctypes.c_int64, (blocks, m, width)), _at(weights), _at(shift), _at(further),
+        _at(out), ctypes.c_int64(torch.get_num_threads()),
+    )  # fmt: skip
+    return out
+
+
+def sums(rows: torch.Tensor, about: Layout, p: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """rows [t, B, ..], p [B, blocks, M, t] contiguous fp32 -> sums over tokens: of what planes hold, [B, blocks, M, width];
+    of p times the token's scale, and of p where it has the second mean, [B, blocks, M]."""
+    threads = torch.get_num_threads()
+    batch, blocks, m, _ = p.shape
+    acc = p.new_zeros((threads, batch, blocks, m, about.width))
+    scales, further = p.new_zeros((2, threads, batch, blocks, m))
+    _lib().lorc_sums(
+        *_where(rows), *_which(about), *map(ctypes.c_int64, (blocks, m, about.width)), _at(p), _at(acc), _at(scales),
+        _at(further), ctypes.c_int64(threads),
+    )  # fmt: skip
+    if threads == 1:
+        return acc[0], scales[0], further[0]
+    return acc.sum(0), scales.sum(0), further.sum(0)
+
+
+def _lib() -> Any:
+    found = library()
+    assert found is not None
+    return found
+
+
+def _at(tensor: torch.Tensor) -> Any:
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+def _where(rows: torch.Tensor) -> tuple[Any, ...]:
+    size = rows.element_size()
+    numbers = (rows.shape[0], rows.shape[1], rows.stride(0) * size, rows.stride(1) * size)
+    return (_at(rows), *map(ctypes.c_int64, numbers))
+
+
+def _which(about: Layout) -> tuple[Any, ...]:
+    return ctypes.c_int64(about.scale), about.planes, ctypes.c_int64(about.count)

@@ -1,0 +1,288 @@
+// Products with stored rows, without unpacking them to memory: what attention over rows spends its time on.
+//
+//   scores   out[b, g, m, t] = scale(b, t) (w[b, g, m] . levels(b, t, g) - shift[b, g, m]) + w'[b, g, m] . exact(b, t, g)
+//   sums     acc[b, g, m]   += sum_t p[b, g, m, t] (scale(b, t) levels(b, t, g), exact(b, t, g))
+//
+// A row is made of planes (packing.py): numbers of the model's dtype, or whole bytes that hold 8, 4, 2 or 1 bits of 1, 2, 4
+// or 8 columns each. What a plane holds is linear in its bytes' fields, so a column of 3 bits is two columns, in two planes,
+// and the caller lays the weights out plane by plane, field by field, each run padded to LANES. In each block g of a row
+// (a head, where nothing is projected) planes go on where the block before ended.
+#include <cstdint>
+#include <cstring>
+#include <vector>
+#include <omp.h>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
+constexpr int LANES = 16;
+constexpr int TOKENS = 4;   // rows whose values are in registers at once
+typedef float V __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef int32_t I __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef uint16_t B16 __attribute__((vector_size(2 * LANES), aligned(2)));
+
+// kind: 0 fp32, 1 bf16, 2 fp16, else 8 + the bits of a field; ``offset`` in the row, ``step`` between blocks and ``count`` of
+// elements (bytes of a quantised plane) in a block; ``at``: where its weights begin.
+struct Plane { int64_t kind, offset, step, count, at; };
+
+static inline float half_to_float(uint16_t h) {
+  uint32_t sign = uint32_t(h & 0x8000) << 16, mantissa = h & 0x3ff, exponent = (h >> 10) & 31, bits;
+  if (exponent == 0) {
+    float tiny = float(mantissa) * 5.9604644775390625e-8f;   // subnormal: units of 2^-24
+    return sign ? -tiny : tiny;
+  }
+  bits = sign | (exponent == 31 ? 0x7f800000u | (mantissa << 13) : ((exponent + 112) << 23) | (mantissa << 13));
+  float f; std::memcpy(&f, &bits, 4); return f;
+}
+
+// ``count`` <= LANES numbers of the model's dtype, zeros behind.
+template <int KIND> static inline V numbers(const uint8_t* p, int64_t count) {
+  V v = {};
+  if (KIND == 0) {
+    if (count == LANES) std::memcpy(&v, p, sizeof(V)); else std::memcpy(&v, p, 4 * count);
+    return v;
+  }
+  uint16_t raw[LANES] = {};
+  if (count == LANES) std::memcpy(raw, p, sizeof(raw)); else std::memcpy(raw, p, 2 * count);
+  uint32_t wide[LANES];
+  for (int i = 0; i < LANES; i++) wide[i] = uint32_t(raw[i]) << 16;
+  if (KIND == 1) std::memcpy(&v, wide, sizeof(V));
+  else for (int i = 0; i < LANES; i++) v[i] = half_to_float(raw[i]);
+  return v;
+}
+
+// ``count`` <= LANES bytes as integers, zeros behind. (GCC 12 widens bytes by __builtin_convertvector one by one.)
+static inline I bytes(const uint8_t* p, int64_t count) {
+  uint8_t few[LANES] = {};
+  if (count < LANES) { std::memcpy(few, p, count); p = few; }
+#ifdef __AVX512F__
+  return (I)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
+#else
+  int32_t wide[LANES];
+  for (int i = 0; i < LANES; i++) wide[i] = p[i];
+  I v; std::memcpy(&v, wide, sizeof(I));
+  return v;
+#endif
+}
+
+template <int BITS> static inline V field(I wide, int f) {   // BITS below 1 are never called
+  constexpr int bits = BITS > 0 ? BITS : 8;
+  return __builtin_convertvector(bits == 8 ? wide : (wide >> (f * bits)) & ((1 << bits) - 1), V);
+}
+
+static inline float total(V v) {
+  typedef float H __attribute__((vector_size(2 * LANES)));
+  typedef float Q __attribute__((vector_size(LANES)));
+  H h[2]; std::memcpy(h, &v, sizeof(V));
+  h[0] += h[1];
+  Q q[2]; std::memcpy(q, h, sizeof(H));
+  q[0] += q[1];
+  return (q[0][0] + q[0][1]) + (q[0][2] + q[0][3]);
+}
+
+static inline int64_t padded(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
+
+// LANES columns of NT rows: of field f of a plane's bytes, or of a plane of numbers.
+template <int KIND> constexpr int fields_of = KIND > 8 ? 8 / (KIND > 8 ? KIND - 8 : 1) : 1;
+template <int KIND> constexpr int size_of = KIND == 0 ? 4 : KIND <= 2 ? 2 : 1;
+
+// Dot products of NT rows with NM weight vectors over one plane of block g.
+template <int KIND, int NT, int NM>
+static inline void dot_plane(const uint8_t* const* rows, const float* w, int64_t ws, const Plane& p, int64_t g,
+                             V (*sum)[NM]) {
+  const int64_t base = p.offset + g * p.step, run = padded(p.count);
+  for (int64_t j = 0; j < p.count; j += LANES) {
+    const int64_t c = p.count - j < LANES ? p.count - j : LANES;
+    I raw[NT];
+    V x[NT];
+    for (int t = 0; t < NT; t++) {
+      const uint8_t* at = rows[t] + base + j * size_of<KIND>;
+      if (KIND > 8) raw[t] = bytes(at, c); else x[t] = numbers<KIND>(at, c);
+    }
+    for (int f = 0; f < fields_of<KIND>; f++) {
+      if (KIND > 8) for (int t = 0; t < NT; t++) x[t] = field<KIND - 8>(raw[t], f);
+      for (int m = 0; m < NM; m++) {
+        V a; std::memcpy(&a, w + m * ws + p.at + f * run + j, sizeof(V));
+        for (int t = 0; t < NT; t++) sum[t][m] += a * x[t];
+      }
+    }
+  }
+}
+
+// Over the planes of numbers (or, FIELDS, of fields) of block g: apart, because the sums of both would not fit the registers.
+template <bool FIELDS, int NT, int NM>
+static inline void dots(const uint8_t* const* rows, const float* w, int64_t ws, const Plane* planes, int64_t n, int64_t g,
+                        float (*out)[NM]) {
+  V sum[NT][NM] = {};
+  for (int64_t k = 0; k < n; k++) {
+    const Plane& p = planes[k];
+    if (FIELDS) switch (p.kind) {
+      case 16: dot_plane<16, NT, NM>(rows, w, ws, p, g, sum); break;
+      case 12: dot_plane<12, NT, NM>(rows, w, ws, p, g, sum); break;
+      case 10: dot_plane<10, NT, NM>(rows, w, ws, p, g, sum); break;
+      case 9: dot_plane<9, NT, NM>(rows, w, ws, p, g, sum); break;
+    } else switch (p.kind) {
+      case 0: dot_plane<0, NT, NM>(rows, w, ws, p, g, sum); break;
+      case 1: dot_plane<1, NT, NM>(rows, w, ws, p, g, sum); break;
+      case 2: dot_plane<2, NT, NM>(rows, w, ws, p, g, sum); break;
+    }
+  }
+  for (int t = 0; t < NT; t++) for (int m = 0; m < NM; m++) out[t][m] = total(sum[t][m]);
+}
+
+struct Layout {
+  const uint8_t* rows; int64_t tokens, batch, stride_t, stride_b;      // strides in bytes
+  int64_t scale;                                                       // offset of the fp16 scale, -1 where there is none
+  const Plane* planes; int64_t n, blocks, m, width;                    // m weight vectors of ``width`` floats per block
+  bool exact = n > 0 && planes[0].kind <= 2;                           // planes of numbers come first
+};
+
+constexpr int CHUNK = 64;   // tokens whose rows stay in the first cache while all blocks of them are read
+
+// Scales of up to CHUNK tokens from ``start`` on; 1 where rows have none.
+static inline void scales_of(const Layout& a, int64_t b, int64_t start, int64_t stop, float* s) {
+  for (int64_t t = start; t < stop; t++) {
+    uint16_t h = 0x3c00;
+    if (a.scale >= 0) std::memcpy(&h, a.rows + t * a.stride_t + b * a.stride_b + a.scale, 2);
+    s[t - start] = half_to_float(h);
+  }
+}
+
+template <int NT, int NM>
+static inline void score_some(const Layout& a, const float* scales, int64_t b, int64_t g, int64_t t, int64_t m,
+                              const float* w, const float* shift, const float* further, float* out) {
+  const uint8_t* rows[NT];
+  for (int i = 0; i < NT; i++) rows[i] = a.rows + (t + i) * a.stride_t + b * a.stride_b;
+  float q[NT][NM] = {}, e[NT][NM] = {};
+  const int64_t first = (b * a.blocks + g) * a.m + m;
+  if (a.exact) dots<false, NT, NM>(rows, w + first * a.width, a.width, a.planes, a.n, g, e);
+  if (a.scale >= 0) dots<true, NT, NM>(rows, w + first * a.width, a.width, a.planes, a.n, g, q);
+  for (int i = 0; i < NT; i++) {
+    const bool other = scales[i] < 0;
+    const float s = other ? -scales[i] : scales[i];
+    for (int k = 0; k < NM; k++) {
+      float found = e[i][k];
+      if (a.scale >= 0) found += s * (q[i][k] - shift[first + k]);
+      if (other) found += further[first + k];
+      out[(first + k) * a.tokens + t + i] = found;
+    }
+  }
+}
+
+template <int NT>
+static inline void score_all(const Layout& a, const float* s, int64_t b, int64_t g, int64_t t, const float* w,
+                             const float* shift, const float* further, float* out) {
+  int64_t m = 0;
+  for (; m + 4 <= a.m; m += 4) score_some<NT, 4>(a, s, b, g, t, m, w, shift, further, out);
+  for (; m + 2 <= a.m; m += 2) score_some<NT, 2>(a, s, b, g, t, m, w, shift, further, out);
+  for (; m < a.m; m++) score_some<NT, 1>(a, s, b, g, t, m, w, shift, further, out);
+}
+
+// weights [B, blocks, m, width], shift and further [B, blocks, m] -> out [B, blocks, m, T]
+extern "C" void lorc_scores(const uint8_t* rows, int64_t tokens, int64_t batch, int64_t stride_t, int64_t stride_b,
+                            int64_t scale, const Plane* planes, int64_t n, int64_t blocks, int64_t m, int64_t width,
+                            const float* weights, const float* shift, const float* further, float* out, int64_t threads) {
+  const Layout a = {rows, tokens, batch, stride_t, stride_b, scale, planes, n, blocks, m, width};
+  const int64_t chunks = (tokens + CHUNK - 1) / CHUNK;
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t i = 0; i < chunks; i++) {
+    const int64_t start = i * CHUNK, stop = start + CHUNK < tokens ? start + CHUNK : tokens;
+    float s[CHUNK];
+    for (int64_t b = 0; b < batch; b++) {
+      scales_of(a, b, start, stop, s);
+      for (int64_t g = 0; g < blocks; g++) {
+        int64_t t = start;
+        for (; t + TOKENS <= stop; t += TOKENS)
+          score_all<TOKENS>(a, s + (t - start), b, g, t, weights, shift, further, out);
+        for (; t < stop; t++) score_all<1>(a, s + (t - start), b, g, t, weights, shift, further, out);
+      }
+    }
+  }
+}
+
+template <int NT>
+static inline void add(const Layout& a, const V* x, const float* weight, float* place) {
+  for (int64_t m = 0; m < a.m; m++, weight += a.tokens, place += a.width) {
+    V sum; std::memcpy(&sum, place, sizeof(V));
+    for (int i = 0; i < NT; i++) sum += x[i] * weight[i];
+    std::memcpy(place, &sum, sizeof(V));
+  }
+}
+
+template <int KIND, int NT>
+static inline void sum_plane(const Layout& a, const uint8_t* const* rows, const float* s, const Plane& p, int64_t g,
+                             const float* weight, float* place) {
+  const int64_t base = p.offset + g * p.step, run = padded(p.count);
+  for (int64_t j = 0; j < p.count; j += LANES) {
+    const int64_t c = p.count - j < LANES ? p.count - j : LANES;
+    I raw[NT];
+    V x[NT];
+    for (int i = 0; i < NT; i++) {
+      const uint8_t* at = rows[i] + base + j * size_of<KIND>;
+      if (KIND > 8) raw[i] = bytes(at, c); else x[i] = numbers<KIND>(at, c);
+    }
+    for (int f = 0; f < fields_of<KIND>; f++) {
+      if (KIND > 8) for (int i = 0; i < NT; i++) x[i] = field<KIND - 8>(raw[i], f) * s[i];
+      add<NT>(a, x, weight, place + p.at + f * run + j);
+    }
+  }
+}
+
+// Adds NT rows, weighted, to the sums of one block.
+template <int NT>
+static inline void sum_some(const Layout& a, const float* signs, int64_t b, int64_t g, int64_t t, const float* p, float* acc,
+                            float* scales, float* further) {
+  const uint8_t* rows[NT];
+  float s[NT];
+  bool other[NT];
+  for (int i = 0; i < NT; i++) {
+    rows[i] = a.rows + (t + i) * a.stride_t + b * a.stride_b;
+    other[i] = signs[i] < 0;
+    s[i] = other[i] ? -signs[i] : signs[i];
+  }
+  const int64_t first = (b * a.blocks + g) * a.m;
+  for (int64_t m = 0; m < a.m; m++) for (int i = 0; i < NT; i++) {
+    const float weight = p[(first + m) * a.tokens + t + i];
+    scales[first + m] += weight * s[i];
+    if (other[i]) further[first + m] += weight;
+  }
+  const float* weight = p + first * a.tokens + t;
+  float* place = acc + first * a.width;
+  for (int64_t k = 0; k < a.n; k++) switch (a.planes[k].kind) {
+    case 16: sum_plane<16, NT>(a, rows, s, a.planes[k], g, weight, place); break;
+    case 12: sum_plane<12, NT>(a, rows, s, a.planes[k], g, weight, place); break;
+    case 10: sum_plane<10, NT>(a, rows, s, a.planes[k], g, weight, place); break;
+    case 9: sum_plane<9, NT>(a, rows, s, a.planes[k], g, weight, place); break;
+    case 0: sum_plane<0, NT>(a, rows, s, a.planes[k], g, weight, place); break;
+    case 1: sum_plane<1, NT>(a, rows, s, a.planes[k], g, weight, place); break;
+    case 2: sum_plane<2, NT>(a, rows, s, a.planes[k], g, weight, place); break;
+  }
+}
+
+// p [B, blocks, m, T] -> acc [threads, B, blocks, m, width], and [threads, B, blocks, m] the sums of p scale and of p where a
+// token has the second mean; all must be zero before, and are to be added up over threads.
+extern "C" void lorc_sums(const uint8_t* rows, int64_t tokens, int64_t batch, int64_t stride_t, int64_t stride_b,
+                          int64_t scale, const Plane* planes, int64_t n, int64_t blocks, int64_t m, int64_t width,
+                          const float* p, float* acc, float* scales, float* further, int64_t threads) {
+  const Layout a = {rows, tokens, batch, stride_t, stride_b, scale, planes, n, blocks, m, width};
+  const int64_t lines = batch * blocks * m;
+#pragma omp parallel num_threads(threads)
+  {
+    const int64_t me = omp_get_thread_num(), all = omp_get_num_threads();
+    const int64_t each = (tokens + all - 1) / all;
+    const int64_t start = me * each, stop = start + each < tokens ? start + each : tokens;
+    float *mine = acc + me * lines * width, *s = scales + me * lines, *f = further + me * lines;
+    float signs[CHUNK];
+    for (int64_t at = start; at < stop; at += CHUNK) {
+      const int64_t end = at + CHUNK < stop ? at + CHUNK : stop;
+      for (int64_t b = 0; b < batch; b++) {
+        scales_of(a, b, at, end, signs);
+        for (int64_t g = 0; g < blocks; g++) {
+          int64_t t = at;
+          for (; t + 8 <= end; t += 8) sum_some<8>(a, signs + (t - at), b, g, t, p, mine, s, f);
+          for (; t < end; t++) sum_some<1>(a, signs + (t - at), b, g, t, p, mine, s, f);
+        }
+      }
+    }
+  }
+}
