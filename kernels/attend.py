@@ -33,8 +33,8 @@ class Operand:
     format, latent_width: the rows, and the k numbers that they hold per token.
     decoder: latents -> the token's features in the dense cache (and what is stored beside: positions).
     heads, head_dim: cached heads of the operand; query head h reads head h // (H_q / heads).
-    columns: which feature (of y where ``absorbed``, else of the dense token) each of heads * head_dim is, None where they
-    are in order.
+    columns: which feature (of y where ``absorbed``, else of the dense token) each of heads * head_dim is, None where
+    they are in order.
     absorbed: the product is taken with latents. ``decodes``, ``has_mean``: which codec tensors there are.
     """
 
@@ -57,7 +57,8 @@ class Operand:
 
 @dataclass(frozen=True)
 class Extra:
-    """A tensor that scores meet, [.., T] broadcast to [B, H, S, T]; ``tokens``: its last axis is that of the cached tokens."""
+    """A tensor that scores meet, [.., T] broadcast to [B, H, S, T]; ``tokens``: its last axis is that of the cached
+    tokens."""
 
     tokens: bool
 
@@ -67,10 +68,10 @@ class Attend:
     """One reader of a pair of caches.
 
     scores: a graph (scores [B, H, S, T] fp32, *extras) -> what the softmax takes, pointwise.
-    extras: the tensors that it takes.   sink: whether the last input of the op is a logit per query [.., H, S or 1, 1] that
-    takes part in the softmax and in nothing else.
-    blind: queries that see no token give 0 (SDPA), else what softmax gives (NaN). ``masks``: an extra (by number) that says
-    which tokens are out, in every query where it is False or -inf.
+    extras: the tensors that it takes.   sink: whether the last input of the op is a logit per query [.., H, S or 1,
+    1] that takes part in the softmax and in nothing else.
+    blind: queries that see no token give 0 (SDPA), else what softmax gives (NaN). ``masks``: an extra (by number)
+    that says which tokens are out, in every query where it is False or -inf.
     """
 
     keys: Operand
@@ -97,7 +98,8 @@ _KNOWN: WeakValueDictionary[str, Attend] = WeakValueDictionary()
 
 
 def intern(about: Attend) -> Attend:
-    """The one ``Attend`` of this digest that is alive; ops find it as long as someone holds it (the compiled graph does)."""
+    """The one ``Attend`` of this digest that is alive; ops find it as long as someone holds it (the compiled graph
+    does)."""
     return _KNOWN.setdefault(about.digest, about)
 
 
@@ -117,8 +119,8 @@ def attend(
     extras: Sequence[torch.Tensor],
     about: str,
 ) -> torch.Tensor:
-    """query [B, H, S, D], rows [T, B, width] and what is stored beside them [T, B, ...] -> [B, H, S, D_v] in the query's
-    dtype. ``key_codec``: the codec's tensors of ``CODEC_TENSORS`` that are there, then the decoder's constants.
+    """query [B, H, S, D], rows [T, B, width] and what is stored beside them [T, B, ...] -> [B, H, S, D_v] in the
+    query's dtype. ``key_codec``: the codec's tensors of ``CODEC_TENSORS`` that are there, then the decoder's constants.
     ``about``: the digest of an interned ``Attend``.
     """
     from . import tiled

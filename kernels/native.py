@@ -27,21 +27,21 @@ class _Plane(ctypes.Structure):
 
 @functools.cache
 def library() -> Any:
-    """The compiled functions, or None (said once) where nothing compiles them: attention over rows then runs in torch."""
+    """The compiled functions, or None (said once) where nothing compiles them: attention over rows then runs in
+    torch."""
     try:
         return compile_cpp((Path(__file__).parent / "rows.cpp").read_text())
     except Exception as error:  # whatever the compiler or its absence raises
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-        warnings.warn(
-            LorcWarning(f"rows.cpp does not compile ({reason}); attention over stored rows runs in torch ops")
-        )
+        text = f"rows.cpp does not compile ({reason}); attention over stored rows runs in torch ops, which is slower"
+        warnings.warn(text, LorcWarning, stacklevel=2)
         return None
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a row's columns are, plane by plane. ``width``: floats of one weight vector; ``pieces``: for each run of columns
-    [first, last) of the row, the places of their weights, and what their fields count."""
+    """Where a row's columns are, plane by plane. ``width``: floats of one weight vector; ``pieces``: for each run of
+    columns [first, last) of the row, the places of their weights, and what their fields count."""
 
     planes: Any
     count: int
@@ -106,8 +106,8 @@ def gathered(sums: torch.Tensor, about: Layout, columns: int) -> torch.Tensor:
 def scores(
     rows: torch.Tensor, about: Layout, weights: torch.Tensor, shift: torch.Tensor, further: torch.Tensor
 ) -> torch.Tensor:
-    """rows [t, B, ..], weights [B, blocks, M, width], shift and further [B, blocks, M] -> [B, blocks, M, t], all fp32 and
-    contiguous but for the rows' strides along t and B."""
+    """rows [t, B, ..], weights [B, blocks, M, width], shift and further [B, blocks, M] -> [B, blocks, M, t], all fp32
+    and contiguous but for the rows' strides along t and B."""
     batch, blocks, m, width = weights.shape
     out = weights.new_empty((batch, blocks, m, rows.shape[0]))
     _lib().lorc_scores(
@@ -118,8 +118,8 @@ def scores(
 
 
 def sums(rows: torch.Tensor, about: Layout, p: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """rows [t, B, ..], p [B, blocks, M, t] contiguous fp32 -> sums over tokens: of what planes hold, [B, blocks, M, width];
-    of p times the token's scale, and of p where it has the second mean, [B, blocks, M]."""
+    """rows [t, B, ..], p [B, blocks, M, t] contiguous fp32 -> sums over tokens: of what planes hold, [B, blocks, M,
+    width]; of p times the token's scale, and of p where it has the second mean, [B, blocks, M]."""
     threads = torch.get_num_threads()
     batch, blocks, m, _ = p.shape
     acc = p.new_zeros((threads, batch, blocks, m, about.width))

@@ -26,7 +26,8 @@ from .reference import features
 from .stored import Stored
 
 TILE_NUMBERS = 1 << 19
-"""Numbers in a tile: 2 MiB of fp32, so that a tile of keys and one of values stay in a core's cache between their ops."""
+"""Numbers in a tile: 2 MiB of fp32, so that a tile of keys and one of values stay in a core's cache between their
+ops."""
 
 TILE_LEAST = 256
 """Tokens in a tile, at least: below it, calling an op costs more than what it does."""
@@ -284,6 +285,14 @@ class _Sums:
         self.shape = (batch, blocks, heads // blocks * queries)
         self.held: list[torch.Tensor] = []
 
+    def add(self, p: torch.Tensor, start: int, stop: int) -> None:
+        """Add these tokens by their weights p [B, H, S, t]."""
+        raise NotImplementedError
+
+    def total(self, weight: torch.Tensor) -> torch.Tensor:
+        """[B, H, S, D_v]: sums over tokens of weight times value. ``weight`` [B, H, S, 1]: their sum (sinks apart)."""
+        raise NotImplementedError
+
     def scale(self, less: torch.Tensor) -> None:
         """What was summed counts ``less`` [B, H, S, 1]: a larger maximum has come."""
         for held in self.held:
@@ -306,7 +315,6 @@ class _LatentSums(_Sums):
         self._add(self.reader.sum_up(p.reshape(*self.shape, -1), start, stop))
 
     def total(self, weight: torch.Tensor) -> torch.Tensor:
-        """[B, H, S, D_v]: sums over tokens of weight times value. ``weight`` [B, H, S, 1]: their sum (sinks apart)."""
         r, (batch, heads, queries) = self.reader, self.sizes
         o, held = r.operand, list(self.held)
         if not held:

@@ -263,8 +263,8 @@ def make_codec(
 def identity_codec(
     weight: torch.Tensor, origin: str, segments: tuple[Segment, ...], decoder: Decoder, dtype: torch.dtype
 ) -> Codec:
-    """The codec of a site that is cached as it is: its rows are what the dense cache would hold, in ``segments`` of all n
-    columns. It has no tensors (``encode`` is [n, 0]); ``origin`` says of which ``weight`` [n, d] the site is."""
+    """The codec of a site that is cached as it is: its rows are what the dense cache would hold, in ``segments`` of
+    all n columns. It has no tensors (``encode`` is [n, 0]); ``origin`` says of which ``weight`` [n, d] the site is."""
     nothing = weight.new_empty((weight.shape[0], 0))
     return Codec(decoder, Format(segments, 1, dtype), nothing, None, None, None, None, None, (), origin)
 

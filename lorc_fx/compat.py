@@ -283,10 +283,11 @@ def skip_frame(reason: str) -> None:
 
 
 def compile_cpp(source: str) -> Any:
-    """A ctypes library of ``extern "C"`` functions, built by inductor's C++ compiler with its flags (OpenMP, the CPU's own
-    instructions) and kept in inductor's cache on disk. Raises what the compiler, or its absence, raises."""
+    """A ctypes library of ``extern "C"`` functions, built by inductor's C++ compiler with its flags (OpenMP, the
+    CPU's own instructions) and kept in inductor's cache on disk. Raises what the compiler, or its absence, raises."""
     from torch._inductor.codecache import CppCodeCache
 
-    # inductor's own flags forbid to fuse a product and a sum, and to reorder sums: both are what these loops are made of
+    # inductor's own flags forbid to fuse a product and a sum, and to reorder sums: both are what these loops are made
+    # of
     fast = ("-ffp-contract=fast", "-fassociative-math", "-fno-signed-zeros", "-ftree-loop-vectorize")
     return CppCodeCache.load(source, extra_flags=fast, needs_vec_isa=True)

@@ -228,7 +228,8 @@ def _integer(name: str, value: object, low: int, default: object) -> None:
 
 
 def _choice(name: str, value: object) -> Any:
-    """A value of ``CHOICES``, or (basis only) a pair of them for K and V, which is one value where both are the same."""
+    """A value of ``CHOICES``, or (basis only) a pair of them for K and V, which is one value where both are the
+    same."""
     now, later = CHOICES[name]
     now += registered_bases() if name == "basis" else ()
     allowed = " or ".join(repr(choice) for choice in now + later)

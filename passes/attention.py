@@ -37,7 +37,8 @@ aten = torch.ops.aten
 
 ANGLES = False
 """Whether keys that are rotated after decoding are decoded in tiles, each with its own cosines. On a CPU those of all
-positions, computed once for all layers, are cheaper (Llama shape, T = 8192, one thread: a step of 294 ms against 426)."""
+positions, computed once for all layers, are cheaper (Llama shape, T = 8192, one thread: a step of 294 ms against
+426)."""
 
 MOST_QUERIES = 16
 """Query tokens of a step that reads rows; more (a prompt) share one decoding of keys and values."""
@@ -124,7 +125,8 @@ Found = tuple[Node, Operands, GraphModule, Met, dict[str, Any]]
 
 
 def _fused(node: Node, step: bool) -> Found | None:
-    query, key, value = (n for n in node.args[:3])
+    given: Any = node.args[:3]
+    query, key, value = given
     mask, dropout, causal = arg(node, 3, "attn_mask"), arg(node, 4, "dropout_p", 0.0), arg(node, 5, "is_causal", False)
     if dropout or (causal and not step):
         return None
@@ -149,7 +151,8 @@ def _fused(node: Node, step: bool) -> Found | None:
 
 
 def _eager(node: Node) -> Found | None:
-    weights, value = node.args[:2]
+    given: Any = node.args[:2]
+    weights, value = given
     sink: Node | None = None
     cut = False
     while weights.target in _CASTS or _drops_last(weights):
@@ -165,7 +168,8 @@ def _eager(node: Node) -> Found | None:
     blind = weights.target is aten._safe_softmax.default
     source = _unshifted(weights.args[0])
     if source.target is aten.cat.default and cut:
-        parts, dim = source.args[0], arg(source, 1, "dim", 0)
+        joined: Any = source.args[0]
+        parts, dim = joined, arg(source, 1, "dim", 0)
         if len(parts) != 2 or dim % 4 != last or shape(parts[1])[-1] != 1:
             return None
         source, sink = parts
@@ -176,7 +180,8 @@ def _eager(node: Node) -> Found | None:
     made = body.follow(source)
     if made is None or body.product is None:
         return None
-    query, key = body.product.args[:2]
+    product: Any = body.product.args[:2]
+    query, key = product
     graph.output(made)
     graph.lint()
     tokens = shape(body.product)[-1]
@@ -215,7 +220,8 @@ def _unshifted(node: Node) -> Node:
 
 
 class _Program:
-    """What lies between a product and the softmax, as a graph of its own: pointwise ops, in fp32 (casts are left out)."""
+    """What lies between a product and the softmax, as a graph of its own: pointwise ops, in fp32 (casts are left
+    out)."""
 
     def __init__(self, graph: Graph) -> None:
         self.graph, self.extras = graph, list[Node]()
@@ -258,7 +264,7 @@ def _leads(node: Node, path: dict[Node, bool], limit: int = 32) -> bool:
     path[node] = node.target is aten.matmul.default
     if not path[node] and _is_pointwise(node):
         wide = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor) and len(shape(n)) == 4]
-        path[node] = any([_leads(n, path, limit - 1) for n in wide])
+        path[node] = bool([n for n in wide if _leads(n, path, limit - 1)])  # each is looked at, and noted
     return path[node]
 
 

@@ -66,7 +66,8 @@ class Output:
 
 @dataclass
 class Rewritten:
-    """The graph over latents with its inputs and outputs. ``attends``: what its ops ``lorc::attend`` refer to, kept alive."""
+    """The graph over latents with its inputs and outputs. ``attends``: what its ops ``lorc::attend`` refer to, kept
+    alive."""
 
     module: GraphModule
     inputs: list[Input]

@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Seen:
-    """A cached operand of a product: ``heads`` groups of ``head_dim`` columns, each shared by ``repeat`` consecutive heads
-    of the operand. ``columns``: which feature of y (``latent``: the epilogue only moves columns, so the product can be
-    taken with latents) or of the dense token each of them is; None where they are simply in order."""
+    """A cached operand of a product: ``heads`` groups of ``head_dim`` columns, each shared by ``repeat`` consecutive
+    heads of the operand. ``columns``: which feature of y (``latent``: the epilogue only moves columns, so the product
+    can be taken with latents) or of the dense token each of them is; None where they are simply in order."""
 
     cell: Node
     group: Group
@@ -62,8 +62,8 @@ class Seen:
 def seen_as(
     matched: Matched, codecs: Mapping[Group, Codec], facts: Facts, operand: Node, axes: Axes, latent: bool = False
 ) -> Seen | None:
-    """The operand of a product with its tokens along ``axes``: follow layout ops back to a cell, then number its columns
-    forward. None where that is no cell of a coded group. ``latent``: only if it can be read as latents."""
+    """The operand of a product with its tokens along ``axes``: follow layout ops back to a cell, then number its
+    columns forward. None where that is no cell of a coded group. ``latent``: only if it can be read as latents."""
     node, at = operand, axes
     while matched.caches.group(node) not in matched.coded:
         rule = rule_of(node)
@@ -128,8 +128,8 @@ def _moved(module: GraphModule, width: int, run: Any) -> torch.Tensor | None:
 
 
 def _columns(facts: Facts, operand: Node, axes: Axes, cell: Node, at: Axes, index: torch.Tensor) -> torch.Tensor | None:
-    """Which column each element of the operand is, for B = T = 1 and the columns ``index`` of the cell; None where the ops
-    between do more than move them. Found by running them on numbered columns, twice."""
+    """Which column each element of the operand is, for B = T = 1 and the columns ``index`` of the cell; None where
+    the ops between do more than move them. Found by running them on numbered columns, twice."""
     graph = Graph()
     start = graph.placeholder("index")
     try:

@@ -1,5 +1,6 @@
-"""Sites that are cached as they are, at lower precision only (basis ``"identity"``): what is stored is what the dense cache
-would hold, after norms and rotation, so reading it needs no decoding: the product is taken with the stored levels.
+"""Sites that are cached as they are, at lower precision only (basis ``"identity"``): what is stored is what the dense
+cache would hold, after norms and rotation, so reading it needs no decoding: the product is taken with the stored
+levels.
 
     joint      x -> c = x (P^T W)^T -> row           read: row -> c S -> epilogue -> product
     identity   x -> y -> epilogue -> row             read: row -> product

@@ -1,0 +1,116 @@
+"""Caches kept as they are (basis "identity"): rows hold what the dense cache would, at lower precision, read without
+decoding."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES
+
+import lorc_fx
+from helpers import assert_close, assert_tokens, cache_name, compiled, generate, latents, new_cache, piecewise, prompt
+from lorc_fx import errors
+from lorc_fx.options import Options
+from lorc_fx.report import examined
+
+TOKENS, NEW = 9, 3
+BOTH = {"basis": "identity", "calibration": "none", "scheduler": "uniform"}
+INT8 = {**BOTH, "precision": "int8", "ratio": 0.3}
+KEYS = {**BOTH, "basis": ("identity", "joint"), "precision": "auto", "ratio": 0.45}
+FEW = ("llama-gqa", "qwen3", "gemma3", "gpt2", "gpt-neox", "falcon-mqa", "mistral-window")
+
+
+def run(model: Any, pad: int = 3, kind: str = "dynamic") -> Any:
+    ids, mask = prompt(2, TOKENS, pad)
+    return generate(model, ids, mask, new_cache(model, kind, TOKENS + NEW), new=NEW)
+
+
+def coded(cache: Any) -> list[Any]:
+    return [x for pair in latents(cache) for x in pair]
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("name", FEW)
+def test_in_the_models_precision_it_is_the_dense_cache(name, kind, clean, many_shapes):
+    model = FAMILIES[name].build(layers=2)
+    truth = copy.deepcopy(model)
+    got, want = run(compiled(model, **BOTH, precision="model", ratio=1.0), 3, kind), run(truth, 3, kind)
+    assert_tokens("tokens", got.sequences, want.sequences)
+    assert_close("logits", got.logits, want.logits, 1e-5)
+    for x in coded(got.cache):
+        assert x.codec.unprojected and x.codec.format.plain and x.positions is None, "positions are in it already"
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("name", FEW)
+def test_what_is_read_is_what_was_written_to_a_step(name, kind, clean, many_shapes):
+    """Of one layer, whose keys and values do not depend on what was read: each number is off by half a step at most."""
+    model = FAMILIES[name].build(layers=1)
+    truth = copy.deepcopy(model)
+    got, want = run(compiled(model, **INT8), 0, kind), run(truth, 0, kind)
+    assert_tokens("the texts that are compared", got.sequences, want.sequences)
+    for latent, dense in zip(coded(got.cache), _dense(want.cache), strict=True):
+        assert latent.codec.format.spec == ((latent.codec.width, 8),)
+        kept = latent.dense()[..., : dense.shape[-2], :]
+        features = dense.transpose(1, 2).flatten(2)
+        step = features.abs().amax(-1) / 127.5 * 1.001  # the row's scale clips nothing, or what costs less
+        far = (kept - dense).transpose(1, 2).flatten(2).square().mean(-1).sqrt()
+        assert bool((far <= step / 2).all()), f"{float((far / step).max()):.2f} steps"
+
+
+def _dense(cache: Any) -> list[torch.Tensor]:
+    return [part for layer in cache.layers for part in (layer.keys, layer.values)]
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "gemma3", "gpt2"])
+def test_pieces_are_the_whole_prompt(name, clean, many_shapes):
+    model = compiled(FAMILIES[name].build(layers=2), **INT8)
+    ids = prompt(2, 40)[0]
+    whole = piecewise(model, ids, new_cache(model), [40])
+    assert_close("logits", piecewise(model, ids, new_cache(model), [20, 37, 38, 40]), whole, 1e-4)
+
+
+def test_keys_as_they_are_values_projected(clean):
+    model = compiled(FAMILIES["llama-gqa"].build(layers=2), **KEYS)
+    for keys, values in latents(run(model).cache):
+        assert keys.codec.unprojected and not values.codec.unprojected
+
+
+def test_bytes_are_those_of_the_budget(clean):
+    model = FAMILIES["llama-gqa"].build(layers=2)
+    ids, mask = prompt(2, TOKENS)
+    given = {"attention_mask": mask, cache_name(model): new_cache(model), "use_cache": True}
+    report = examined(model, (ids,), given, Options(**INT8))
+    assert report.bytes_per_token <= 0.3 * report.bytes_per_token_dense
+    assert {s.lowering for s in report.sites} == {"rows"}
+    cache = run(compiled(model, **INT8), 0).cache
+    assert lorc_fx.cache_nbytes(cache, used=True) == 2 * (TOKENS + NEW - 1) * report.bytes_per_token
+
+
+def test_a_plan_says_it(clean, tmp_path):
+    model = FAMILIES["llama-gqa"].build(layers=2)
+    ids, mask = prompt(2, TOKENS)
+    given = {"attention_mask": mask, cache_name(model): new_cache(model), "use_cache": True}
+    plan = lorc_fx.make_plan(model, ids, options=KEYS, **given)
+    assert [s.projected for s in plan.sites] == [s.kind == "value" for s in plan.sites]
+    plan.save(tmp_path / "plan.json")
+    again = lorc_fx.Plan.load(tmp_path / "plan.json")
+    assert again == plan
+    for keys, values in latents(run(compiled(model, plan=again)).cache):
+        assert keys.codec.unprojected and not values.codec.unprojected
+
+
+def test_a_saved_cache_is_refused_for_other_weights(clean, tmp_path):
+    """Rows that hold plain keys would fit any model: which one they are of is part of the codec."""
+    model, other = (FAMILIES["llama-gqa"].build(layers=2, seed=seed) for seed in (0, 1))
+    found = run(compiled(model, **INT8))
+    lorc_fx.save_cache(found.cache, tmp_path / "cache.safetensors")
+    loaded = lorc_fx.load_cache(tmp_path / "cache.safetensors", model)
+    for a, b in zip(coded(found.cache), coded(loaded), strict=True):
+        assert torch.equal(a.dense(), b.dense())
+    run(compiled(other, **INT8))
+    with pytest.raises(errors.ForeignCache):
+        lorc_fx.load_cache(tmp_path / "cache.safetensors", other)
