@@ -43,6 +43,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "LoRC, uniform": {**lorc_fx.PAPER, "scheduler": "uniform"},
     "LoRC, progressive": dict(lorc_fx.PAPER),
     FIRST: {},
+    f"{FIRST}, joint": {"basis": "joint"},
     "calibrated": {},
     "calibrated with gradients": {},
 }
@@ -126,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             begin = time.perf_counter()
             more = {}
             with compressed(model, given):
-                if method == FIRST:
+                if method.startswith(FIRST):
                     first_prompt(model, text.calibration[0])
                     errors = [site.measured for site in lorc_fx.fidelity(model)]
                     more = {"worst_error": max(errors), "sites_above_0.3": sum(e > 0.3 for e in errors)}

@@ -27,7 +27,7 @@ PROGRESSIVE_KNOBS = ("d_min", "d_max", "protect_first", "protect_last")
 #: option -> (values that work now, documented values that come later)
 CHOICES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "precision": (("model", "int8", "int4", "auto"), ()),
-    "basis": (("joint", "identity"), ("auto", "grouped")),
+    "basis": (("joint", "auto", "identity"), ("grouped",)),
     "objective": (("balanced",), ("bytes", "time")),
 }
 #: the ``calibration`` that waits for the first long enough prompt
@@ -79,8 +79,8 @@ class Options:
 
     Raises BadOption, ConflictingOptions, NotYet, UnknownScheduler, UnknownBackend or BadPlan. ``ratio`` is 0.45 where
     neither it nor ``bytes_per_token`` nor ``plan`` is given, else None. Where the data is known or will be
-    (``calibration`` is not "none"), the default ``scheduler`` is "loss" and ``precision`` "auto"; else they are the
-    paper's, "progressive" and "model".
+    (``calibration`` is not "none"), the default ``scheduler`` is "loss", ``precision`` and ``basis`` are "auto"; else
+    they are the paper's, "progressive", "model" and "joint".
     """
 
     ratio: float | Fraction | None = None
@@ -92,7 +92,7 @@ class Options:
     protect_first: int = 0
     protect_last: int = 0
     mode: str | None = None
-    basis: str | tuple[str, str] = "joint"
+    basis: str | tuple[str, str] | None = None
     group_size: int | None = None
     objective: str = "balanced"
     calibration: Any = FIRST_PROMPT
@@ -129,7 +129,7 @@ class Options:
         standard = {field.name: field.default for field in fields(self)} | {"ratio": DEFAULT_RATIO}
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         implied = Options(calibration=self.calibration, **{name: values[name] for name in PROGRESSIVE_KNOBS})
-        standard |= {"scheduler": implied.scheduler, "precision": implied.precision}
+        standard |= {name: getattr(implied, name) for name in ("scheduler", "precision", "basis")}
         return {name: value for name, value in values.items() if value is not None and value != standard[name]}
 
     def __post_init__(self) -> None:
@@ -141,6 +141,8 @@ class Options:
         knobs = any(getattr(self, name) for name in PROGRESSIVE_KNOBS)
         if self.scheduler is None:
             object.__setattr__(self, "scheduler", "loss" if informed and not knobs else "progressive")
+        if self.basis is None:
+            object.__setattr__(self, "basis", "auto" if informed and not knobs else "joint")
         if self.precision is None:
             object.__setattr__(self, "precision", "auto" if informed else "model")
         self._check_budget()
@@ -199,7 +201,7 @@ class Options:
 
     def basis_for(self, kind: str) -> str:
         """The basis of "key" or "value" sites."""
-        return self.basis if isinstance(self.basis, str) else self.basis[kind == "value"]
+        return self.basis[kind == "value"] if isinstance(self.basis, tuple) else str(self.basis)
 
     def budget(
         self, group: Sequence[SiteSpec], sites: Sequence[SiteSpec] | None = None, fixed: Sequence[int] | None = None

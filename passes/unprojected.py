@@ -4,6 +4,9 @@ levels.
 
     joint      x -> c = x (P^T W)^T -> row           read: row -> c S -> epilogue -> product
     identity   x -> y -> epilogue -> row             read: row -> product
+
+``auto`` is joint, but for keys that would have to be decoded at each step (rotated or normed ones), where the budget
+has 8 bits for each of their numbers.
 """
 
 from __future__ import annotations
@@ -19,19 +22,42 @@ from lorc_fx.options import Options
 
 from .axes import Axes
 from .epilogue import aten, from_rows
-from .operands import features
+from .operands import features, selection
 from .sites import Matched, Site
 
-IDENTITY = "identity"
+IDENTITY, AUTO = "identity", "auto"
+
+
+FEWEST_BITS = 5
+"""Bits per column that the other sites must have where ``auto`` keeps keys at 8: with fewer, those are worth more where
+columns are dropped by what they hold (DESIGN section 2: 4 bits without a projection lose ten times what a mix does)."""
 
 
 def without_projection(matched: Matched, options: Options) -> Matched:
     """``matched`` where the sites that ``options`` (or the cache that comes in) want unprojected are so."""
-    sites = tuple(_unprojected(site) if _wanted(site, options) else site for site in matched.sites)
+    fits = options.basis_for("key") == AUTO and _fits(matched, options)
+    sites = tuple(_unprojected(site) if _wanted(site, options, fits) else site for site in matched.sites)
     return matched if sites == matched.sites else replace(matched, sites=sites)
 
 
-def _wanted(site: Site, options: Options) -> bool:
+def _fits(matched: Matched, options: Options) -> bool:
+    """Whether the budget has 8 bits for each column of the keys that attention cannot read as latents, and enough for
+    the other sites."""
+    if options.precision not in ("auto", "int8") or options.plan is not None:
+        return False
+    sizes = {site: features(site.decoder) for site in matched.sites}
+    dense = sum(size * site.decoder.dtype.itemsize for site, size in sizes.items())
+    given = options.bytes_per_token if options.ratio is None else options.ratio * dense
+    keys = sum(size for site, size in sizes.items() if _decodes(site))
+    return given is not None and given >= keys + (sum(sizes.values()) - keys) * FEWEST_BITS / 8
+
+
+def _decodes(site: Site) -> bool:
+    """Whether reading means decoding: there is a rotation or a norm between y and the cache."""
+    return site.kind == "key" and selection(site.decoder) is None
+
+
+def _wanted(site: Site, options: Options, fits: bool) -> bool:
     """A cache goes on as it began. Where the cache holds other numbers than the projection makes (features repeated or
     dropped between), projecting is the smaller form."""
     if features(site.decoder) != site.decoder.width:
@@ -40,7 +66,8 @@ def _wanted(site: Site, options: Options) -> bool:
         return node.meta["latent"].codec.unprojected
     if options.plan is not None:
         return any((s.layer, s.kind) == (site.layer, site.kind) and not s.projected for s in options.plan.sites)
-    return options.basis_for(site.kind) == IDENTITY
+    name = options.basis_for(site.kind)
+    return name == IDENTITY or (name == AUTO and fits and _decodes(site))
 
 
 def _unprojected(site: Site) -> Site:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from families import Family
+from transformers import DynamicCache
 
 from helpers import latents
 
@@ -43,8 +44,31 @@ def coded_oracle(family: Family, model: Any, pairs: Any, ids: torch.Tensor) -> A
     """
     for p in family.projections(model):
         codec = pairs[p.layer][p.kind == "value"].codec
+        if codec.unprojected:  # ``coded_cache`` does these
+            continue
         p.module.register_forward_hook(_coded(p.features, p.weight.double(), p.bias.double(), codec))
     return model
+
+
+def coded_cache(model: Any, pairs: Any) -> DynamicCache:
+    """A dense cache that rounds what comes in where the codec of a site is unprojected, so that all is read as
+    rounded."""
+
+    class Rounds(DynamicCache):
+        def update(self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+            found = [_as_kept(x, pairs[layer_idx][i].codec) for i, x in enumerate((keys, values))]
+            return super().update(*found, layer_idx, *args, **kwargs)
+
+    return Rounds(config=model.config)
+
+
+def _as_kept(value: torch.Tensor, codec: Any) -> torch.Tensor:
+    """[B, H, S, D] through an unprojected codec: all features of a token share a scale and a number of bits."""
+    if not codec.unprojected or codec.format.plain:
+        return value
+    (columns, bits), flat = codec.format.segments[0], value.transpose(1, 2).flatten(2).double()
+    rounded = _rounded(flat, torch.full((columns,), bits), torch.ones(columns, dtype=torch.float64))
+    return rounded.unflatten(2, (value.shape[1], -1)).transpose(1, 2).to(value.dtype)
 
 
 def _coded(features: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, codec: Any) -> Any:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from calibrating import ordinary, projected, quiet, text
 from families import FAMILIES
-from oracle import coded_oracle
+from oracle import coded_cache, coded_oracle
 from transformers import DynamicCache
 
 import lorc_fx
@@ -173,7 +173,7 @@ def test_calibrated_models_are_the_oracle(name, ratio):
         cache = new_cache(model, "dynamic", 12)
         got[len(cuts)] = piecewise(model, ids, cache, cuts)
     pairs = latents(cache)
-    want = piecewise(coded_oracle(family, truth, pairs, ids), ids, new_cache(truth, "dynamic", 12), [12])
+    want = piecewise(coded_oracle(family, truth, pairs, ids), ids, coded_cache(truth, pairs), [12])
     for pieces, logits in got.items():
         assert_close(f"{pieces} pieces", logits, want, 2e-3)  # a rounding at 1e-7 may turn one level over
     assert any(not x.codec.format.plain for pair in pairs for x in pair)
@@ -335,7 +335,8 @@ def test_a_smaller_budget_is_a_prefix(tmp_path):
     quiet(FAMILIES["llama-gqa"].build(layers=2), [text(rows=8, tokens=32)]).save(tmp_path / "c")
     bases = {}
     for ratio in (0.06, 0.15, 0.6):
-        model = compiled(FAMILIES["llama-gqa"].build(layers=2), ratio=ratio, calibration=str(tmp_path / "c"))
+        options = {"ratio": ratio, "calibration": str(tmp_path / "c"), "basis": "joint"}
+        model = compiled(FAMILIES["llama-gqa"].build(layers=2), **options)
         cache = new_cache(model, "dynamic", 12)
         piecewise(model, text(rows=2, tokens=12), cache, [12])
         found = [latent.codec for pair in latents(cache) for latent in pair]

@@ -190,7 +190,7 @@ def test_bytes_for_everything_at_less_than_full_rank():
         half = len(weight) // 2
         weight[half:] = weight[:half]
     want, _ = fill(copy.deepcopy(model), LONG)
-    compiled(model, **ASKED | {"ratio": 1.0})
+    compiled(model, **ASKED | {"ratio": 1.0, "basis": "joint"})
     got, cache = fill(model, LONG)
     assert_close("logits", got, want, 1e-4)
     assert latents(cache)[0][0].codec.rank == half

@@ -114,3 +114,18 @@ def test_a_saved_cache_is_refused_for_other_weights(clean, tmp_path):
     run(compiled(other, **INT8))
     with pytest.raises(errors.ForeignCache):
         lorc_fx.load_cache(tmp_path / "cache.safetensors", other)
+
+
+@pytest.mark.parametrize(("ratio", "kept"), [(0.45, True), (0.21, True), (0.19, False)])
+def test_auto_keeps_keys_where_there_are_bytes_for_them(ratio, kept, clean):
+    """fp32, two kv heads: 8 bits of 32 for rotary keys and 5 for values are 0.203 of the dense bytes."""
+    model = compiled(FAMILIES["llama-gqa"].build(layers=1), basis="auto", precision="auto", calibration="none",
+                     scheduler="uniform", ratio=ratio)  # fmt: skip
+    ((keys, values),) = latents(run(model).cache)
+    assert (keys.codec.unprojected, values.codec.unprojected) == (kept, False)
+
+
+def test_auto_projects_keys_that_are_read_as_latents(clean):
+    model = compiled(FAMILIES["gpt2"].build(layers=1), basis="auto", precision="auto", calibration="none",
+                     scheduler="uniform", ratio=0.45)  # fmt: skip
+    assert not any(x.codec.unprojected for x in coded(run(model).cache))

@@ -88,7 +88,7 @@ BAD = [
     ({"ratio": 0.5, "bytes_per_token": 100}, errors.ConflictingOptions, "ratio and bytes_per_token"),
     ({"scheduler": "progresive"}, errors.UnknownScheduler, "Did you mean 'progressive'"),
     ({"scheduler": backend}, errors.BadOption, "register_scheduler"),
-    *[({"basis": b}, errors.NotYet, "'joint'") for b in ("auto", "grouped", ("joint", "grouped"))],
+    *[({"basis": b}, errors.NotYet, "'joint'") for b in ("grouped", ("joint", "grouped"))],
     *[({"objective": o}, errors.NotYet, "'balanced'") for o in ("bytes", "time")],
     *[({"calibration": c}, errors.BadCalibration, "cannot be read") for c in ("wiki.calib", Path("/no/such/file"))],
     ({"calibration": 3}, errors.BadOption, "calibration=3"),
