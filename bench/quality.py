@@ -43,7 +43,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "LoRC, uniform": {**lorc_fx.PAPER, "scheduler": "uniform"},
     "LoRC, progressive": dict(lorc_fx.PAPER),
     FIRST: {},
-    f"{FIRST}, joint": {"basis": "joint"},
+    f"{FIRST}, auto": {"basis": "auto"},
     "calibrated": {},
     "calibrated with gradients": {},
 }

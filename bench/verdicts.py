@@ -80,8 +80,8 @@ def page(result: dict[str, Any]) -> str:
         lines.append(f"| {kind} | {len(here)} | {len(cached)} | {share} | {checked} | {wrong} |")
     lines += [
         "",
-        "*Lowering*: how decode steps read the cache, from the latent (absorbed) or decoded. *Coded*: key and value "
-        "tensors of the cache that are coded, of all.",
+        "*Lowering*: how decode steps read the cache: the latent, the rows as they are, or decoded. *Coded*: key and "
+        "value tensors of the cache that are coded, of all.",
         "",
         "| class | coded | between projection and cache | lowering | the rest |",
         "| --- | --- | --- | --- | --- |",

@@ -29,6 +29,7 @@ from .passes.check import check_canonical
 from .passes.epilogue import may_project
 from .passes.lower import absorb, readings
 from .passes.normalise import logical, normalise, placeholders
+from .passes.readers import query_heads
 from .passes.sites import Matched, match
 from .passes.unprojected import without_projection
 from .records import Miss, Plan
@@ -159,6 +160,11 @@ def examine(
                 window=line.window,
                 lowering=read.get(site.group.find(), "decoding"),
                 codec_bytes=codecs[site].nbytes(),
+                row_bytes=codecs[site].format.nbytes,
+                latent_width=codecs[site].latent_width,
+                query_heads=query_heads(site.reader) or site.decoder.width // site.head,
+                head_dim=site.head,
+                dtype_bytes=site.decoder.dtype.itemsize,
             )
         )
     return found, matched.misses, complete(prepared, plan)

@@ -79,8 +79,8 @@ class Options:
 
     Raises BadOption, ConflictingOptions, NotYet, UnknownScheduler, UnknownBackend or BadPlan. ``ratio`` is 0.45 where
     neither it nor ``bytes_per_token`` nor ``plan`` is given, else None. Where the data is known or will be
-    (``calibration`` is not "none"), the default ``scheduler`` is "loss", ``precision`` and ``basis`` are "auto"; else
-    they are the paper's, "progressive", "model" and "joint".
+    (``calibration`` is not "none"), the default ``scheduler`` is "loss" and ``precision`` "auto"; else they are the
+    paper's, "progressive" and "model".
     """
 
     ratio: float | Fraction | None = None
@@ -92,7 +92,7 @@ class Options:
     protect_first: int = 0
     protect_last: int = 0
     mode: str | None = None
-    basis: str | tuple[str, str] | None = None
+    basis: str | tuple[str, str] = "joint"
     group_size: int | None = None
     objective: str = "balanced"
     calibration: Any = FIRST_PROMPT
@@ -129,7 +129,7 @@ class Options:
         standard = {field.name: field.default for field in fields(self)} | {"ratio": DEFAULT_RATIO}
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         implied = Options(calibration=self.calibration, **{name: values[name] for name in PROGRESSIVE_KNOBS})
-        standard |= {name: getattr(implied, name) for name in ("scheduler", "precision", "basis")}
+        standard |= {"scheduler": implied.scheduler, "precision": implied.precision}
         return {name: value for name, value in values.items() if value is not None and value != standard[name]}
 
     def __post_init__(self) -> None:
@@ -141,8 +141,6 @@ class Options:
         knobs = any(getattr(self, name) for name in PROGRESSIVE_KNOBS)
         if self.scheduler is None:
             object.__setattr__(self, "scheduler", "loss" if informed and not knobs else "progressive")
-        if self.basis is None:
-            object.__setattr__(self, "basis", "auto" if informed and not knobs else "joint")
         if self.precision is None:
             object.__setattr__(self, "precision", "auto" if informed else "model")
         self._check_budget()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,12 +14,17 @@ from rich.text import Text
 from torch.fx import GraphModule
 
 from .backend import examine
+from .device import device_of
 from .errors import StrictMiss, UnloadedWeights
 from .options import FIRST_PROMPT, FIRST_PROMPT_TOKENS, Options
 from .packing import MODEL, Segment
+from .passes.cost import Device, seconds
 from .passes.sites import UNREAD
 from .records import Fidelity, Miss, Plan
 from .store import fidelity
+
+STEP_TOKENS = 8192
+"""Cached tokens for which reports predict the time of a decode step."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,17 @@ class SiteReport:
     window: int | None
     lowering: str
     codec_bytes: int
+    row_bytes: int
+    latent_width: int
+    query_heads: int
+    head_dim: int
+    dtype_bytes: int
+
+    def sizes(self, tokens: int, batch: int) -> dict[str, int]:
+        """What ``cost.counted`` needs for one decode step."""
+        kept = tokens if self.window is None else min(tokens, self.window)
+        sizes = {"B": batch, "T": kept, "S": 1, "H": self.query_heads, "D": self.head_dim, "n": self.width}
+        return sizes | {"k": self.latent_width, "w": self.row_bytes, "e": self.dtype_bytes}
 
     def precision(self) -> str:
         """The stored columns in words: "115", or "64 x 8 bits + 128 x 4 bits"."""
@@ -55,13 +71,14 @@ class SiteReport:
 class Report:
     """What ``explain`` found. Bytes are per cached token over all sites, positions included. ``waiting``: this is how
     short prompts are coded; the first long enough one brings statistics, and then other segments. ``fidelity``: what
-    that prompt showed, once it has come."""
+    that prompt showed, once it has come. ``device``: where the model is, for predictions of time."""
 
     sites: tuple[SiteReport, ...]
     misses: tuple[Miss, ...]
     plan: Plan | None
     waiting: bool = False
     fidelity: tuple[Fidelity, ...] = ()
+    device: Device = field(default_factory=lambda: device_of(torch.device("cpu")), compare=False, repr=False)
 
     @property
     def bytes_per_token(self) -> int:
@@ -89,6 +106,14 @@ class Report:
             if end is not None:
                 tokens, missing = end, missing - saved * (end - tokens)
         return None
+
+    def step_seconds(self, tokens: int, batch: int = 1, device: Device | None = None) -> tuple[float, float]:
+        """What attention over ``tokens`` cached tokens takes at least in one decode step, in seconds: as coded, and
+        dense (``cost.seconds``). ``device``: whose figures; None for those of the model's own."""
+        here = self.device if device is None else device
+        ways = ((s.lowering, s.sizes(tokens, batch)) for s in self.sites)
+        coded = sum(seconds(lowering, here, **sizes) for lowering, sizes in ways)
+        return coded, sum(seconds("dense", here, **s.sizes(tokens, batch)) for s in self.sites)
 
     def __rich__(self) -> Group:
         table = Table(title=f"{len(self.sites)} sites, {len(self.misses)} misses")
@@ -126,6 +151,12 @@ class Report:
             lines.append(
                 f"That is without statistics: the first prompt of {FIRST_PROMPT_TOKENS} tokens or more gives them, and "
                 "then columns get other bits. `lorc calibrate` gives them now."
+            )
+        if self.sites:
+            coded, dense = self.step_seconds(STEP_TOKENS)
+            lines.append(
+                f"On {self.device.name} ({self.device.source}) attention over {STEP_TOKENS} tokens takes at least "
+                f"{1e3 * coded:.3g} ms in a decode step, {1e3 * dense:.3g} ms with a dense cache."
             )
         lines += [f"miss: {miss}" for miss in self.misses]
         return "\n".join(lines or ["No cached key or value comes from a projection of this model."])
@@ -171,7 +202,10 @@ def examined(model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, A
     if options.strict and lost:
         raise StrictMiss(lost)
     waiting = options.calibration == FIRST_PROMPT
-    return Report(tuple(sites), tuple(misses), Plan.joined(plans) if sites else None, waiting, fidelity(model))
+    weight = next(model.parameters(), None)
+    device = device_of(torch.device("cpu") if weight is None else weight.device)
+    plan = Plan.joined(plans) if sites else None
+    return Report(tuple(sites), tuple(misses), plan, waiting, fidelity(model), device)
 
 
 def traced(

@@ -67,9 +67,10 @@ class Output:
 @dataclass
 class Rewritten:
     """The graph over latents with its inputs and outputs. ``attends``: what its ops ``lorc::attend`` refer to, kept
-    alive."""
+    alive; ``lowerings``: how each site is read, by its name."""
 
     module: GraphModule
     inputs: list[Input]
     outputs: list[Output]
     attends: list[Attend] = field(default_factory=list)
+    lowerings: dict[str, str] = field(default_factory=dict)

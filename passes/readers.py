@@ -39,6 +39,16 @@ class Reader:
     path: tuple[Node, ...]
 
 
+def query_heads(reader: Reader | None) -> int | None:
+    """H of queries [B, H, S, D] (or of their weights), where the reader says it."""
+    if reader is None or reader.node.target not in (aten.matmul.default, aten.scaled_dot_product_attention.default):
+        return None
+    queries = reader.node.args[0]
+    assert isinstance(queries, Node)
+    size = shape(queries)
+    return int(size[-3]) if len(size) == 4 and size[-3].is_number else None
+
+
 LIMIT = 256
 """Nodes that are looked at behind a value, in search of what reads it."""
 

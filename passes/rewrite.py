@@ -33,7 +33,7 @@ from lorc_fx.rows import zero_unwritten
 from .axes import Axes, shape
 from .caches import Group, viewed, written
 from .interface import Input, Output, Rewritten, Sharing
-from .lower import Absorption, absorb
+from .lower import Absorption, absorb, readings
 from .mirrors import MIRRORS, Cell
 from .normalise import is_impure
 from .sides import width
@@ -128,7 +128,7 @@ class Rewriter:
                 self.env[node] = self._copied(node)
         self.graph.eliminate_dead_code(is_impure)
         module = GraphModule(self.old, self.graph)
-        return self._pruned(Rewritten(module, self.inputs, outputs, self.attends))
+        return self._pruned(Rewritten(module, self.inputs, outputs, self.attends, self._lowerings()))
 
     def coded(self, node: Node) -> Group | None:
         group = self.matched.caches.group(node)
@@ -456,6 +456,11 @@ class Rewriter:
             self.returned[positions] = len(results)
             results.append(positions if fresh else self.call(aten.clone.default, positions))
         return self.returned[positions]
+
+    def _lowerings(self) -> dict[str, str]:
+        """How each site is read in this graph."""
+        read = readings(self.absorptions)
+        return {s.name: read.get(s.group.find(), "decoding") for s in self.matched.sites}
 
     def _pruned(self, made: Rewritten) -> Rewritten:
         """Drop inputs that nothing reads (replaced weights), so that the compiled graph does not ask for them."""

@@ -205,7 +205,7 @@ BAD = {
     "a tensor file cut off": (cut, "plan.safetensors cannot be read"),
     "a tensor file of another plan": (swapped, "of another plan"),
     "a bit flipped": (flipped, "of another plan"),
-    "another version": (lambda path: edited(path, '"lorc_fx_plan": 3', '"lorc_fx_plan": 4'), "version 4, not 2 or 3"),
+    "another version": (lambda path: edited(path, '"lorc_fx_plan": 4', '"lorc_fx_plan": 5'), "5, not 2 or 3 or 4"),
     "no version": (lambda path: path.write_text("{}"), "version None"),
     "no JSON": (lambda path: path.write_text("PK"), "cannot be read as a plan"),
     "a list": (lambda path: path.write_text("[]"), "cannot be read as a plan"),

@@ -132,7 +132,8 @@ def test_a_plan_that_loses_much_is_said() -> None:
 def line(saved: int, window: int | None, codec: int) -> SiteReport:
     """A site that saves so many of its 100 bytes per token."""
     segments = (Segment(8, MODEL),)
-    return SiteReport(0, "key", 8, 8, segments, "", 1.0, 1.0, 1.0, 1.0, 100 - saved, 100, window, "decoding", codec)
+    known = ("", 1.0, 1.0, 1.0, 1.0, 100 - saved, 100, window, "decoding", codec)
+    return SiteReport(0, "key", 8, 8, segments, *known, 100 - saved, 8, 1, 8, 4)
 
 
 @hypothesis.settings(deadline=None, max_examples=200)
