@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from weakref import WeakValueDictionary
 
@@ -36,6 +36,8 @@ class Operand:
     columns: which feature (of y where ``absorbed``, else of the dense token) each of heads * head_dim is, None where
     they are in order.
     absorbed: the product is taken with latents. ``decodes``, ``has_mean``: which codec tensors there are.
+    turned: rows hold heads times the orthonormal [D, D] that is the last codec tensor; the op turns queries and
+    results.
     """
 
     format: Format
@@ -47,6 +49,7 @@ class Operand:
     absorbed: bool
     decodes: bool
     has_mean: bool
+    turned: bool = False
 
     @property
     def words(self) -> str:
@@ -87,9 +90,7 @@ class Attend:
         """Of everything that shapes the computation: equal for equal layers of all models."""
         parts = [self.scores.code, str((self.extras, self.sink, self.blind, self.masks))]
         for x in (self.keys, self.values):
-            parts.append(
-                str((x.format, x.latent_width, x.heads, x.head_dim, x.columns, x.absorbed, x.decodes, x.has_mean))
-            )
+            parts.append(str([getattr(x, f.name) for f in fields(x) if f.name != "decoder"]))
             parts.append(x.decoder.digest)
         return hashlib.sha256("|".join(parts).encode()).hexdigest()[:24]
 
@@ -125,13 +126,17 @@ def attend(
     """
     from . import tiled
 
-    return tiled.attend(
-        known(about),
+    made = known(about)
+    if made.keys.turned:
+        query = (query.to(key_codec[-1].dtype) @ key_codec[-1]).to(query.dtype)
+    out = tiled.attend(
+        made,
         query,
         tiled.Stored(keys, key_side, tuple(key_codec)),
         tiled.Stored(values, value_side, tuple(value_codec)),
         tuple(extras),
     )
+    return (out.to(value_codec[-1].dtype) @ value_codec[-1].T).to(out.dtype) if made.values.turned else out
 
 
 @attend.register_fake

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -263,10 +263,34 @@ def make_codec(
 def identity_codec(
     weight: torch.Tensor, origin: str, segments: tuple[Segment, ...], decoder: Decoder, dtype: torch.dtype
 ) -> Codec:
-    """The codec of a site that is cached as it is: its rows are what the dense cache would hold, in ``segments`` of
-    all n columns. It has no tensors (``encode`` is [n, 0]); ``origin`` says of which ``weight`` [n, d] the site is."""
+    """The codec of a site that is cached as it is: its rows are what the dense cache would hold, in ``segments`` of all
+    n columns. ``origin`` says of which ``weight`` [n, d] the site is; ``encode`` is [n, 0]. Its one tensor is
+    ``consts[0]``, [D, D], where the layout has heads of D: each is multiplied by it before it is rounded."""
     nothing = weight.new_empty((weight.shape[0], 0))
-    return Codec(decoder, Format(segments, 1, dtype), nothing, None, None, None, None, None, (), origin)
+    form, sizes = Format(segments, 1, dtype), [size for size in decoder.layout if isinstance(size, int)]
+    consts = (turning(sizes[-1], form.plain, dtype, weight.device),) if len(sizes) > 1 else ()
+    return Codec(decoder, form, nothing, None, None, None, None, None, consts, origin)
+
+
+@cache
+def turning(size: int, plain: bool, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """An orthonormal [D, D] that spreads a few large channels of a head over all of them, so that one scale per token
+    suits all (as in QuaRot, arXiv 2404.00456): products of queries and keys that are both turned stay what they were. A
+    Hadamard matrix where D is a power of two, else Hartley's, behind fixed signs; the identity where nothing is rounded
+    (``plain``). In at least fp32, one tensor for all sites."""
+    exact = torch.promote_types(dtype, torch.float32)
+    if plain:
+        return torch.eye(size, dtype=exact, device=device)
+    at = torch.arange(size, dtype=torch.float64)
+    if size & (size - 1):
+        angle = 2 * torch.pi / size * (at[:, None] * at).remainder(size)
+        made = angle.cos() + angle.sin()
+    else:
+        made = torch.ones(1, 1, dtype=torch.float64)
+        while len(made) < size:
+            made = torch.cat([torch.cat([made, made], 1), torch.cat([made, -made], 1)])
+    signs = 1 - 2 * (((at.long() * at.long() * 2654435761) >> 7) & 1)  # a mean must not become one large channel
+    return (signs[:, None] * made / size**0.5).to(exact).to(device)
 
 
 def flat_basis(basis: Basis) -> Basis:
@@ -289,8 +313,10 @@ def _projection(analysis: torch.Tensor, gaps: torch.Tensor) -> tuple[torch.Tenso
 def through(codec: Codec, basis: Basis, y: torch.Tensor) -> torch.Tensor:
     """y [N, n] written to the cache and read again, fp64. ``basis``: the one that ``codec`` was made of."""
     if codec.unprojected and not codec.format.plain:
-        f = codec.format
-        return codec.latents(pack(y.float(), None, None, f.spec, f.choices, f.dtype)).double()
+        f, turn = codec.format, codec.consts[0].double() if codec.consts else torch.ones(1, 1, dtype=torch.float64)
+        turned = (y.double().unflatten(-1, (-1, len(turn))) @ turn).flatten(-2)
+        read = codec.latents(pack(turned.float(), None, None, f.spec, f.choices, f.dtype)).double()
+        return (read.unflatten(-1, (-1, len(turn))) @ turn.T).flatten(-2)
     if codec.decode is None:
         return y
     form, y = codec.format, y.double()

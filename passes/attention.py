@@ -77,6 +77,7 @@ class Reading:
     def _stored(self, r: Rewriter, seen: Seen, operand: Operand) -> tuple[Node, Node | None, list[Node]]:
         cell = r.cells[seen.cell]
         names = [n for n, there in zip(CODEC_TENSORS, (operand.decodes, operand.has_mean), strict=True) if there]
+        names += ["const0"] if operand.turned else []
         if operand.absorbed:
             return cell.codes, None, [self._given(r, seen, n) for n in names]
         holders = [n.name for n in operand.decoder.module.graph.nodes if n.op == "placeholder"]

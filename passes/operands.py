@@ -46,6 +46,9 @@ class Seen:
     def operand(self, codec: Codec, queries: int, heads: int) -> Operand:
         """For ``lorc::attend`` with ``heads`` query heads."""
         latent = self.latent and (codec.decode is None or self.worth(codec, queries, heads))
+        turned = codec.unprojected and bool(codec.consts)
+        if turned and (self.columns is not None or self.head_dim != len(codec.consts[0])):
+            latent = False  # the product is not one of whole heads
         return Operand(
             codec.format,
             codec.latent_width,
@@ -56,6 +59,7 @@ class Seen:
             absorbed=latent,
             decodes=codec.decode is not None,
             has_mean=codec.mean is not None,
+            turned=turned and latent,
         )
 
 
@@ -80,12 +84,13 @@ def seen_as(
     assert group is not None
     if group in matched.bare:
         return None
-    decoder = codecs[group].decoder
+    codec = codecs[group]
+    decoder = codec.decoder
     if (at.batch, at.token) != (decoder.batch_dim, decoder.token_dim):
         return None
-    index = selection(decoder)
-    moves = index is not None
-    if not moves and latent:
+    index = None if codec.unprojected else selection(decoder)
+    moves = codec.unprojected or index is not None
+    if latent and (not moves or codec.unprojected):
         return None
     size = features(decoder)
     if index is None:

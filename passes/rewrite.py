@@ -265,7 +265,7 @@ class Rewriter:
         """New rows: x [.., d] -> codes [S, B, width] by the factorised projection, packed in the codec's format."""
         codec, owner = self.codecs[site], ("site", index)
         if site.unprojected:
-            return self._stored(site, codec)
+            return self._stored(site, codec, owner)
         weight = self._codec_tensor(owner, "encode", codec.encode)
         shift = [] if codec.shift is None else [self._codec_tensor(owner, "shift", codec.shift)]
         x, form = self.env_value(site.rows.x), codec.format
@@ -278,10 +278,17 @@ class Rewriter:
             codes = self.call(pack, codes, offsets, spread, form.spec, form.choices, form.dtype)
         return self._token_major(codes, site.rows.x_axes, *self._extent(site), [form.width])
 
-    def _stored(self, site: Site, codec: Codec) -> Node:
-        """New rows as the dense cache would have them, packed in the codec's format: [S, B, width]."""
+    def _stored(self, site: Site, codec: Codec, owner: tuple[str, int]) -> Node:
+        """New rows as the dense cache would have them, heads turned, packed in the codec's format: [S, B, width]."""
         form, axes = codec.format, site.rows.epilogue.output_axes
-        flat, at = self._flat(self._copied(site.node), site.node, axes, [form.columns])
+        value, head = self._copied(site.node), site.head
+        if form.plain or not codec.consts:
+            flat, at = self._flat(value, site.node, axes, [form.columns])
+        else:
+            heads, at = self._flat(value, site.node, axes, [form.columns // head, head])
+            turn = self._codec_tensor(owner, "const0", codec.consts[0])
+            turned = self.call(aten.matmul.default, self.call(aten.to.dtype, heads, codec.consts[0].dtype), turn)
+            flat = self.call(aten.flatten.using_ints, turned, -2, -1)
         if not form.plain:
             flat = self.call(pack, flat, None, None, form.spec, form.choices, form.dtype)
         return self._token_major(flat, at, *self._extent(site), [form.width])

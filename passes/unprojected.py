@@ -15,7 +15,7 @@ from dataclasses import replace
 from functools import cache
 
 import torch
-from torch.fx import Graph, GraphModule
+from torch.fx import Graph, GraphModule, Node
 
 from lorc_fx.decoder import Decoder
 from lorc_fx.options import Options
@@ -77,13 +77,21 @@ def _unprojected(site: Site) -> Site:
 
 @cache
 def as_it_is(layout: tuple[str | int, ...], dtype: torch.dtype) -> Decoder:
-    """The decoder of a token's features in the dense cache's own layout."""
+    """The decoder of a token's features in the dense cache's own layout; where there are heads, each is turned back by
+    the constant that the codec has for that (``codec.turning``)."""
     graph = Graph()
     y, _ = graph.placeholder("y"), graph.placeholder("positions")
     sizes = [size for size in layout if isinstance(size, int)]
+    width, head = torch.Size(sizes).numel(), sizes[-1]
     batch, tokens = (graph.call_function(aten.sym_size.int, (y, i)) for i in (0, 1))
+    whole: Node = y
+    if len(sizes) > 1:
+        back = graph.call_function(aten.transpose.int, (graph.placeholder("const0"), 0, 1))
+        exact = graph.call_function(aten.to.dtype, (y, torch.promote_types(dtype, torch.float32)))
+        heads = graph.call_function(aten.reshape.default, (exact, [batch, tokens, width // head, head]))
+        turned = graph.call_function(aten.matmul.default, (heads, back))
+        whole = graph.call_function(aten.to.dtype, (turned, dtype))
     axes = Axes(layout.index("B") if "B" in layout else None, layout.index("T"))
-    graph.output(from_rows(graph, y, sizes, axes, batch, tokens))
+    graph.output(from_rows(graph, whole, sizes, axes, batch, tokens))
     graph.eliminate_dead_code()
-    width = torch.Size(sizes).numel()
     return Decoder(GraphModule(torch.nn.Module(), graph), width, layout, dtype, None, "none")

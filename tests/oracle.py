@@ -12,7 +12,7 @@ import torch
 from families import Family
 from transformers import DynamicCache
 
-from helpers import latents
+from helpers import assert_close, latents
 
 
 def oracle(family: Family, model: Any, ranks: list[tuple[int, int]]) -> Any:
@@ -66,9 +66,11 @@ def _as_kept(value: torch.Tensor, codec: Any) -> torch.Tensor:
     """[B, H, S, D] through an unprojected codec: all features of a token share a scale and a number of bits."""
     if not codec.unprojected or codec.format.plain:
         return value
-    (columns, bits), flat = codec.format.segments[0], value.transpose(1, 2).flatten(2).double()
+    (columns, bits), turn = codec.format.segments[0], codec.consts[0].double()
+    assert_close("turning and back", turn @ turn.T, torch.eye(len(turn), dtype=torch.float64), 1e-6)
+    flat = (value.transpose(1, 2).double() @ turn).flatten(2)
     rounded = _rounded(flat, torch.full((columns,), bits), torch.ones(columns, dtype=torch.float64))
-    return rounded.unflatten(2, (value.shape[1], -1)).transpose(1, 2).to(value.dtype)
+    return (rounded.unflatten(2, (value.shape[1], -1)) @ turn.T).transpose(1, 2).to(value.dtype)
 
 
 def _coded(features: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, codec: Any) -> Any:

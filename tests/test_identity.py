@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES
+from oracle import coded_cache, coded_oracle
 
 import lorc_fx
 from helpers import assert_close, assert_tokens, cache_name, compiled, generate, latents, new_cache, piecewise, prompt
 from lorc_fx import errors
+from lorc_fx.codec import turning
 from lorc_fx.options import Options
 from lorc_fx.report import examined
 
@@ -55,8 +57,8 @@ def test_what_is_read_is_what_was_written_to_a_step(name, kind, clean, many_shap
     for latent, dense in zip(coded(got.cache), _dense(want.cache), strict=True):
         assert latent.codec.format.spec == ((latent.codec.width, 8),)
         kept = latent.dense()[..., : dense.shape[-2], :]
-        features = dense.transpose(1, 2).flatten(2)
-        step = features.abs().amax(-1) / 127.5 * 1.001  # the row's scale clips nothing, or what costs less
+        turned = (dense.transpose(1, 2) @ latent.codec.consts[0]).flatten(2)
+        step = turned.abs().amax(-1) / 127.5 * 1.001  # the row's scale clips nothing, or what costs less
         far = (kept - dense).transpose(1, 2).flatten(2).square().mean(-1).sqrt()
         assert bool((far <= step / 2).all()), f"{float((far / step).max()):.2f} steps"
 
@@ -129,3 +131,27 @@ def test_auto_projects_keys_that_are_read_as_latents(clean):
     model = compiled(FAMILIES["gpt2"].build(layers=1), basis="auto", precision="auto", calibration="none",
                      scheduler="uniform", ratio=0.45)  # fmt: skip
     assert not any(x.codec.unprojected for x in coded(run(model).cache))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 16, 80, 96, 128, 256])
+def test_turning_is_orthonormal_and_spreads(size):
+    turn = turning(size, False, torch.bfloat16, torch.device("cpu")).double()
+    assert_close("turning and back", turn @ turn.T, torch.eye(size, dtype=torch.float64), 1e-6)
+    assert float(turn.abs().max()) <= 1.4143 / size**0.5, "no channel weighs more than another"
+    for one in (torch.ones(size), torch.eye(size)[0]):
+        assert float((one.double() @ turn).abs().max()) <= (0.75 if size > 16 else 1.01) * float(one.norm())
+    assert turning(size, False, torch.float32, torch.device("cpu")) is turning(
+        size, False, torch.float32, torch.device("cpu")
+    )
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "gemma3"])
+def test_it_is_the_oracle(name, clean, many_shapes):
+    """The model whose cache rounds what comes in, written down a second time."""
+    model = FAMILIES[name].build(layers=2)
+    truth = copy.deepcopy(model)
+    cache, ids = new_cache(model), prompt(2, 12)[0]
+    got = piecewise(compiled(model, **KEYS), ids, cache, [5, 11, 12])
+    pairs = latents(cache)
+    want = piecewise(coded_oracle(FAMILIES[name], truth, pairs, ids), ids, coded_cache(truth, pairs), [12])
+    assert_close("logits", got, want, 2e-3)  # a rounding at 1e-7 may turn one level over
