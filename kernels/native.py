@@ -30,12 +30,17 @@ def library() -> Any:
     """The compiled functions, or None (said once) where nothing compiles them: attention over rows then runs in
     torch."""
     try:
-        return compile_cpp((Path(__file__).parent / "rows.cpp").read_text())
+        made = compile_cpp((Path(__file__).parent / "rows.cpp").read_text())
     except Exception as error:  # whatever the compiler or its absence raises
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         text = f"rows.cpp does not compile ({reason}); attention over stored rows runs in torch ops, which is slower"
         warnings.warn(text, LorcWarning, stacklevel=2)
         return None
+    number, where = ctypes.c_int64, ctypes.c_void_p
+    about = [where, *[number] * 5, ctypes.POINTER(_Plane), *[number] * 4]  # rows .. scale, planes, n .. width
+    for function in (made.lorc_scores, made.lorc_sums):
+        function.argtypes, function.restype = [*about, *[where] * 4, number], None
+    return made
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,12 @@ class Layout:
     width: int
     scale: int
     pieces: tuple[tuple[int, int, torch.Tensor, float], ...]
+
+    @functools.cached_property
+    def straight(self) -> bool:
+        """Whether the weights of columns lie as the columns do, without a gap."""
+        places = torch.cat([places for _, _, places, _ in self.pieces])
+        return len(places) == self.width and torch.equal(places, torch.arange(self.width))
 
 
 @functools.lru_cache(maxsize=256)
@@ -88,6 +99,8 @@ def _padded(count: int) -> int:
 
 def laid_out(weights: torch.Tensor, about: Layout) -> torch.Tensor:
     """weights [.., columns] fp32 -> [.., width], plane by plane."""
+    if about.straight:
+        return weights.contiguous()
     found = weights.new_zeros((*weights.shape[:-1], about.width))
     for first, last, places, factor in about.pieces:
         part = weights[..., first:last]
@@ -97,6 +110,8 @@ def laid_out(weights: torch.Tensor, about: Layout) -> torch.Tensor:
 
 def gathered(sums: torch.Tensor, about: Layout, columns: int) -> torch.Tensor:
     """Inverse of ``laid_out`` for sums of what planes hold: [.., width] -> [.., columns]."""
+    if about.straight:
+        return sums
     found = sums.new_zeros((*sums.shape[:-1], columns))
     for first, last, places, factor in about.pieces:
         found[..., first:last] += sums[..., places] * factor
@@ -110,10 +125,8 @@ def scores(
     and contiguous but for the rows' strides along t and B."""
     batch, blocks, m, width = weights.shape
     out = weights.new_empty((batch, blocks, m, rows.shape[0]))
-    _lib().lorc_scores(
-        *_where(rows), *_which(about), *map(ctypes.c_int64, (blocks, m, width)), _at(weights), _at(shift), _at(further),
-        _at(out), ctypes.c_int64(torch.get_num_threads()),
-    )  # fmt: skip
+    given = (weights.data_ptr(), shift.data_ptr(), further.data_ptr(), out.data_ptr())
+    _lib().lorc_scores(*_where(rows), *_which(about), blocks, m, width, *given, torch.get_num_threads())
     return out
 
 
@@ -123,14 +136,11 @@ def sums(rows: torch.Tensor, about: Layout, p: torch.Tensor) -> tuple[torch.Tens
     threads = torch.get_num_threads()
     batch, blocks, m, _ = p.shape
     acc = p.new_zeros((threads, batch, blocks, m, about.width))
-    scales, further = p.new_zeros((2, threads, batch, blocks, m))
-    _lib().lorc_sums(
-        *_where(rows), *_which(about), *map(ctypes.c_int64, (blocks, m, about.width)), _at(p), _at(acc), _at(scales),
-        _at(further), ctypes.c_int64(threads),
-    )  # fmt: skip
-    if threads == 1:
-        return acc[0], scales[0], further[0]
-    return acc.sum(0), scales.sum(0), further.sum(0)
+    few = p.new_zeros((2, threads, batch, blocks, m))
+    given = (p.data_ptr(), acc.data_ptr(), few[0].data_ptr(), few[1].data_ptr())
+    _lib().lorc_sums(*_where(rows), *_which(about), blocks, m, about.width, *given, threads)
+    few = few[:, 0] if threads == 1 else few.sum(1)
+    return acc[0] if threads == 1 else acc.sum(0), few[0], few[1]
 
 
 def _lib() -> Any:
@@ -139,15 +149,10 @@ def _lib() -> Any:
     return found
 
 
-def _at(tensor: torch.Tensor) -> Any:
-    return ctypes.c_void_p(tensor.data_ptr())
-
-
-def _where(rows: torch.Tensor) -> tuple[Any, ...]:
+def _where(rows: torch.Tensor) -> tuple[int, ...]:
     size = rows.element_size()
-    numbers = (rows.shape[0], rows.shape[1], rows.stride(0) * size, rows.stride(1) * size)
-    return (_at(rows), *map(ctypes.c_int64, numbers))
+    return (rows.data_ptr(), rows.shape[0], rows.shape[1], rows.stride(0) * size, rows.stride(1) * size)
 
 
 def _which(about: Layout) -> tuple[Any, ...]:
-    return ctypes.c_int64(about.scale), about.planes, ctypes.c_int64(about.count)
+    return about.scale, about.planes, about.count

@@ -210,9 +210,11 @@ class _Native(_Absorbed):
     def _product(
         self, exact: torch.Tensor, quantised: torch.Tensor, further: torch.Tensor, offset: torch.Tensor
     ) -> Callable[[int, int], torch.Tensor]:
-        weights = native.laid_out(torch.cat([exact, quantised], -1), self.about)
+        both = bool(exact.shape[-1]) and bool(quantised.shape[-1])
+        columns = torch.cat([exact, quantised], -1) if both else exact if exact.shape[-1] else quantised
+        weights = native.laid_out(columns, self.about)
         shift = offset[..., 0].contiguous()
-        further = further[..., 0].contiguous() if further.shape[-1] else torch.zeros_like(shift)
+        further = further[..., 0].contiguous() if further.shape[-1] else shift  # else no row has a second mean
         return lambda start, stop: native.scores(self.rows[start:stop], self.about, weights, shift, further)
 
     def sum_up(self, p: torch.Tensor, start: int, stop: int) -> list[torch.Tensor]:

@@ -11,8 +11,10 @@ step = scale * STEPS[b]. Of a ladder of clipped candidates the scale is the one 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -76,7 +78,7 @@ class Format:
     choices: int
     dtype: torch.dtype
 
-    @property
+    @cached_property
     def columns(self) -> int:
         return sum(s.columns for s in self.segments)
 
@@ -85,7 +87,7 @@ class Format:
         """The segments as plain tuples, for graphs."""
         return tuple((s.columns, s.bits) for s in self.segments)
 
-    @property
+    @cached_property
     def plain(self) -> bool:
         """Whether a row is simply its columns in the model's dtype."""
         return self.choices == 1 and all(s.bits == MODEL for s in self.segments)
@@ -108,7 +110,7 @@ class Format:
         total += SCALE_BYTES * self.scaled + index_bytes(self.choices, self.scaled)
         return -(-total // self.alignment) * self.alignment
 
-    @property
+    @cached_property
     def scaled(self) -> bool:
         """Whether a row has a scale."""
         return any(s.bits != MODEL and s.columns for s in self.segments)
@@ -288,6 +290,7 @@ def _levels_into(out: torch.Tensor, data: torch.Tensor, bits: int) -> None:
         piece.copy_(held if bits == 8 else (held >> (i * bits)) & mask)
 
 
+@functools.lru_cache(maxsize=256)
 def level_constants(form: Format, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Of each quantised column: its step at scale 1, and 2^(bits-1) - 1/2; [q] fp32."""
     step, half = per_column(form.spec, device)
