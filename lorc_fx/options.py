@@ -28,7 +28,7 @@ PROGRESSIVE_KNOBS = ("d_min", "d_max", "protect_first", "protect_last")
 CHOICES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "precision": (("model", "int8", "int4", "auto"), ()),
     "basis": (("joint", "auto", "identity"), ("grouped",)),
-    "objective": (("balanced",), ("bytes", "time")),
+    "objective": (("balanced", "bytes", "time"), ()),
 }
 #: the ``calibration`` that waits for the first long enough prompt
 FIRST_PROMPT = "first-prompt"
@@ -37,7 +37,7 @@ FIRST_PROMPT_TOKENS = 256
 #: the options that a codec depends on, beside the weights
 CODEC_OPTIONS = (
     "ratio", "bytes_per_token", "scheduler", "precision", "d_min", "d_max", "protect_first", "protect_last",
-    "calibration", "plan", "basis",
+    "calibration", "plan", "basis", "objective",
 )  # fmt: skip
 
 

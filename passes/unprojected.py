@@ -19,6 +19,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from lorc_fx.decoder import Decoder
 from lorc_fx.options import Options
+from lorc_fx.packing import SCALE_BYTES
 
 from .axes import Axes
 from .epilogue import aten, from_rows
@@ -27,7 +28,6 @@ from .sites import Matched, Site
 
 IDENTITY, AUTO = "identity", "auto"
 
-
 FEWEST_BITS = 5
 """Bits per column that the other sites must have where ``auto`` keeps keys at 8: with fewer, those are worth more where
 columns are dropped by what they hold (DESIGN section 2: 4 bits without a projection lose ten times what a mix does)."""
@@ -35,21 +35,27 @@ columns are dropped by what they hold (DESIGN section 2: 4 bits without a projec
 
 def without_projection(matched: Matched, options: Options) -> Matched:
     """``matched`` where the sites that ``options`` (or the cache that comes in) want unprojected are so."""
-    fits = options.basis_for("key") == AUTO and _fits(matched, options)
-    sites = tuple(_unprojected(site) if _wanted(site, options, fits) else site for site in matched.sites)
+    chosen = _chosen(matched, options)
+    sites = tuple(_unprojected(site) if _wanted(site, options, chosen) else site for site in matched.sites)
     return matched if sites == matched.sites else replace(matched, sites=sites)
 
 
-def _fits(matched: Matched, options: Options) -> bool:
-    """Whether the budget has 8 bits for each column of the keys that attention cannot read as latents, and enough for
-    the other sites."""
-    if options.precision not in ("auto", "int8") or options.plan is not None:
-        return False
+def _chosen(matched: Matched, options: Options) -> frozenset[Site]:
+    """The sites that ``auto`` keeps as they are. By ``objective``: "balanced", keys that attention cannot read as
+    latents, where the budget has 8 bits for each of their numbers and enough for the other sites; "time", all sites
+    where it has 8 bits for all (a product of heads is shorter than one of latents); "bytes", none."""
+    if options.precision not in ("auto", "int8") or options.plan is not None or options.objective == "bytes":
+        return frozenset()
     sizes = {site: features(site.decoder) for site in matched.sites}
     dense = sum(size * site.decoder.dtype.itemsize for site, size in sizes.items())
     given = options.bytes_per_token if options.ratio is None else options.ratio * dense
-    keys = sum(size for site, size in sizes.items() if _decodes(site))
-    return given is not None and given >= keys + (sum(sizes.values()) - keys) * FEWEST_BITS / 8
+    if given is None:
+        return frozenset()
+    if options.objective == "time" and given >= sum(sizes.values()) + SCALE_BYTES * len(sizes):
+        return frozenset(sizes)
+    keys = frozenset(site for site in sizes if _decodes(site))
+    least = sum(size if site in keys else size * FEWEST_BITS / 8 for site, size in sizes.items())
+    return keys if given >= least + SCALE_BYTES * len(sizes) else frozenset()
 
 
 def _decodes(site: Site) -> bool:
@@ -57,7 +63,7 @@ def _decodes(site: Site) -> bool:
     return site.kind == "key" and selection(site.decoder) is None
 
 
-def _wanted(site: Site, options: Options, fits: bool) -> bool:
+def _wanted(site: Site, options: Options, chosen: frozenset[Site]) -> bool:
     """A cache goes on as it began. Where the cache holds other numbers than the projection makes (features repeated or
     dropped between), projecting is the smaller form."""
     if features(site.decoder) != site.decoder.width:
@@ -67,7 +73,7 @@ def _wanted(site: Site, options: Options, fits: bool) -> bool:
     if options.plan is not None:
         return any((s.layer, s.kind) == (site.layer, site.kind) and not s.projected for s in options.plan.sites)
     name = options.basis_for(site.kind)
-    return name == IDENTITY or (name == AUTO and fits and _decodes(site))
+    return name == IDENTITY or (name == AUTO and site in chosen)
 
 
 def _unprojected(site: Site) -> Site:
