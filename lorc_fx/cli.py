@@ -1,4 +1,4 @@
-"""The command line: ``lorc demo``, ``explain``, ``calibrate``, ``eval``, ``lm-eval`` and ``plan``.
+"""The command line: ``lorc demo``, ``explain``, ``calibrate``, ``eval``, ``lm-eval``, ``plan`` and ``bench device``.
 
 Results go to stdout, progress to stderr. Exit codes: 0 done, 1 a model or file that cannot be used, 2 an option that is
 refused, 130 Ctrl-C. Typed errors are one red message without a traceback.
@@ -248,6 +248,40 @@ def plan(
     wide().print(plan_command.table(result))
     for path in written:
         out.print(str(path), soft_wrap=True)
+
+
+# ------------------------------------------------------------------------------------------------------------ bench
+
+
+bench = typer.Typer(no_args_is_help=True, help="Measure this machine.")
+app.add_typer(bench, name="bench")
+
+
+@bench.command("device")
+def bench_device(
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
+) -> None:
+    """What the device does at best, measured: the figures that predictions of time are made of."""
+    with reported():
+        with Show() as show:
+            show.stage("Importing torch")
+            import torch
+
+            from lorc_fx.device import measured
+
+            try:
+                chosen = torch.device(device)
+                torch.empty(1, device=chosen)
+            except (RuntimeError, AssertionError) as error:
+                raise BadOption("device", device, "a device that torch has here", "cpu") from error
+            show.stage("Measuring")
+            found = measured(chosen)
+        if json_file:
+            write_json(json_file, vars(found))
+    out.print(
+        f"{found.name}: reads {found.bandwidth / 1e9:.1f} GB/s, multiplies {found.flops / 1e9:.0f} GFLOP/s (fp32)"
+    )
 
 
 def main() -> None:

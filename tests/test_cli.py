@@ -84,6 +84,15 @@ def test_missing_model_exits_1(command: str) -> None:
     assert "Traceback" not in text
 
 
+def test_bench_device(tmp_path: Path) -> None:
+    code, text = run("bench", "device", "--json", str(tmp_path / "device.json"))
+    assert code == 0 and "GB/s" in text
+    found = json.loads((tmp_path / "device.json").read_text())
+    assert found["source"] == "measured" and found["bandwidth"] > 1e8 and found["flops"] > 1e8
+    code, text = run("bench", "device", "--device", "abacus")
+    assert code == 2 and "abacus" in text
+
+
 def test_interrupt_exits_130(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*args: object) -> None:
         raise KeyboardInterrupt
