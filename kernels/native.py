@@ -124,6 +124,7 @@ def scores(
     """rows [t, B, ..], weights [B, blocks, M, width], shift and further [B, blocks, M] -> [B, blocks, M, t], all fp32
     and contiguous but for the rows' strides along t and B."""
     batch, blocks, m, width = weights.shape
+    assert rows.shape[1] == batch, f"{rows.shape[1]} rows of a batch for {batch} of queries"
     out = weights.new_empty((batch, blocks, m, rows.shape[0]))
     given = (weights.data_ptr(), shift.data_ptr(), further.data_ptr(), out.data_ptr())
     _lib().lorc_scores(*_where(rows), *_which(about), blocks, m, width, *given, torch.get_num_threads())
@@ -135,6 +136,7 @@ def sums(rows: torch.Tensor, about: Layout, p: torch.Tensor) -> tuple[torch.Tens
     width]; of p times the token's scale, and of p where it has the second mean, [B, blocks, M]."""
     threads = torch.get_num_threads()
     batch, blocks, m, _ = p.shape
+    assert rows.shape[1] == batch, f"{rows.shape[1]} rows of a batch for {batch} of queries"
     acc = p.new_zeros((threads, batch, blocks, m, about.width))
     few = p.new_zeros((2, threads, batch, blocks, m))
     given = (p.data_ptr(), acc.data_ptr(), few[0].data_ptr(), few[1].data_ptr())

@@ -97,7 +97,7 @@ def find_attention(
     if node.target is aten.scaled_dot_product_attention.default:
         found = _fused(node, step)
     elif node.target is aten.matmul.default and len(shape(node)) == 4:
-        found = _eager(node)
+        found = _eager(node, facts)
     else:
         return None
     if found is None:
@@ -111,6 +111,9 @@ def find_attention(
         return None
     seen = [seen_as(matched, codecs, facts, operand, axes) for operand, axes in operands]
     if seen[0] is None or seen[1] is None or heads % seen[0].heads or heads % seen[1].heads:
+        return None
+    rows = [shape(s.cell)[codecs[s.group].decoder.batch_dim] for s in seen if s is not None]
+    if any(size != shape(query)[0] for size in rows):  # one row of a cache for many of queries, say
         return None
     key, value = (s.operand(codecs[s.group], queries, heads) for s in seen if s is not None)
     if not ANGLES and any(not o.absorbed and o.decoder.needs_positions for o in (key, value)):
@@ -151,7 +154,7 @@ def _fused(node: Node, step: bool) -> Found | None:
     return query, ((key, Axes(0, 2)), (value, Axes(0, 2))), program, extras, {"masks": None if mask is None else 0}
 
 
-def _eager(node: Node) -> Found | None:
+def _eager(node: Node, facts: Facts) -> Found | None:
     given: Any = node.args[:2]
     weights, value = given
     sink: Node | None = None
@@ -179,8 +182,10 @@ def _eager(node: Node) -> Found | None:
     graph = Graph()
     body = _Program(graph)
     made = body.follow(source)
-    if made is None or body.product is None:
-        return None
+    if made is None or body.product is None or facts.writes_between(body.product, node):
+        return None  # what is written in between may be the scores, a mask or the cache: all are read at the end now
+    if not all(isinstance(extra.meta["val"], torch.Tensor) for extra in body.extras):
+        return None  # a number that changes from call to call
     product: Any = body.product.args[:2]
     query, key = product
     graph.output(made)
@@ -235,8 +240,8 @@ class _Program:
         _leads(node, path)
         steps = sorted(n for n, leads in path.items() if leads)
         products = [n for n in steps if n.target is aten.matmul.default]
-        if len(products) != 1:
-            return None
+        if len(products) != 1 or any(user not in path for step in steps if step is not node for user in step.users):
+            return None  # whoever else takes scores needs all of them
         self.product = products[0]
         env = {self.product: self.last}
         for step in steps:

@@ -8,6 +8,7 @@ one per-token activation ``x`` and through which everything else passes; what fo
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from lorc_fx.compat import size_expr
 from lorc_fx.decoder import Side
 
 from .axes import Axes, Mixes, arg, dim_of, shape
+from .readers import written
 from .rules import rule_of
 from .sides import find_sides, stored
 
@@ -84,6 +86,12 @@ class Facts:
             ):
                 self._constants.add(node)
         self._roots: dict[tuple[Node, Axes], _Root] = {}
+        self._writes = [i for n, i in self.order.items() if written(n) is not None]
+
+    def writes_between(self, first: Node, last: Node) -> bool:
+        """Whether the graph writes into anything in place after ``first`` and before ``last``."""
+        at = bisect.bisect_right(self._writes, self.order[first])
+        return at < len(self._writes) and self._writes[at] < self.order[last]
 
     def constant(self, node: Node) -> bool:
         """Whether a value is made of parameters, buffers, constants and sizes only."""

@@ -171,3 +171,14 @@ def test_objectives(objective, ratio, kept, clean):
     model = compiled(FAMILIES["llama-gqa"].build(layers=1), **given, objective=objective, ratio=ratio)
     ((keys, values),) = latents(run(model).cache)
     assert (keys.codec.unprojected, values.codec.unprojected) == kept
+
+
+@pytest.mark.parametrize(("name", "kind"), [("llama-gqa", "dynamic"), ("gpt2", "static")])
+def test_under_inductor(name, kind, clean):
+    """The op reads rows that the same graph has just written in place."""
+    given = INT8 if name == "llama-gqa" else {**BOTH, "basis": "joint", "ratio": 0.5}
+    model = FAMILIES[name].build(layers=1)
+    truth = copy.deepcopy(model)
+    got, want = run(compiled(model, **given, inner="inductor"), 3, kind), run(compiled(truth, **given), 3, kind)
+    assert_tokens("tokens", got.sequences, want.sequences)
+    assert_close("logits", got.logits, want.logits, 1e-4)
