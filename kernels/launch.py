@@ -110,13 +110,14 @@ def cache_folder() -> Path:
 def _make(about: Attend, given: Given, config: Config) -> _Made | None:
     try:
         kernel = generate(about, given, config)
-        return kernel, load(kernel.source, _key(about, given, config))
+        return kernel, load(kernel.source, source_key(about, given, config))
     except (NotGenerated, ImportError) as error:
         _warn(about, str(error))
         return None
 
 
-def _key(about: Attend, given: Given, config: Config) -> str:
+def source_key(about: Attend, given: Given, config: Config) -> str:
+    """A hash of all that a kernel's source depends on."""
     import triton
 
     return hashlib.sha256("|".join([about.digest, repr(given), repr(config), _own(), triton.__version__]).encode()).hexdigest()
@@ -177,12 +178,9 @@ def _run(
     total, rows = keys.rows.shape[0], batch * heads * queries
     splits = config.splits or _splits(batch * kernel.groups, total, config.tokens, query.device)
     split = -(-total // splits)
-    q, constant = _queries(about.keys, keys, query)
     tops, weights = (query.new_empty((splits, rows), dtype=torch.float32) for _ in range(2))
     sums = query.new_empty((splits, rows, kernel.width), dtype=torch.float32)
-    args = [q, constant, tops, weights, sums, *_operand(about.keys, keys), *_operand(about.values, values)]
-    for e in extras[: len(about.extras)]:
-        args += [e.view(torch.uint8) if e.dtype == torch.bool else e, *_strides(e)]
+    args = [*_queries(about.keys, keys, query), tops, weights, sums, *operands(about, keys, values, extras)]
     options = {} if interpreted() else {"num_warps": config.warps, "num_stages": config.stages}
     module.attend[(batch * kernel.groups, splits)](*args, rows, total, split, **options)
     found = query.new_empty((rows, kernel.width), dtype=torch.float32)
@@ -194,6 +192,14 @@ def _run(
     steps = _strides(sink)[:3] if about.sink else [0, 0, 0]
     module.combine[grid](tops, weights, sums, sink, found, share, rows, splits, *sizes, *steps)
     return _finished(about.values, values, found, share, (batch, heads, queries)).to(query.dtype)
+
+
+def operands(about: Attend, keys: Stored, values: Stored, extras: tuple[torch.Tensor, ...]) -> list[Any]:
+    """A kernel's arguments from rows to extras, in its order."""
+    args = [*_operand(about.keys, keys), *_operand(about.values, values)]
+    for e in extras[: len(about.extras)]:
+        args += [e.view(torch.uint8) if e.dtype == torch.bool else e, *_strides(e)]
+    return args
 
 
 def _splits(programs: int, total: int, tokens: int, device: torch.device) -> int:

@@ -110,6 +110,8 @@ class _Run(Interpreter):
             return self._complex(node, name, args)
         if name in LAYOUT or name == "getitem":
             return node.target(*args, **kwargs)  # type: ignore[operator]
+        if name in ("expand_as", "view_as", "reshape_as"):
+            return args[0].expand(value.shape) if name == "expand_as" else args[0].reshape(value.shape)
         if name in ("to", "_to_copy", "type_as"):
             return self._cast(node, args[0], value.dtype)
         if name == "constant_pad_nd":

@@ -106,7 +106,7 @@ class RowSource:
         elif self.further:
             place = form_end(form) - index_bytes(form.choices, form.scaled)
             lines.append(f"{n}_index = tl.load({n}_rows + {n}_at + {place}, mask=seen, other=0).to(tl.int32)")
-            lines += [f"{n}_more{j} = ({n}_index == {j + 1}).to(tl.float32)" for j in range(self.further)]
+            lines += [f"{n}_more{j} = ({n}_index == {j + 2}).to(tl.float32)" for j in range(self.further)]
         return lines
 
     def columns(self, name: str, stretch: Stretch, first: str) -> list[str]:

@@ -47,7 +47,7 @@ def interleaved(x: torch.Tensor, positions: torch.Tensor, freq: torch.Tensor) ->
 def complex_pairs(x: torch.Tensor, positions: torch.Tensor, freq: torch.Tensor) -> torch.Tensor:
     a = angles(positions, freq)
     pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
-    return torch.view_as_real(pairs * torch.polar(torch.ones_like(a), a)).flatten(3).to(x.dtype)
+    return torch.view_as_real(pairs * torch.complex(a.cos(), a.sin())).flatten(3).to(x.dtype)
 
 
 def partial(x: torch.Tensor, positions: torch.Tensor, freq: torch.Tensor) -> torch.Tensor:
@@ -106,8 +106,6 @@ def decoder_of(rotary: str | None, norm: str | None, heads: int, dim: int, dtype
     graph = module.graph
     for node, name in zip(graph.find_nodes(op="placeholder"), ["y", "positions"], strict=False):
         node.name = name
-    if not rotary:  # as in decoders of graphs: no side where nothing reads it
-        pass
     made = GraphModule(torch.nn.Module(), graph)
     side = POSITION if rotary else None
     return Decoder(made, heads * dim, ("B", heads, "T", dim), dtype, side, f"{norm} {rotary}"), tuple(consts)

@@ -1,0 +1,58 @@
+"""Builds generated kernels for a device that is not there: that they compile, and what they need of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .attend import Attend
+from .generator import Config, generate
+from .launch import given_of, load, operands, source_key
+from .stored import Stored
+
+_POINTERS = {
+    torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.uint8: "*u8", torch.int32: "*i32",
+    torch.int64: "*i64",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Built:
+    """shared: bytes of shared memory. source: the kernel's text. binary: ``cubin`` or ``hsaco``, as the device takes it."""
+
+    shared: int
+    source: str
+    binary: bytes
+
+
+def build(
+    about: Attend,
+    query: torch.Tensor,
+    keys: Stored,
+    values: Stored,
+    extras: tuple[torch.Tensor, ...],
+    config: Config,
+    target: Any,
+) -> Built:
+    """Compiles the kernel that ``launch.attend`` would run on these tensors (whatever device they are on) for ``target``, a
+    ``triton.backends.compiler.GPUTarget``. Raises NotGenerated where there is none, and what Triton raises."""
+    import triton
+    from triton.compiler import ASTSource
+
+    given = given_of(about, query, keys, values, extras)
+    kernel = generate(about, given, config)
+    function = load(kernel.source, source_key(about, given, config)).attend
+    f32 = torch.empty(16)
+    args = [query, f32, f32, f32, f32, *operands(about, keys, values, extras), 1, 1, 1]
+    signature = {
+        name: _POINTERS[a.dtype] if isinstance(a, torch.Tensor) else "i32"
+        for name, a in zip(function.arg_names, args, strict=True)
+    }
+    aligned = {(i,): [["tt.divisibility", 16]] for i, a in enumerate(args) if isinstance(a, torch.Tensor)}
+    source = ASTSource(fn=function, signature=signature, constexprs={}, attrs=aligned)
+    options = {"num_warps": config.warps, "num_stages": config.stages}
+    made = triton.compile(source, target=target, options=options)
+    binary = made.asm.get("cubin") or made.asm["hsaco"]
+    return Built(made.metadata.shared, kernel.source, binary)
