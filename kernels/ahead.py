@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from .attend import Attend
-from .generator import Config, generate
+from .generator import LATE, Config, generate
 from .launch import given_of, load, operands, source_key
 from .stored import Stored
 
@@ -46,12 +46,15 @@ def build(
     function = load(kernel.source, source_key(about, given, config)).attend
     f32 = torch.empty(16)
     args = [query, f32, f32, f32, f32, *operands(about, keys, values, extras), 1, 1, 1]
-    signature = {
-        name: _POINTERS[a.dtype] if isinstance(a, torch.Tensor) else "i32"
-        for name, a in zip(function.arg_names, args, strict=True)
-    }
-    aligned = {(i,): [["tt.divisibility", 16]] for i, a in enumerate(args) if isinstance(a, torch.Tensor)}
-    source = ASTSource(fn=function, signature=signature, constexprs={}, attrs=aligned)
+    signature, fixed, aligned = {}, {}, {}
+    for i, (name, a) in enumerate(zip(function.arg_names, args, strict=True)):
+        own = name not in LATE and not isinstance(a, torch.Tensor)  # as at a launch: a 1 is compiled in, 16s are known
+        signature[name] = "constexpr" if own and a == 1 else _POINTERS[a.dtype] if isinstance(a, torch.Tensor) else "i32"
+        if own and a == 1:
+            fixed[name] = 1
+        elif isinstance(a, torch.Tensor) or (own and a % 16 == 0):
+            aligned[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=function, signature=signature, constexprs=fixed, attrs=aligned)
     options = {"num_warps": config.warps, "num_stages": config.stages}
     made = triton.compile(source, target=target, options=options)
     binary = made.asm.get("cubin") or made.asm["hsaco"]

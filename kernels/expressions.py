@@ -44,7 +44,7 @@ SOURCE = {
     "add": "({} + {})", "sub": "({} - {})", "mul": "({} * {})", "div": "({} / {})", "neg": "(-{})",
     "cos": "tl.cos({})", "sin": "tl.sin({})", "rsqrt": "tl.rsqrt({})", "sqrt": "tl.sqrt({})", "exp": "tl.exp({})",
     "log": "tl.log({})", "abs": "tl.abs({})", "sigmoid": "tl.sigmoid({})", "reciprocal": "(1.0 / {})",
-    "tanh": "(2.0 * tl.sigmoid(2.0 * {}) - 1.0)", "minimum": "tl.minimum({}, {})", "maximum": "tl.maximum({}, {})",
+    "tanh": "tanh({})", "minimum": "tl.minimum({}, {})", "maximum": "tl.maximum({}, {})",
     "where": "tl.where({}, {}, {})", "eq": "({} == {})", "ne": "({} != {})", "lt": "({} < {})", "le": "({} <= {})",
     "gt": "({} > {})", "ge": "({} >= {})", "and": "({} & {})", "or": "({} | {})", "not": "({} == 0)",
     "float": "{}.to(tl.float32)", "int": "{}.to(tl.int32)", "bfloat16": "{}.to(tl.bfloat16).to(tl.float32)",

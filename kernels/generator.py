@@ -33,6 +33,10 @@ MOST_SUMS = 32768
 """Numbers that a program sums up: 128 fp32 registers in each of 256 threads."""
 
 
+LATE = ("rows", "T", "split")
+"""Arguments that change from call to call: no kernel is compiled anew for their values."""
+
+
 @dataclass(frozen=True)
 class Config:
     """What a tuner may choose. tokens: of a block. columns: of a chunk of a row. splits: of all tokens, 0: by their number
@@ -130,8 +134,7 @@ class _Writer:
         extras = [self._extra(i, met) for i, met in enumerate(g.extras)]
         scores = ScoreWriter(a.scores, [f"e{i}" for i in range(len(extras))])
         loop = [
-            "t = at + tl.arange(0, BLOCK)",
-            "seen = t < stop",
+            "seen = at + i < stop",
             *self.key.lines,
             *extras,
             *scores.lines,
@@ -155,6 +158,7 @@ class _Writer:
             f"query = m % {g.queries}",
             f"k_head = g // {max(self.groups // a.keys.heads, 1)}",
             f"v_head = g // {max(self.groups // a.values.heads, 1)}",
+            "i = tl.arange(0, BLOCK)",
             "start = tl.program_id(1) * split",
             "stop = tl.minimum(start + split, T)",
             *self.key.ahead,
@@ -187,11 +191,12 @@ class _Writer:
                 f"BLOCK = tl.constexpr({c.tokens})",
                 "",
                 "",
-                '@triton.jit(do_not_specialize=["T", "split", "rows"])',
-                f"def attend({', '.join(args)}, rows, T, split):",
+                f"@triton.jit(do_not_specialize={list(LATE)})",
+                f"def attend({', '.join([*args, *LATE])}):",
                 *("    " + line for line in body),
                 "",
                 "",
+                *([TANH, "", ""] if "tanh(" in "".join(loop) else []),
                 COMBINE,
             ]
         )
@@ -199,11 +204,12 @@ class _Writer:
     def _extra(self, i: int, met: Met) -> str:
         """Loads what scores meet, as [M or 1, tokens or 1]."""
         where, mask = f"extra{i}" + (f" + b * extra{i}_b" if met.batch else ""), []
+        where += f" + tl.cast(at, tl.int64) * extra{i}_t" if met.token else ""
         if met.head or met.query:
             where += f" + (head * extra{i}_h + query * extra{i}_s)[:, None]"
             mask.append("asked[:, None]")
         if met.token:
-            where += f" + (t.to(tl.int64) * extra{i}_t)[None, :]"
+            where += f" + (i * extra{i}_t)[None, :]"
             mask.append("seen[None, :]")
         load = f"tl.load({where}, mask={' & '.join(mask)}, other=0)" if mask else f"tl.load({where})"
         return f"e{i} = {load}" + {"bool": " != 0", "float": ".to(tl.float32)", "int": ""}[met.kind]
@@ -229,7 +235,7 @@ class _Side:
         if not self.latent:
             self.args += [f"{name}_decode", f"{name}_decode_k", f"{name}_decode_n"] if operand.decodes else []
             self.args += [f"{name}_mean"] if operand.has_mean else []
-            self.args += [f"{name}_side", f"{name}_side_t", f"{name}_side_bs"] if self.side is not None else []
+            self.args += [f"{name}_side", f"{name}_side_t", f"{name}_side_b"] if self.side is not None else []
             self.args += [f"{name}_const{i}" for i in range(len(constants))]
 
     # -- keys ---------------------------------------------------------------------------------------------------------
@@ -333,8 +339,8 @@ class _Side:
             self._tile(places, y)
         self._sum_tiles(tiles)
         if self.side is not None:
-            shared = self.operand.decoder.shared_positions
-            self.ahead.append(f"{n}_side_b = {f'0 * {n}_side_bs' if shared else f'b * {n}_side_bs'}")
+            batch = "" if self.operand.decoder.shared_positions else f" + b * {n}_side_b"
+            self.lines.append(f"{n}_side_at = {n}_side + tl.cast(at, tl.int64) * {n}_side_t{batch}")
         integers = self.side is not None and not self.side.dtype.is_floating_point
         terms = TermWriter(n, tiles, integers, self.floats)
         for i, piece in enumerate(self.epilogue.pieces):
@@ -394,6 +400,13 @@ class _Side:
             self.lines.append(f"for first in range(0, {s.span}, {s.taken}):")
             self.lines += ["    " + line for line in body]
 
+
+TANH = '''@triton.jit
+def tanh(x):
+    """Triton has none of its own on all devices; near 0 the series, where 1 - small would lose digits."""
+    square = x * x
+    series = x * (1.0 - square * (1.0 / 3 - square * (2.0 / 15 - square * (17.0 / 315))))
+    return tl.where(square < 0.04, series, 2.0 * tl.sigmoid(2.0 * x) - 1.0)'''
 
 COMBINE = '''@triton.jit(do_not_specialize=["rows", "splits"])
 def combine(tops, weights, sums, sink, found, share, rows, splits, WIDTH: tl.constexpr, HEADS: tl.constexpr,

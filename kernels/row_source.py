@@ -81,8 +81,8 @@ def _taken(span: int, most: int, least: int) -> int:
 class RowSource:
     """Writes reads of one operand's rows. ``name``: the prefix of its variables (``k`` or ``v``); kernels have ``{name}_rows``
     (bytes, or the model's dtype where rows are plain), ``{name}_exact`` and ``{name}_half`` (the same memory as the model's
-    dtype and as fp16), strides ``{name}_t`` and ``{name}_b`` in elements of ``{name}_rows``, tokens ``t`` that are ``seen``,
-    and the batch row ``b``.
+    dtype and as fp16), strides ``{name}_t`` and ``{name}_b`` in elements of ``{name}_rows``, a block of tokens ``at + i`` that
+    are ``seen``, and the batch row ``b``. A block begins at one 64-bit place; within it 32 bits do.
     """
 
     def __init__(self, name: str, form: Format, columns: int, dot: str) -> None:
@@ -95,17 +95,17 @@ class RowSource:
     def begin(self) -> list[str]:
         """Lines in the loop over tokens, before chunks: ``{name}_at`` and what a token has once."""
         n, form = self.name, self.form
-        lines = [f"{n}_at = t.to(tl.int64) * {n}_t + b * {n}_b"]
+        lines = [f"{n}_block = tl.cast(at, tl.int64) * {n}_t + b * {n}_b", f"{n}_at = i * {n}_t"]
         exact = sum(s.columns for s in form.segments if s.bits == MODEL) * form.dtype.itemsize
         if form.scaled:
-            where = f"{n}_half + {n}_at // 2 + {exact // 2}"
+            where = f"{n}_half + {n}_block // 2 + ({n}_at // 2 + {exact // 2})"
             lines.append(f"{n}_scale = tl.load({where}, mask=seen, other=0.0).to(tl.float32)")
         if form.choices == 2 and form.scaled:
             lines.append(f"{n}_more0 = ({n}_scale < 0).to(tl.float32)")
             lines.append(f"{n}_scale = tl.abs({n}_scale)")
         elif self.further:
             place = form_end(form) - index_bytes(form.choices, form.scaled)
-            lines.append(f"{n}_index = tl.load({n}_rows + {n}_at + {place}, mask=seen, other=0).to(tl.int32)")
+            lines.append(f"{n}_index = tl.load({n}_rows + {n}_block + ({n}_at + {place}), mask=seen, other=0).to(tl.int32)")
             lines += [f"{n}_more{j} = ({n}_index == {j + 2}).to(tl.float32)" for j in range(self.further)]
         return lines
 
@@ -128,13 +128,14 @@ class RowSource:
         if bits == MODEL:
             rows, at = self._exact()
             mask = f"seen[:, None] & {name}_live[None, :]"
-            return [f"{name} = tl.load({rows} + {at}[:, None] + {name}_c[None, :], mask={mask}, other=0.0).to({self.dot})"]
+            return [f"{name} = tl.load({rows} + ({at}[:, None] + {name}_c[None, :]), mask={mask}, other=0.0).to({self.dot})"]
         half = (1 << (bits - 1)) - 0.5
         if len(planes(bits)) > 1:
             found = self._planes(name, stretch, f"{name}_c - {stretch.start}", f"{name}_live")
             return [*found, f"{name} = ({name}.to(tl.float32) - {half}).to({self.dot})"]
         mask = f"seen[:, None] & ({name}_j < {stretch.span})[None, :]"
-        lines = [f"{name} = tl.load({n}_rows + {n}_at[:, None] + ({stretch.at} + {name}_j)[None, :], mask={mask}, other=0)"]
+        where = f"{n}_rows + {n}_block + ({n}_at[:, None] + ({stretch.at} + {name}_j)[None, :])"
+        lines = [f"{name} = tl.load({where}, mask={mask}, other=0)"]
         if stretch.groups > 1:
             shift = f"(tl.arange(0, {stretch.groups}) * {bits}).to(tl.uint8)"
             lines.append(f"{name} = ({name}[:, None, :] >> {shift}[None, :, None]) & {(1 << bits) - 1}")
@@ -151,7 +152,7 @@ class RowSource:
             if s.bits == MODEL:
                 rows, at = self._exact()
                 mask = f"seen[:, None] & {here}_live[None, :]"
-                lines.append(f"{here} = tl.load({rows} + {at}[:, None] + {name}_c[None, :], mask={mask}, other=0.0)")
+                lines.append(f"{here} = tl.load({rows} + ({at}[:, None] + {name}_c[None, :]), mask={mask}, other=0.0)")
                 lines.append(f"{here} = {here}.to(tl.float32)")
             else:
                 lines += self._planes(here, s, f"{name}_c - {s.start}", f"{here}_live")
@@ -164,8 +165,9 @@ class RowSource:
 
     def _exact(self) -> tuple[str, str]:
         if self.form.plain:
-            return f"{self.name}_rows", f"{self.name}_at"
-        return f"{self.name}_exact", f"({self.name}_at // {self.form.dtype.itemsize})"
+            return f"{self.name}_rows + {self.name}_block", f"{self.name}_at"
+        size = self.form.dtype.itemsize
+        return f"{self.name}_exact + {self.name}_block // {size}", f"({self.name}_at // {size})"
 
     def _planes(self, name: str, s: Stretch, column: str, live: str) -> list[str]:
         """Levels of columns (of the segment), each from its own byte of each plane."""
@@ -174,7 +176,7 @@ class RowSource:
         for i, plane in enumerate(planes(s.bits)):
             span = -(-s.columns * plane // 8)
             byte = f"{name}_p % {span}" if plane < 8 else f"{name}_p"
-            where = f"{n}_rows + {n}_at[:, None] + ({at} + {byte})[None, :]"
+            where = f"{n}_rows + {n}_block + ({n}_at[:, None] + ({at} + {byte})[None, :])"
             lines.append(
                 f"{name}_b{i} = tl.load({where}, mask=seen[:, None] & {live}[None, :], other=0).to(tl.int32)"
             )

@@ -59,7 +59,7 @@ class TermWriter:
             mask = f"(tl.arange(0, {size}) < {p.items})[None, :]" if size != p.items else ""
         if term.op == "side":
             mask = f"seen[:, None] & {mask}" if mask else "seen[:, None]"
-            where = f"{self.name}_side + t.to(tl.int64)[:, None] * {self.name}_side_t + {self.name}_side_b + {at}"
+            where = f"{self.name}_side_at + (i * {self.name}_side_t)[:, None] + {at}"
             text = f"tl.load({where}, mask={mask}, other=0)"
             return text if self.positions else f"{text}.to(tl.float32)"
         where = f"{self.name}_const{term.which} + {at}"

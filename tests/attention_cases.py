@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from lorc_fx.decoder import POSITION, Decoder
+from lorc_fx.decoder import POSITION, Decoder, Side
 from lorc_fx.kernels.attend import Attend, Extra, Operand
 from lorc_fx.kernels.stored import Stored
 from lorc_fx.packing import Format, Segment, pack
@@ -64,6 +64,14 @@ def table(x: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor) -> torch
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
 
 
+def kept_angles(x: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """Angles are kept beside rows, [B, T, D / 2]."""
+    cos, sin = kept[:, None].cos(), kept[:, None].sin()
+    half = x.shape[-1] // 2
+    first, second = x[..., :half], x[..., half:]
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+
+
 def rms(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     wide = x.float()
     return (weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6))).to(x.dtype)
@@ -78,7 +86,7 @@ def l2(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 ROTARY: dict[str, Callable[..., torch.Tensor]] = {
-    "half": half_split, "interleaved": interleaved, "complex": complex_pairs, "partial": partial, "table": table,
+    "half": half_split, "interleaved": interleaved, "complex": complex_pairs, "partial": partial, "table": table, "kept": kept_angles,
 }  # fmt: skip
 NORMS: dict[str, Callable[..., torch.Tensor]] = {"rms": rms, "layer": layer_norm, "l2": l2}
 
@@ -89,7 +97,7 @@ def decoder_of(rotary: str | None, norm: str | None, heads: int, dim: int, dtype
     if rotary == "table":
         a = torch.arange(512)[:, None] * 10000 ** (-torch.arange(dim // 2) / (dim // 2))
         consts.append(torch.cat([a.cos(), a.sin()], -1))
-    elif rotary:
+    elif rotary and rotary != "kept":
         count = dim // 2 if rotary != "partial" else dim // 8
         consts.append(10000 ** (-torch.arange(count) / count))
     if norm:
@@ -99,15 +107,17 @@ def decoder_of(rotary: str | None, norm: str | None, heads: int, dim: int, dtype
         x = heads_of(y, heads)
         if norm:
             x = NORMS[norm](x, given[-1])
-        return ROTARY[rotary](x, positions, given[0]) if rotary else x
+        return ROTARY[rotary](x, positions, *given[: len(consts) - bool(norm)]) if rotary else x
 
+    side = None if rotary is None else Side(dim // 2, F32) if rotary == "kept" else POSITION
     y, positions = torch.zeros(2, 3, heads * dim, dtype=dtype), torch.zeros(2, 3, dtype=torch.int32)
+    if side is not None and side.features:
+        positions = torch.zeros(2, 3, *side.features)
     module = make_fx(run, tracing_mode="symbolic", pre_dispatch=True)(y, positions, *consts)
     graph = module.graph
     for node, name in zip(graph.find_nodes(op="placeholder"), ["y", "positions"], strict=False):
         node.name = name
     made = GraphModule(torch.nn.Module(), graph)
-    side = POSITION if rotary else None
     return Decoder(made, heads * dim, ("B", heads, "T", dim), dtype, side, f"{norm} {rotary}"), tuple(consts)
 
 
@@ -115,7 +125,8 @@ def decoder_of(rotary: str | None, norm: str | None, heads: int, dim: int, dtype
 
 
 def program(kind: str, dim: int) -> tuple[GraphModule, tuple[Extra, ...], int | None]:
-    """What scores become: ``none``, ``bool`` (a mask), ``add`` (a bias), ``cap`` (a soft cap and a bias)."""
+    """What scores become: ``none``, ``bool`` (a mask), ``hidden`` (one in which a batch row sees nothing), ``add`` (a bias),
+    ``alibi`` (a bias per head), ``head`` (one number per head), ``cap`` (a soft cap and a bias)."""
     graph = Graph()
     made = graph.call_function(aten.mul.Tensor, (graph.placeholder("scores"), 1 / math.sqrt(dim)))
     if kind != "none":
@@ -123,13 +134,13 @@ def program(kind: str, dim: int) -> tuple[GraphModule, tuple[Extra, ...], int | 
     if kind == "cap":
         made = graph.call_function(aten.div.Tensor, (made, 5.0))
         made = graph.call_function(aten.mul.Tensor, (graph.call_function(aten.tanh.default, (made,)), 5.0))
-    if kind == "bool":
+    if kind in ("bool", "hidden"):
         made = graph.call_function(aten.where.ScalarOther, (extra, made, -math.inf))
     elif kind != "none":
         made = graph.call_function(aten.add.Tensor, (made, extra))
     graph.output(made)
-    extras = () if kind == "none" else (Extra(True),)
-    return GraphModule(torch.nn.Module(), graph), extras, 0 if kind in ("bool", "add") else None
+    extras = () if kind == "none" else (Extra(kind != "head"),)
+    return GraphModule(torch.nn.Module(), graph), extras, 0 if kind in ("bool", "hidden", "add") else None
 
 
 # -- a case --------------------------------------------------------------------------------------------------------------
@@ -138,7 +149,7 @@ def program(kind: str, dim: int) -> tuple[GraphModule, tuple[Extra, ...], int | 
 @dataclass(frozen=True)
 class Case:
     """``keys``, ``values``: segments (columns, bits); columns of 0 bits are in ``dtype``. ``rotary``, ``norm``: the key's
-    epilogue (absorbed where there is none, unless ``decoded``); ``matrix``: whether rows are latents of a codec."""
+    epilogue (absorbed where there is none); ``matrix``: whether rows are latents of a codec."""
 
     tokens: int = 63
     heads: int = 2
@@ -159,7 +170,7 @@ class Case:
     sink: bool = False
     blind: bool = True
     columns: tuple[int, ...] | None = None
-    seed: int = field(default=0)
+    seed: int = 0
 
     def __str__(self) -> str:
         shown = {k: v for k, v in self.__dict__.items() if v != type(self).__dataclass_fields__[k].default}
@@ -180,7 +191,11 @@ def build(case: Case) -> tuple[Attend, torch.Tensor, Stored, Stored, tuple[torch
         seen[0, ..., : case.tokens // 3] = False  # left padding
         seen[..., -1] = True
         bias = torch.randn(case.batch, 1, case.queries, case.tokens).masked_fill(~seen, torch.finfo(F32).min)
-        given.append(seen if case.scores == "bool" else bias)
+        if case.scores == "hidden":
+            seen[1] = False
+        per_head = torch.randn(1, case.heads, 1, case.tokens if case.scores == "alibi" else 1)
+        biases = {"bool": seen, "hidden": seen, "alibi": per_head, "head": per_head}
+        given.append(biases.get(case.scores, bias))
     if case.sink:
         given.append(torch.randn(1, case.heads, 1, 1))
     return about, query, keys, values, tuple(given)
@@ -215,4 +230,6 @@ def _operand(
     )
     positions = (torch.arange(case.tokens)[:, None] + torch.tensor([3, 0] * case.batch)[None, : case.batch]).int()
     side = None if absorbed or decoder.side is None else positions
+    if side is not None and decoder.side is not None and decoder.side.features:
+        side = torch.randn(case.tokens, case.batch, *decoder.side.features) * 9
     return operand, Stored(rows, side, (*codec, *(() if absorbed else consts)))
