@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from .attend import Attend
-from .generator import LATE, Config, generate
+from .config import LATE, Config
+from .generator import generate
 from .launch import given_of, load, operands, source_key
 from .stored import Stored
 
@@ -20,7 +21,8 @@ _POINTERS = {
 
 @dataclass(frozen=True)
 class Built:
-    """shared: bytes of shared memory. source: the kernel's text. binary: ``cubin`` or ``hsaco``, as the device takes it."""
+    """shared: bytes of shared memory. source: the kernel's text. binary: ``cubin`` or ``hsaco``, as the device takes
+    it."""
 
     shared: int
     source: str
@@ -36,8 +38,9 @@ def build(
     config: Config,
     target: Any,
 ) -> Built:
-    """Compiles the kernel that ``launch.attend`` would run on these tensors (whatever device they are on) for ``target``, a
-    ``triton.backends.compiler.GPUTarget``. Raises NotGenerated where there is none, and what Triton raises."""
+    """Compiles the kernel that ``launch.attend`` would run on these tensors (whatever device they are on) for
+    ``target``, a ``triton.backends.compiler.GPUTarget``. Raises NotGenerated where there is none, and what Triton
+    raises."""
     import triton
     from triton.compiler import ASTSource
 
@@ -48,11 +51,13 @@ def build(
     args = [query, f32, f32, f32, f32, *operands(about, keys, values, extras), 1, 1, 1]
     signature, fixed, aligned = {}, {}, {}
     for i, (name, a) in enumerate(zip(function.arg_names, args, strict=True)):
-        own = name not in LATE and not isinstance(a, torch.Tensor)  # as at a launch: a 1 is compiled in, 16s are known
-        signature[name] = "constexpr" if own and a == 1 else _POINTERS[a.dtype] if isinstance(a, torch.Tensor) else "i32"
-        if own and a == 1:
-            fixed[name] = 1
-        elif isinstance(a, torch.Tensor) or (own and a % 16 == 0):
+        if isinstance(a, torch.Tensor):
+            signature[name] = _POINTERS[a.dtype]
+        elif name not in LATE and a == 1:  # as at a launch: a 1 is compiled in, multiples of 16 are known as such
+            signature[name], fixed[name] = "constexpr", 1
+        else:
+            signature[name] = "i32"
+        if isinstance(a, torch.Tensor) or (name not in LATE and a % 16 == 0):
             aligned[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=function, signature=signature, constexprs=fixed, attrs=aligned)
     options = {"num_warps": config.warps, "num_stages": config.stages}

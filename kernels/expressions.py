@@ -1,7 +1,7 @@
 """Numbered scalar expressions, and what each ATen op does to arrays of their numbers.
 
-An epilogue is run on arrays in which every element is the number of an expression: layout ops move numbers about as they
-move values, pointwise ops make new expressions (equal ones once), reductions make one over many.
+An epilogue is run on arrays in which every element is the number of an expression: layout ops move numbers about as
+they move values, pointwise ops make new expressions (equal ones once), reductions make one over many.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from torch.fx import Node
 
 
 class NotGenerated(Exception):
-    """This reader gets no kernel: ``node`` (a graph node, or words) and why. Internal: the caller uses the torch form."""
+    """This reader gets no kernel: ``node`` (a graph node, or words) and why. Internal: the caller uses the torch
+    form."""
 
     def __init__(self, node: object, why: str) -> None:
         self.node, self.why = node, why
@@ -24,9 +25,9 @@ class NotGenerated(Exception):
 
 
 LAYOUT = frozenset(
-    """_unsafe_view alias broadcast_to cat chunk clone concat concatenate contiguous detach expand flatten flip index_select
-    movedim narrow permute repeat repeat_interleave reshape roll select slice split split_with_sizes squeeze stack
-    swapaxes swapdims t transpose unbind unflatten unsafe_split unsqueeze view""".split()
+    """_unsafe_view alias broadcast_to cat chunk clone concat concatenate contiguous detach expand flatten flip
+    index_select movedim narrow permute repeat repeat_interleave reshape roll select slice split split_with_sizes
+    squeeze stack swapaxes swapdims t transpose unbind unflatten unsafe_split unsqueeze view""".split()
 )
 """Ops that only move elements: they run on numbers as they are."""
 
@@ -140,11 +141,9 @@ class Expressions:
         return self.each("mul", self.total(x, dims, keep), 1.0 / count)
 
 
-
-
 def pointwise(ex: Any, node: Node, name: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
-    """What a pointwise node is, by ``ex.each`` (of ``Expressions``, or of what writes a kernel's scores); None where it is
-    none of those known."""
+    """What a pointwise node is, by ``ex.each`` (of ``Expressions``, or of what writes a kernel's scores); None where
+    it is none of those known."""
     if kwargs.get("alpha", 1) != 1 or kwargs.get("rounding_mode") or (name in ("add", "sub") and len(args) > 2):
         raise NotGenerated(node, "it scales or rounds on the way")
     if name in UNARY:

@@ -1,7 +1,8 @@
-"""Runs generated kernels: the op where there is Triton. What gets no kernel runs in tiles (``tiled``), with one warning.
+"""Runs generated kernels: the op where there is Triton. What gets no kernel runs in tiles (``tiled``), with one
+warning.
 
-A kernel's source is kept in memory and in a folder (``cache_folder``) under a hash of all that it depends on, and loaded as
-a module: Triton compiles functions from their files. Triton's own cache then keeps what it compiles.
+A kernel's source is kept in memory and in a folder (``cache_folder``) under a hash of all that it depends on, and
+loaded as a module: Triton compiles functions from their files. Triton's own cache then keeps what it compiles.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ import torch
 
 from lorc_fx.errors import KernelWarning
 
-from . import expressions, generator, numbered, row_source, symbolic, terms, tiled
+from . import expressions, fixed_source, generator, numbered, operand_source, row_source, symbolic, terms, tiled
 from .attend import Attend, Operand
+from .config import Config, Given, Kernel, Met, latent
 from .expressions import NotGenerated
-from .generator import Config, Given, Kernel, Met, generate, latent
+from .generator import generate
 from .numbered import Constant
 from .stored import Stored
 
@@ -33,7 +35,7 @@ PROGRAMS = 2
 FEWEST_BLOCKS = 4
 """Blocks of tokens in a split, at least: below that, merging costs more than it spreads."""
 
-_MODULES = (expressions, generator, numbered, row_source, symbolic, terms)
+_WRITERS = (expressions, fixed_source, generator, numbered, operand_source, row_source, symbolic, terms)
 _Made = tuple[Kernel, ModuleType]
 _made: dict[tuple[Any, ...], _Made | None] = {}
 
@@ -82,13 +84,13 @@ def given_of(
     for e, extra in zip(extras, about.extras, strict=False):
         sizes = (1,) * (4 - e.dim()) + tuple(e.shape)
         kind = "bool" if e.dtype == torch.bool else "float" if e.is_floating_point() else "int"
-        met.append(Met(*(s > 1 for s in sizes[:3]), extra.tokens, kind))
+        met.append(Met(sizes[0] > 1, sizes[1] > 1, sizes[2] > 1, extra.tokens, kind))
     return Given(heads, queries, str(product).removeprefix("torch."), constants[0], constants[1], tuple(met))
 
 
 def default(about: Attend, given: Given) -> Config:
-    """A config by sizes. With 64 tokens and 8 warps nothing spills for heads of 128 with rows of up to 384 latents (sm_90:
-    250 registers); at 4 warps 300 bytes do. Times are not measured yet."""
+    """A config by sizes. With 64 tokens and 8 warps nothing spills for heads of 128 with rows of up to 384 latents
+    (sm_90: 250 registers); at 4 warps 300 bytes do. Times are not measured yet."""
     wide = max(about.keys.head_dim, about.values.latent_width if latent(about.values) else about.values.head_dim)
     exact = given.product == "float32"
     return Config(tokens=32 if wide > 256 or exact else 64, columns=32 if exact else 64, warps=8)
@@ -103,9 +105,14 @@ def interpreted() -> bool:
 
 
 def cache_folder() -> Path:
-    """Where sources are kept: ``LORC_KERNEL_CACHE``, else a folder of this user under the system's temporary one."""
-    given = os.environ.get("LORC_KERNEL_CACHE")
-    return Path(given) if given else Path(tempfile.gettempdir()) / f"lorc_kernels_{os.getuid()}"
+    """Where sources are kept: ``$LORC_KERNEL_CACHE``, else ``kernels`` in ``$LORC_CACHE``,
+    ``$XDG_CACHE_HOME/lorc_fx`` or ``~/.cache/lorc_fx``."""
+    own, ours, shared = (os.environ.get(name) for name in ("LORC_KERNEL_CACHE", "LORC_CACHE", "XDG_CACHE_HOME"))
+    if own:
+        return Path(own).expanduser()
+    if ours:
+        return Path(ours).expanduser() / "kernels"
+    return (Path(shared).expanduser() if shared else Path.home() / ".cache") / "lorc_fx" / "kernels"
 
 
 def _make(about: Attend, given: Given, config: Config) -> _Made | None:
@@ -121,13 +128,14 @@ def source_key(about: Attend, given: Given, config: Config) -> str:
     """A hash of all that a kernel's source depends on."""
     import triton
 
-    return hashlib.sha256("|".join([about.digest, repr(given), repr(config), _own(), triton.__version__]).encode()).hexdigest()
+    parts = [about.digest, repr(given), repr(config), _own(), triton.__version__]
+    return hashlib.sha256("|".join(parts).encode()).hexdigest()
 
 
 @functools.cache
 def _own() -> str:
     """A hash of all that writes kernels."""
-    sources = b"".join(Path(str(m.__file__)).read_bytes() for m in _MODULES)
+    sources = b"".join(Path(str(m.__file__)).read_bytes() for m in _WRITERS)
     return hashlib.sha256(sources).hexdigest()
 
 

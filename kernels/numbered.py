@@ -1,7 +1,7 @@
 """An epilogue's graph, run on numbers of expressions: which expression each element of the dense cache value is.
 
-The graph runs for one token of one batch row, on zeros (for dtypes and sizes) and on numbers (``expressions.py``) side by
-side: a decoder works for any number of tokens, so nothing of what it computes depends on that number.
+The graph runs for one token of one batch row, on zeros (for dtypes and sizes) and on numbers (``expressions.py``)
+side by side: a decoder works for any number of tokens, so nothing of what it computes depends on that number.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class _Run(Interpreter):
         where = None if side is None else torch.zeros(1, 1, *side.features, dtype=side.dtype)
         given: list[Any] = [torch.zeros(1, 1, self.decoder.width, dtype=self.decoder.dtype), where]
         given += [torch.zeros(c.shape, dtype=c.dtype) for c in self.constants]
-        holders = [n for n in self.module.graph.nodes if n.op == "placeholder"]
+        holders = [n for n in self.decoder.module.graph.nodes if n.op == "placeholder"]
         for i, (node, value) in enumerate(zip(holders, given, strict=False)):
             if value is not None:
                 leaf, which = ("y", ()) if i == 0 else ("side", ()) if i == 1 else ("const", (i - 2,))
@@ -197,7 +197,8 @@ class _Run(Interpreter):
                 raise NotGenerated(node, "a look-up along another axis than the first")
             places = places[0]
         rows = table.reshape(table.shape[0], -1)
-        if (name == "index_select" and args[1] % table.dim()) or {self.ex.ops[i] for i in rows.flatten().tolist()} != {"const"}:
+        kinds = {self.ex.ops[i] for i in rows.flatten().tolist()}
+        if (name == "index_select" and args[1] % table.dim()) or kinds != {"const"}:
             raise NotGenerated(node, "a look-up in what is no constant table")
         at = torch.tensor([self.ex.values[i] for i in rows.flatten().tolist()]).reshape(*rows.shape, 2)
         step = int(at[1, 0, 1] - at[0, 0, 1]) if len(rows) > 1 else 0

@@ -1,8 +1,9 @@
 """Triton source that reads packed rows: chunks of columns as numbers for a product, scales, indices of means.
 
-A chunk is a power of two of columns that one load brings. Of a segment in one plane of w bits, m bytes long, a chunk takes
-bytes j .. j + n of the plane and all 8 / w columns in each: column i m + j is in byte j at bit i w, so a byte's columns come
-out as [8 / w, n] without a single byte read twice. Segments of several planes are read column by column, plane by plane.
+A chunk is a power of two of columns that one load brings. Of a segment in one plane of w bits, m bytes long, a chunk
+takes bytes j .. j + n of the plane and all 8 / w columns in each: column i m + j is in byte j at bit i w, so a byte's
+columns come out as [8 / w, n] without a single byte read twice. Segments of several planes are read column by column,
+plane by plane.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ def padded(size: int, least: int = LEAST) -> int:
 
 @dataclass(frozen=True)
 class Stretch:
-    """A segment as chunks. ``at``: its first byte in a row (of an exact segment: its first element). ``start``: its first
-    column; ``groups`` columns in each of ``span`` bytes (elements), ``taken`` of which are in a chunk."""
+    """A segment as chunks. ``at``: its first byte in a row (of an exact segment: its first element). ``start``: its
+    first column; ``groups`` columns in each of ``span`` bytes (elements), ``taken`` of which are in a chunk."""
 
     bits: int
     at: int
@@ -79,10 +80,11 @@ def _taken(span: int, most: int, least: int) -> int:
 
 
 class RowSource:
-    """Writes reads of one operand's rows. ``name``: the prefix of its variables (``k`` or ``v``); kernels have ``{name}_rows``
-    (bytes, or the model's dtype where rows are plain), ``{name}_exact`` and ``{name}_half`` (the same memory as the model's
-    dtype and as fp16), strides ``{name}_t`` and ``{name}_b`` in elements of ``{name}_rows``, a block of tokens ``at + i`` that
-    are ``seen``, and the batch row ``b``. A block begins at one 64-bit place; within it 32 bits do.
+    """Writes reads of one operand's rows. ``name``: the prefix of its variables (``k`` or ``v``); kernels have
+    ``{name}_rows`` (bytes, or the model's dtype where rows are plain), ``{name}_exact`` and ``{name}_half`` (the same
+    memory as the model's dtype and as fp16), strides ``{name}_t`` and ``{name}_b`` in elements of ``{name}_rows``, a
+    block of tokens ``at + i`` that are ``seen``, and the batch row ``b``. A block begins at one 64-bit place; within
+    it 32 bits do.
     """
 
     def __init__(self, name: str, form: Format, columns: int, dot: str) -> None:
@@ -105,12 +107,14 @@ class RowSource:
             lines.append(f"{n}_scale = tl.abs({n}_scale)")
         elif self.further:
             place = form_end(form) - index_bytes(form.choices, form.scaled)
-            lines.append(f"{n}_index = tl.load({n}_rows + {n}_block + ({n}_at + {place}), mask=seen, other=0).to(tl.int32)")
+            where = f"{n}_rows + {n}_block + ({n}_at + {place})"
+            lines.append(f"{n}_index = tl.load({where}, mask=seen, other=0).to(tl.int32)")
             lines += [f"{n}_more{j} = ({n}_index == {j + 2}).to(tl.float32)" for j in range(self.further)]
         return lines
 
     def columns(self, name: str, stretch: Stretch, first: str) -> list[str]:
-        """``{name}_j`` bytes of a chunk; ``{name}_c`` its columns in a row, ``{name}_live`` which of its items are any."""
+        """``{name}_j`` bytes of a chunk; ``{name}_c`` its columns in a row, ``{name}_live`` which of its items are
+        any."""
         g, n, m = stretch.groups, stretch.taken, stretch.span
         lines = [f"{name}_j = {first} + tl.arange(0, {n})"]
         if g == 1:
@@ -122,13 +126,14 @@ class RowSource:
         return [*lines, f"{name}_c = {stretch.start} + {inside}", f"{name}_live = {live}"]
 
     def chunk(self, name: str, stretch: Stretch) -> list[str]:
-        """``{name}`` [tokens, items] in the product's dtype, of columns that ``columns`` has named: exact numbers, or levels
-        less their middle (of which a scale and the stretch's step make numbers)."""
+        """``{name}`` [tokens, items] in the product's dtype, of columns that ``columns`` has named: exact numbers, or
+        levels less their middle (of which a scale and the stretch's step make numbers)."""
         n, bits = self.name, stretch.bits
         if bits == MODEL:
             rows, at = self._exact()
             mask = f"seen[:, None] & {name}_live[None, :]"
-            return [f"{name} = tl.load({rows} + ({at}[:, None] + {name}_c[None, :]), mask={mask}, other=0.0).to({self.dot})"]
+            where = f"{rows} + ({at}[:, None] + {name}_c[None, :])"
+            return [f"{name} = tl.load({where}, mask={mask}, other=0.0).to({self.dot})"]
         half = (1 << (bits - 1)) - 0.5
         if len(planes(bits)) > 1:
             found = self._planes(name, stretch, f"{name}_c - {stretch.start}", f"{name}_live")
@@ -177,9 +182,7 @@ class RowSource:
             span = -(-s.columns * plane // 8)
             byte = f"{name}_p % {span}" if plane < 8 else f"{name}_p"
             where = f"{n}_rows + {n}_block + ({n}_at[:, None] + ({at} + {byte})[None, :])"
-            lines.append(
-                f"{name}_b{i} = tl.load({where}, mask=seen[:, None] & {live}[None, :], other=0).to(tl.int32)"
-            )
+            lines.append(f"{name}_b{i} = tl.load({where}, mask=seen[:, None] & {live}[None, :], other=0).to(tl.int32)")
             part = f"{name}_b{i}"
             if plane < 8:
                 part = f"(({part} >> (({name}_p // {span}) * {plane})[None, :]) & {(1 << plane) - 1})"

@@ -1,15 +1,15 @@
 """Pieces of a head: runs of its features that one expression over whole tiles computes, in order.
 
-Every feature of the dense value has an expression of its own (``numbered.py``). Features whose expressions differ only in
-the places of their leaves, by a constant step from one to the next, are a piece:
+Every feature of the dense value has an expression of its own (``numbered.py``). Features whose expressions differ
+only in the places of their leaves, by a constant step from one to the next, are a piece:
 
     half-split rotation    two pieces, the halves         y[d] cos - y[d + D/2] sin     y[d] cos + y[d - D/2] sin
     interleaved rotation   two pieces, even and odd       y[d] cos - y[d + 1] sin       y[d] cos + y[d - 1] sin
     partial rotation       two pieces and the rest
     moved columns          one piece, or one per run
 
-so that a kernel holds a few [tokens, items] tiles and never reorders one. Places must step evenly from head to head too:
-then one kernel does for all heads.
+so that a kernel holds a few [tokens, items] tiles and never reorders one. Places must step evenly from head to head
+too: then one kernel does for all heads.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-import torch
 
 from .attend import Operand
 from .expressions import Expressions, NotGenerated
@@ -124,7 +123,8 @@ class _Pieces:
         if len(runs) > MOST_PIECES:
             raise NotGenerated("epilogue", f"a head falls into {len(runs)} pieces, {MOST_PIECES} at most are taken")
         for run in runs:
-            self.tiles += {tuple(column) for column in zip(*(self.columns(int(n)) for n in numbers[0, run]), strict=True)}
+            read = [self.columns(n) for n in numbers[0, run].tolist()]
+            self.tiles += sorted(set(zip(*read, strict=True)))
         return Epilogue(tuple(Piece(_places(np.array([run]), "features"), self.term(numbers[:, run])) for run in runs))
 
     def runs(self, numbers: list[int]) -> list[list[int]]:
@@ -157,7 +157,7 @@ class _Pieces:
                 key = ("sum", number)
             else:
                 value = ex.values[number]
-                own = () if op in ("y", "side") else value[:1] if op == "const" else value[::2] if op == "table" else value
+                own = {"y": (), "side": (), "const": value[:1], "table": value[::2]}.get(op, value)
                 key = (op, own, type(own[0]) if own else None, *(self.shape(a) for a in ex.args[number]))
             known = self._shapes[number] = self._interned.setdefault(key, len(self._interned))
         return known

@@ -14,8 +14,8 @@ from .symbolic import Places, Term
 class TermWriter:
     """Writes the terms of one operand, each once. ``ahead``: lines before the loop over tokens; ``lines``: those in it.
 
-    Values of tokens are [tokens, 1], of items [1, items], of both [tokens, items]. Names begin with ``name``; ``tiles`` says
-    what tiles of y are called.
+    Values of tokens are [tokens, 1], of items [1, items], of both [tokens, items]. Names begin with ``name``;
+    ``tiles`` says what tiles of y are called.
     """
 
     def __init__(self, name: str, tiles: dict[Places, str], positions: bool, dtypes: list[bool]) -> None:

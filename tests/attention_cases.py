@@ -20,7 +20,7 @@ aten = torch.ops.aten
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
 
-# -- epilogues: y [B, T, n], positions [B, T], constants -> [B, H, T, D] -------------------------------------------------
+# -- epilogues: y [B, T, n], positions [B, T], constants -> [B, H, T, D] ---------------------------------------------
 
 
 def heads_of(y: torch.Tensor, heads: int) -> torch.Tensor:
@@ -86,7 +86,8 @@ def l2(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 ROTARY: dict[str, Callable[..., torch.Tensor]] = {
-    "half": half_split, "interleaved": interleaved, "complex": complex_pairs, "partial": partial, "table": table, "kept": kept_angles,
+    "half": half_split, "interleaved": interleaved, "complex": complex_pairs, "partial": partial, "table": table,
+    "kept": kept_angles,
 }  # fmt: skip
 NORMS: dict[str, Callable[..., torch.Tensor]] = {"rms": rms, "layer": layer_norm, "l2": l2}
 
@@ -121,12 +122,12 @@ def decoder_of(rotary: str | None, norm: str | None, heads: int, dim: int, dtype
     return Decoder(made, heads * dim, ("B", heads, "T", dim), dtype, side, f"{norm} {rotary}"), tuple(consts)
 
 
-# -- scores --------------------------------------------------------------------------------------------------------------
+# -- scores ----------------------------------------------------------------------------------------------------------
 
 
 def program(kind: str, dim: int) -> tuple[GraphModule, tuple[Extra, ...], int | None]:
-    """What scores become: ``none``, ``bool`` (a mask), ``hidden`` (one in which a batch row sees nothing), ``add`` (a bias),
-    ``alibi`` (a bias per head), ``head`` (one number per head), ``cap`` (a soft cap and a bias)."""
+    """What scores become: ``none``, ``bool`` (a mask), ``hidden`` (one in which a batch row sees nothing), ``add`` (a
+    bias), ``alibi`` (a bias per head), ``head`` (one number per head), ``cap`` (a soft cap and a bias)."""
     graph = Graph()
     made = graph.call_function(aten.mul.Tensor, (graph.placeholder("scores"), 1 / math.sqrt(dim)))
     if kind != "none":
@@ -143,13 +144,13 @@ def program(kind: str, dim: int) -> tuple[GraphModule, tuple[Extra, ...], int | 
     return GraphModule(torch.nn.Module(), graph), extras, 0 if kind in ("bool", "hidden", "add") else None
 
 
-# -- a case --------------------------------------------------------------------------------------------------------------
+# -- a case ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Case:
-    """``keys``, ``values``: segments (columns, bits); columns of 0 bits are in ``dtype``. ``rotary``, ``norm``: the key's
-    epilogue (absorbed where there is none); ``matrix``: whether rows are latents of a codec."""
+    """``keys``, ``values``: segments (columns, bits); columns of 0 bits are in ``dtype``. ``rotary``, ``norm``: the
+    key's epilogue (absorbed where there is none); ``matrix``: whether rows are latents of a codec."""
 
     tokens: int = 63
     heads: int = 2

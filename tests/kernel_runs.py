@@ -40,7 +40,9 @@ VALUES = {
     "8 and 4 bits": Case(keys=MIXED, values=MIXED, tokens=200, heads=7),
     "3 bits": Case(keys=((24, 3),), values=((33, 3),)),
     "2 bits": Case(keys=((64, 2),), values=((50, 2),)),
-    "exact columns and all bits": Case(keys=((8, 0), (16, 8), (10, 6), (9, 5)), values=((8, 0), (7, 4), (30, 3), (9, 1))),
+    "exact columns and all bits": Case(
+        keys=((8, 0), (16, 8), (10, 6), (9, 5)), values=((8, 0), (7, 4), (30, 3), (9, 1))
+    ),
     "two means": Case(keys=((24, 0), (32, 8)), values=((30, 6), (20, 2)), means=2, mean=True),
     "three plain means": Case(keys=((24, 0),), values=((20, 0),), means=3, mean=True),
     "four means": Case(keys=((24, 4),), values=((20, 2),), means=4, mean=True, rotary="half"),
@@ -51,7 +53,9 @@ VALUES = {
     "heads swapped, projected": Case(cached=2, columns=SWAPPED, rotary="half", mean=True),
     "rotary": Case(rotary="half", tokens=7),
     "rotary, 80": Case(rotary="half", cached=2, heads=8, queries=4, dim=80, mean=True),
-    "rotary, bf16": Case(rotary="half", dim=128, cached=2, heads=8, keys=MIXED, values=MIXED, dtype=BF16, scores="bool"),
+    "rotary, bf16": Case(
+        rotary="half", dim=128, cached=2, heads=8, keys=MIXED, values=MIXED, dtype=BF16, scores="bool"
+    ),
     "rotary, mixed": Case(rotary="half", tokens=200, keys=MIXED, values=MIXED, means=2, mean=True),
     "interleaved, 96": Case(rotary="interleaved", cached=2, dim=96),
     "complex pairs": Case(rotary="complex", cached=2),
@@ -86,7 +90,14 @@ BUILDS = {
     ),
     "fp32, partial": Case(dim=80, heads=8, cached=8, keys=((320, 0),), values=((320, 0),), rotary="partial", queries=4),
     "no projection": Case(
-        dtype=BF16, dim=128, heads=8, cached=8, matrix=False, keys=((1024, 4),), values=((1024, 8),), rotary="interleaved"
+        dtype=BF16,
+        dim=128,
+        heads=8,
+        cached=8,
+        matrix=False,
+        keys=((1024, 4),),
+        values=((1024, 8),),
+        rotary="interleaved",
     ),
 }
 """What is compiled; few tokens, sizes as in models."""
@@ -103,7 +114,8 @@ def difference(case: Case) -> dict[str, Any]:
     want = reference.attend(*given)
     same = torch.equal(got.isnan(), want.isnan())
     error = (got.double() - want).nan_to_num(0.0).abs().max() / want.nan_to_num(0.0).abs().max()
-    return {"error": float(error) if same else float("inf"), "said": [str(w.message) for w in said if issubclass(w.category, KernelWarning)]}
+    ours = [str(w.message) for w in said if issubclass(w.category, KernelWarning)]
+    return {"error": float(error) if same else float("inf"), "said": ours}
 
 
 def built(case: Case, target: str) -> dict[str, Any]:

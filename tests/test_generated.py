@@ -1,4 +1,5 @@
-"""Generated Triton kernels: values against the reference under Triton's interpreter, and builds for devices not there."""
+"""Generated Triton kernels: values against the reference under Triton's interpreter, and builds for devices not
+there."""
 
 from __future__ import annotations
 
@@ -19,8 +20,9 @@ from kernel_runs import BUILDS, SHARED, TARGETS, TOLERANCE, VALUES
 
 from lorc_fx.errors import KernelWarning
 from lorc_fx.kernels import launch, tiled
+from lorc_fx.kernels.config import Config
 from lorc_fx.kernels.expressions import NotGenerated
-from lorc_fx.kernels.generator import Config, generate
+from lorc_fx.kernels.generator import generate
 from lorc_fx.kernels.numbered import Constant
 from lorc_fx.kernels.symbolic import epilogue_of
 
@@ -36,7 +38,9 @@ def run(folder: Path, *args: str, **env: str) -> Any:
     paths = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
     own = {"PYTHONPATH": paths, "LORC_KERNEL_CACHE": str(folder), "TRITON_CACHE_DIR": str(folder / "triton")}
     script = str(Path(__file__).with_name("kernel_runs.py"))
-    done = subprocess.run([sys.executable, script, *args], env={**os.environ, **own, **env}, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, script, *args], env={**os.environ, **own, **env}, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
 
