@@ -13,14 +13,18 @@ LATE = ("rows", "T", "split")
 
 @dataclass(frozen=True)
 class Config:
-    """What a tuner may choose. tokens: of a block. columns: of a chunk of a row. splits: of all tokens, 0: by their
-    number and the device. warps, stages: as Triton takes them."""
+    """What a tuner may choose.
+
+    tokens: of a block. columns: of a chunk of a row. splits: of all tokens, 0: by their number and the device. warps,
+    stages: as Triton takes them. skips: whether blocks that a mask hides are not read (then no loads are pipelined).
+    """
 
     tokens: int = 64
     columns: int = 64
     splits: int = 0
     warps: int = 4
     stages: int = 2
+    skips: bool = True
 
 
 @dataclass(frozen=True)

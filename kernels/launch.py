@@ -93,7 +93,7 @@ def default(about: Attend, given: Given) -> Config:
     (sm_90: 250 registers); at 4 warps 300 bytes do. Times are not measured yet."""
     wide = max(about.keys.head_dim, about.values.latent_width if latent(about.values) else about.values.head_dim)
     exact = given.product == "float32"
-    return Config(tokens=32 if wide > 256 or exact else 64, columns=32 if exact else 64, warps=8)
+    return Config(tokens=32 if wide >= 256 or exact else 64, columns=32 if exact else 64, warps=8)
 
 
 def interpreted() -> bool:

@@ -126,8 +126,9 @@ def decoder_of(rotary: str | None, norm: str | None, heads: int, dim: int, dtype
 
 
 def program(kind: str, dim: int) -> tuple[GraphModule, tuple[Extra, ...], int | None]:
-    """What scores become: ``none``, ``bool`` (a mask), ``hidden`` (one in which a batch row sees nothing), ``add`` (a
-    bias), ``alibi`` (a bias per head), ``head`` (one number per head), ``cap`` (a soft cap and a bias)."""
+    """What scores become: ``none``, ``bool`` (a mask), ``hidden`` (one in which a batch row sees nothing), ``free``
+    and ``free bias`` (a long end that none sees), ``add`` (a bias), ``alibi`` (a bias per head), ``head`` (one number
+    per head), ``cap`` (a soft cap and a bias)."""
     graph = Graph()
     made = graph.call_function(aten.mul.Tensor, (graph.placeholder("scores"), 1 / math.sqrt(dim)))
     if kind != "none":
@@ -135,13 +136,17 @@ def program(kind: str, dim: int) -> tuple[GraphModule, tuple[Extra, ...], int | 
     if kind == "cap":
         made = graph.call_function(aten.div.Tensor, (made, 5.0))
         made = graph.call_function(aten.mul.Tensor, (graph.call_function(aten.tanh.default, (made,)), 5.0))
-    if kind in ("bool", "hidden"):
+    if kind in ("bool", "hidden", "free"):
         made = graph.call_function(aten.where.ScalarOther, (extra, made, -math.inf))
     elif kind != "none":
         made = graph.call_function(aten.add.Tensor, (made, extra))
     graph.output(made)
     extras = () if kind == "none" else (Extra(kind != "head"),)
-    return GraphModule(torch.nn.Module(), graph), extras, 0 if kind in ("bool", "hidden", "add") else None
+    return (
+        GraphModule(torch.nn.Module(), graph),
+        extras,
+        0 if kind in ("bool", "hidden", "add", "free", "free bias") else None,
+    )
 
 
 # -- a case ----------------------------------------------------------------------------------------------------------
@@ -196,6 +201,8 @@ def build(case: Case) -> tuple[Attend, torch.Tensor, Stored, Stored, tuple[torch
             seen[1] = False
         per_head = torch.randn(1, case.heads, 1, case.tokens if case.scores == "alibi" else 1)
         biases = {"bool": seen, "hidden": seen, "alibi": per_head, "head": per_head}
+        free = seen & (torch.arange(case.tokens) < 90)
+        biases |= {"free": free, "free bias": torch.where(free, bias, -torch.inf)}
         given.append(biases.get(case.scores, bias))
     if case.sink:
         given.append(torch.randn(1, case.heads, 1, 1))

@@ -70,6 +70,8 @@ VALUES = {
     "mask": Case(scores="bool", cached=2, heads=4),
     "nothing seen": Case(scores="hidden", queries=4),
     "nothing seen, NaN": Case(scores="hidden", blind=False),
+    "free end": Case(scores="free", tokens=200, queries=4),
+    "free end, bias": Case(scores="free bias", tokens=200, heads=4, rotary="half"),
     "bias": Case(scores="add", queries=4, tokens=200),
     "bias per head": Case(scores="alibi", heads=4),
     "number per head": Case(scores="head", heads=4),
