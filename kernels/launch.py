@@ -7,6 +7,7 @@ loaded as a module: Triton compiles functions from their files. Triton's own cac
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib.util
@@ -60,8 +61,11 @@ def attend(
     made = _made[key]
     if made is not None:
         try:
-            return _run(about, given, config, made, query, keys, values, extras)
-        except _failures() as error:  # Triton compiles at the first launch
+            with torch.cuda.device(query.device) if query.is_cuda else contextlib.nullcontext():
+                return _run(about, given, config, made, query, keys, values, extras)
+        except Exception as error:  # Triton compiles at the first launch
+            if not _of_compiling(error):
+                raise
             _made[key] = None
             _warn(about, f"it does not compile ({type(error).__name__}: {error})")
     return tiled.attend(about, query, keys, values, extras)
@@ -84,7 +88,8 @@ def given_of(
     for e, extra in zip(extras, about.extras, strict=False):
         sizes = (1,) * (4 - e.dim()) + tuple(e.shape)
         kind = "bool" if e.dtype == torch.bool else "float" if e.is_floating_point() else "int"
-        met.append(Met(sizes[0] > 1, sizes[1] > 1, sizes[2] > 1, extra.tokens, kind))
+        along = extra.tokens or sizes[3] > 1  # whatever a graph could tell: it can only be tokens
+        met.append(Met(sizes[0] > 1, sizes[1] > 1, sizes[2] > 1, along, kind))
     return Given(heads, queries, str(product).removeprefix("torch."), constants[0], constants[1], tuple(met))
 
 
@@ -155,12 +160,9 @@ def load(source: str, key: str) -> ModuleType:
     return module
 
 
-def _failures() -> tuple[type[Exception], ...]:
-    """What compiling a kernel may raise."""
-    from triton.compiler.errors import CompilationError
-    from triton.runtime.errors import OutOfResources, PTXASError
-
-    return CompilationError, OutOfResources, PTXASError
+def _of_compiling(error: Exception) -> bool:
+    """Whether a launch failed before it began: one of Triton's own errors, or a pass of its compiler."""
+    return type(error).__module__.split(".")[0] == "triton" or "PassManager::run" in str(error)
 
 
 def _warn(about: Attend, why: str) -> None:
@@ -215,8 +217,13 @@ def _splits(programs: int, total: int, tokens: int, device: torch.device) -> int
     """Stretches of tokens, so that the device is full but each has a few blocks."""
     if device.type != "cuda":
         return 2 if total > FEWEST_BLOCKS * tokens else 1
-    wanted = -(-PROGRAMS * torch.cuda.get_device_properties(device).multi_processor_count // programs)
+    wanted = -(-PROGRAMS * _processors(device) // programs)
     return max(1, min(wanted, total // (FEWEST_BLOCKS * tokens)))
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _strides(tensor: torch.Tensor) -> list[int]:

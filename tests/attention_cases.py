@@ -141,7 +141,7 @@ def program(kind: str, dim: int) -> tuple[GraphModule, tuple[Extra, ...], int | 
     elif kind != "none":
         made = graph.call_function(aten.add.Tensor, (made, extra))
     graph.output(made)
-    extras = () if kind == "none" else (Extra(kind != "head"),)
+    extras = () if kind == "none" else (Extra(kind not in ("head", "untold")),)
     return (
         GraphModule(torch.nn.Module(), graph),
         extras,
@@ -199,8 +199,8 @@ def build(case: Case) -> tuple[Attend, torch.Tensor, Stored, Stored, tuple[torch
         bias = torch.randn(case.batch, 1, case.queries, case.tokens).masked_fill(~seen, torch.finfo(F32).min)
         if case.scores == "hidden":
             seen[1] = False
-        per_head = torch.randn(1, case.heads, 1, case.tokens if case.scores == "alibi" else 1)
-        biases = {"bool": seen, "hidden": seen, "alibi": per_head, "head": per_head}
+        per_head = torch.randn(1, case.heads, 1, 1 if case.scores == "head" else case.tokens)
+        biases = {"bool": seen, "hidden": seen, "alibi": per_head, "untold": per_head, "head": per_head}
         free = seen & (torch.arange(case.tokens) < 90)
         biases |= {"free": free, "free bias": torch.where(free, bias, -torch.inf)}
         given.append(biases.get(case.scores, bias))
