@@ -48,7 +48,7 @@ def build(
     kernel = generate(about, given, config)
     function = load(kernel.source, source_key(about, given, config)).attend
     f32 = torch.empty(16)
-    args = [query, f32, f32, f32, f32, *operands(about, keys, values, extras), 1, 1, 1]
+    args = [query, f32, f32, f32, f32, *operands(about, kernel, keys, values, extras), 1, 1, 1]
     signature, fixed, aligned = {}, {}, {}
     for i, (name, a) in enumerate(zip(function.arg_names, args, strict=True)):
         if isinstance(a, torch.Tensor):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from .attend import Operand
 from .numbered import Constant
 
@@ -52,7 +54,7 @@ class Given:
     extras: tuple[Met, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Kernel:
     """Generated source (a module with ``attend`` and ``combine``) and what its launch must know: ``groups`` programs
     per batch row and split, ``rows`` M of queries in each, ``width`` numbers of a weighted sum."""
@@ -61,6 +63,7 @@ class Kernel:
     groups: int
     rows: int
     width: int
+    tables: tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]
 
 
 def latent(operand: Operand) -> bool:

@@ -81,6 +81,7 @@ class Expressions:
         self.args: list[tuple[int, ...]] = []
         self.values: list[tuple[Any, ...]] = []
         self.of_y: list[bool] = []
+        self.tables: list[torch.Tensor] = []  # constants that the graph itself makes: they come behind a decoder's
         self._known: dict[tuple[Any, ...], int] = {}
 
     def make(self, op: str, args: tuple[int, ...] = (), value: tuple[Any, ...] = ()) -> int:

@@ -36,7 +36,8 @@ def generate(about: Attend, given: Given, config: Config) -> Kernel:
     """The kernel of a reader. Raises NotGenerated where it cannot be one."""
     groups = _groups(about, given)
     writer = _Writer(about, given, config, groups)
-    return Kernel(writer.source(), groups, writer.rows, writer.value.width)
+    tables = writer.key.epilogue.tables, writer.value.epilogue.tables
+    return Kernel(writer.source(), groups, writer.rows, writer.value.width, tables)
 
 
 def _groups(about: Attend, given: Given) -> int:

@@ -191,7 +191,7 @@ def _run(
     split = -(-total // splits)
     tops, weights = (query.new_empty((splits, rows), dtype=torch.float32) for _ in range(2))
     sums = query.new_empty((splits, rows, kernel.width), dtype=torch.float32)
-    args = [*_queries(about.keys, keys, query), tops, weights, sums, *operands(about, keys, values, extras)]
+    args = [*_queries(about.keys, keys, query), tops, weights, sums, *operands(about, kernel, keys, values, extras)]
     options = {} if interpreted() else {"num_warps": config.warps, "num_stages": config.stages}
     module.attend[(batch * kernel.groups, splits)](*args, rows, total, split, **options)
     found = query.new_empty((rows, kernel.width), dtype=torch.float32)
@@ -205,9 +205,12 @@ def _run(
     return _finished(about.values, values, found, share, (batch, heads, queries)).to(query.dtype)
 
 
-def operands(about: Attend, keys: Stored, values: Stored, extras: tuple[torch.Tensor, ...]) -> list[Any]:
+def operands(
+    about: Attend, kernel: Kernel, keys: Stored, values: Stored, extras: tuple[torch.Tensor, ...]
+) -> list[Any]:
     """A kernel's arguments from rows to extras, in its order."""
-    args = [*_operand(about.keys, keys), *_operand(about.values, values)]
+    tables = _on(kernel, keys.rows.device)
+    args = [*_operand(about.keys, keys), *tables[0], *_operand(about.values, values), *tables[1]]
     for e in extras[: len(about.extras)]:
         args += [e.view(torch.uint8) if e.dtype == torch.bool else e, *_strides(e)]
     return args
@@ -219,6 +222,13 @@ def _splits(programs: int, total: int, tokens: int, device: torch.device) -> int
         return 2 if total > FEWEST_BLOCKS * tokens else 1
     wanted = -(-PROGRAMS * _processors(device) // programs)
     return max(1, min(wanted, total // (FEWEST_BLOCKS * tokens)))
+
+
+@functools.cache
+def _on(kernel: Kernel, device: torch.device) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """A kernel's own tables for keys and for values."""
+    keys, values = ([t.to(device) for t in tables] for tables in kernel.tables)
+    return keys, values
 
 
 @functools.cache

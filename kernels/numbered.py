@@ -52,6 +52,7 @@ class _Run(Interpreter):
         super().__init__(decoder.module)
         self.ex, self.decoder, self.constants = ex, decoder, constants
         self.ids: dict[Node, Any] = {}
+        self.fixed: set[Node] = set()  # what depends on nothing, not even on the number of tokens
         self.found: Any = None
 
     def numbers_of_output(self) -> torch.Tensor:
@@ -64,8 +65,11 @@ class _Run(Interpreter):
             if value is not None:
                 leaf, which = ("y", ()) if i == 0 else ("side", ()) if i == 1 else ("const", (i - 2,))
                 self.ids[node] = self.ex.leaves(leaf, tuple(value.shape), *which)
-        with torch.no_grad():
-            self.run(*given[: len(holders)])
+        try:
+            with torch.no_grad():
+                self.run(*given[: len(holders)])
+        except NotGenerated as error:  # without what the interpreter adds to its words
+            raise NotGenerated(error.node, error.why) from error.__cause__
         if not isinstance(self.found, torch.Tensor):
             raise NotGenerated("epilogue", "its value is no single real tensor")
         return self.found
@@ -83,11 +87,22 @@ class _Run(Interpreter):
             self._number(n, value)
         return value
 
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return super().call_function(target, args, {**kwargs, "device": "cpu"} if "device" in kwargs else kwargs)
+
     def _use(self, arg: Any) -> Any:
         """A node's numbers; what is no tensor (a size) as it is."""
         return map_arg(arg, lambda node: self.ids[node] if node in self.ids else self.env[node])
 
     def _number(self, node: Node, value: Any) -> None:
+        if self.fixed.issuperset(node.all_input_nodes):
+            self.fixed.add(node)
+            if isinstance(value, torch.Tensor):
+                real = not value.is_complex()
+                self.ids[node] = (
+                    self._table(value) if real else _Complex(self._table(value.real), self._table(value.imag))
+                )
+                return
         several = isinstance(value, (list, tuple))
         if not isinstance(value, torch.Tensor) and not (several and isinstance(value[0], torch.Tensor)):
             return
@@ -99,6 +114,16 @@ class _Run(Interpreter):
             if value.dtype in LOW and op_name(node) not in LAYOUT:
                 made = self._rounded(made, LOW[value.dtype])
         self.ids[node] = made
+
+    def _table(self, value: torch.Tensor) -> torch.Tensor:
+        """Numbers of a constant that the graph makes (frequencies, say): a table that the kernel gets as an
+        argument."""
+        distinct = value.unique()
+        if len(distinct) == 1:
+            return torch.full(value.shape, self.ex.number(distinct[0].item()))
+        which = len(self.constants) + len(self.ex.tables)
+        self.ex.tables.append(value.flatten() if not value.is_floating_point() else value.flatten().float())
+        return self.ex.leaves("const", tuple(value.shape), which)
 
     def _rounded(self, numbers: torch.Tensor, kind: str) -> torch.Tensor:
         """What does not depend on y is rounded as in the model: an angle is far off otherwise. What does stays fp32."""
@@ -180,7 +205,10 @@ class _Run(Interpreter):
             return getattr(x, name)
         if name in LAYOUT and name not in ("cat", "stack", "split", "chunk", "unbind"):
             return _Complex(*(node.target(part, *args[1:]) for part in (x.real, x.imag)))  # type: ignore[operator]
-        if name == "mul" and isinstance(args[1], _Complex) and isinstance(x, _Complex):
+        if name == "mul" and not (isinstance(args[1], _Complex) and isinstance(x, _Complex)):
+            x, o = (x, args[1]) if isinstance(x, _Complex) else (args[1], x)
+            return _Complex(ex.each("mul", x.real, o), ex.each("mul", x.imag, o))
+        if name == "mul":
             o = args[1]
             products = [ex.each("mul", a, b) for a, b in ((x.real, o.real), (x.imag, o.imag))]
             others = [ex.each("mul", a, b) for a, b in ((x.real, o.imag), (x.imag, o.real))]

@@ -31,14 +31,14 @@ class OperandSource:
             raise NotGenerated("rows", "several means without a matrix")
         self.epilogue = Epilogue(()) if self.latent else epilogue_of(operand, constants)
         self.args = [f"{name}_rows", f"{name}_t", f"{name}_b", f"{name}_exact", f"{name}_half"]
-        self.floats = [c.dtype.is_floating_point for c in constants]
+        self.floats = [c.dtype.is_floating_point for c in (*constants, *self.epilogue.tables)]
         side = operand.decoder.side
         self.side = None if operand.absorbed else side
         if not self.latent:
             self.args += [f"{name}_decode", f"{name}_decode_k", f"{name}_decode_n"] if operand.decodes else []
             self.args += [f"{name}_mean"] if operand.has_mean else []
             self.args += [f"{name}_side", f"{name}_side_t", f"{name}_side_b"] if self.side is not None else []
-            self.args += [f"{name}_const{i}" for i in range(len(constants))]
+            self.args += [f"{name}_const{i}" for i in range(len(self.floats))]
 
     # -- keys ---------------------------------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+import torch
 
 from .attend import Operand
 from .expressions import Expressions, NotGenerated
@@ -83,11 +84,12 @@ class Piece:
     term: Term
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Epilogue:
-    """All pieces of a head, and the tiles of y that they are made of."""
+    """All pieces of a head, and the tiles of y that they are made of; ``tables``: constants behind the decoder's."""
 
     pieces: tuple[Piece, ...]
+    tables: tuple[torch.Tensor, ...] = ()
 
     @cached_property
     def tiles(self) -> tuple[Places, ...]:
@@ -125,7 +127,8 @@ class _Pieces:
         for run in runs:
             read = [self.columns(n) for n in numbers[0, run].tolist()]
             self.tiles += sorted(set(zip(*read, strict=True)))
-        return Epilogue(tuple(Piece(_places(np.array([run]), "features"), self.term(numbers[:, run])) for run in runs))
+        pieces = (Piece(_places(np.array([run]), "features"), self.term(numbers[:, run])) for run in runs)
+        return Epilogue(tuple(pieces), tuple(self.ex.tables))
 
     def runs(self, numbers: list[int]) -> list[list[int]]:
         """Indices of ``numbers`` in runs of one shape whose leaves step evenly."""

@@ -72,6 +72,12 @@ def kept_angles(x: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
 
 
+def own_frequencies(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Frequencies are made in the graph."""
+    half = int(x.shape[-1]) // 2
+    return half_split(x, positions, 10000 ** (-torch.arange(half) / half))
+
+
 def rms(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     wide = x.float()
     return (weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6))).to(x.dtype)
@@ -87,7 +93,7 @@ def l2(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 ROTARY: dict[str, Callable[..., torch.Tensor]] = {
     "half": half_split, "interleaved": interleaved, "complex": complex_pairs, "partial": partial, "table": table,
-    "kept": kept_angles,
+    "kept": kept_angles, "own": own_frequencies,
 }  # fmt: skip
 NORMS: dict[str, Callable[..., torch.Tensor]] = {"rms": rms, "layer": layer_norm, "l2": l2}
 
@@ -98,7 +104,7 @@ def decoder_of(rotary: str | None, norm: str | None, heads: int, dim: int, dtype
     if rotary == "table":
         a = torch.arange(512)[:, None] * 10000 ** (-torch.arange(dim // 2) / (dim // 2))
         consts.append(torch.cat([a.cos(), a.sin()], -1))
-    elif rotary and rotary != "kept":
+    elif rotary and rotary not in ("kept", "own"):
         count = dim // 2 if rotary != "partial" else dim // 8
         consts.append(10000 ** (-torch.arange(count) / count))
     if norm:

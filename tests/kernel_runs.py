@@ -62,6 +62,7 @@ VALUES = {
     "partial": Case(rotary="partial", cached=2, heads=4),
     "table by position": Case(rotary="table", cached=2),
     "angles kept": Case(rotary="kept", cached=2),
+    "frequencies of the graph": Case(rotary="own", cached=2),
     "key norm": Case(rotary="half", norm="rms", cached=2, keys=((64, 8), (40, 4)), means=2, mean=True),
     "key norm, 256": Case(dim=256, keys=((128, 8), (100, 4)), values=((200, 4),), rotary="half", norm="rms"),
     "layer norm, interleaved": Case(rotary="interleaved", norm="layer", cached=2),
