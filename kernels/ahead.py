@@ -10,7 +10,7 @@ import torch
 from .attend import Attend
 from .config import LATE, Config
 from .generator import generate
-from .launch import given_of, load, operands, source_key
+from .launch import combining, given_of, load, operands, source_key
 from .stored import Stored
 
 _POINTERS = {
@@ -41,26 +41,32 @@ def build(
     """Compiles the kernel that ``launch.attend`` would run on these tensors (whatever device they are on) for
     ``target``, a ``triton.backends.compiler.GPUTarget``. Raises NotGenerated where there is none, and what Triton
     raises."""
+    given = given_of(about, query, keys, values, extras)
+    kernel = generate(about, given, config)
+    module = load(kernel.source, source_key(about, given, config))
+    f32 = torch.empty(16)
+    args = [query, f32, f32, f32, f32, *operands(about, kernel, keys, values, extras), 1, 1, 1]
+    made = _compiled(module.attend, args, LATE, {"num_warps": config.warps, "num_stages": config.stages}, target)
+    args = [f32, f32, f32, f32, f32, f32, 1, 1, *combining(about, given, kernel), 0, 1, 0]
+    merged = _compiled(module.combine, args, ("rows", "splits", "sink_b", "sink_h", "sink_s"), {}, target)
+    binary = made.asm.get("cubin") or made.asm["hsaco"]
+    return Built(max(made.metadata.shared, merged.metadata.shared), kernel.source, binary)
+
+
+def _compiled(function: Any, args: list[Any], late: tuple[str, ...], options: dict[str, int], target: Any) -> Any:
+    """As at a launch: a 1 is compiled in, multiples of 16 are known as such, unless an argument is ``late``."""
     import triton
     from triton.compiler import ASTSource
 
-    given = given_of(about, query, keys, values, extras)
-    kernel = generate(about, given, config)
-    function = load(kernel.source, source_key(about, given, config)).attend
-    f32 = torch.empty(16)
-    args = [query, f32, f32, f32, f32, *operands(about, kernel, keys, values, extras), 1, 1, 1]
     signature, fixed, aligned = {}, {}, {}
     for i, (name, a) in enumerate(zip(function.arg_names, args, strict=True)):
         if isinstance(a, torch.Tensor):
             signature[name] = _POINTERS[a.dtype]
-        elif name not in LATE and a == 1:  # as at a launch: a 1 is compiled in, multiples of 16 are known as such
-            signature[name], fixed[name] = "constexpr", 1
+        elif name.isupper() or (name not in late and a == 1):
+            signature[name], fixed[name] = "constexpr", a
         else:
             signature[name] = "i32"
-        if isinstance(a, torch.Tensor) or (name not in LATE and a % 16 == 0):
+        if isinstance(a, torch.Tensor) or (name not in late and name not in fixed and a % 16 == 0):
             aligned[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=function, signature=signature, constexprs=fixed, attrs=aligned)
-    options = {"num_warps": config.warps, "num_stages": config.stages}
-    made = triton.compile(source, target=target, options=options)
-    binary = made.asm.get("cubin") or made.asm["hsaco"]
-    return Built(made.metadata.shared, kernel.source, binary)
+    return triton.compile(source, target=target, options=options)

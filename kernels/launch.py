@@ -197,12 +197,17 @@ def _run(
     found = query.new_empty((rows, kernel.width), dtype=torch.float32)
     share = query.new_empty((rows,), dtype=torch.float32)
     sink = extras[-1] if about.sink else tops
-    columns = min(128, row_source.padded(kernel.width))
-    grid = (rows, -(-kernel.width // columns))
-    sizes = (kernel.width, heads, queries, about.sink, about.blind, columns)
+    sizes = combining(about, given, kernel)
+    grid = (rows, -(-kernel.width // sizes[-1]))
     steps = _strides(sink)[:3] if about.sink else [0, 0, 0]
     module.combine[grid](tops, weights, sums, sink, found, share, rows, splits, *sizes, *steps)
     return _finished(about.values, values, found, share, (batch, heads, queries)).to(query.dtype)
+
+
+def combining(about: Attend, given: Given, kernel: Kernel) -> tuple[int, ...]:
+    """What ``combine`` has compiled in, in its order; the last is how many columns a program merges."""
+    columns = min(128, row_source.padded(kernel.width))
+    return kernel.width, given.heads, given.queries, about.sink, about.blind, columns
 
 
 def operands(

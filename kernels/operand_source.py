@@ -31,7 +31,8 @@ class OperandSource:
             raise NotGenerated("rows", "several means without a matrix")
         self.epilogue = Epilogue(()) if self.latent else epilogue_of(operand, constants)
         self.args = [f"{name}_rows", f"{name}_t", f"{name}_b", f"{name}_exact", f"{name}_half"]
-        self.floats = [c.dtype.is_floating_point for c in (*constants, *self.epilogue.tables)]
+        kinds = [*(c.dtype for c in constants), *(t.dtype for t in self.epilogue.tables)]
+        self.floats = [kind.is_floating_point for kind in kinds]
         side = operand.decoder.side
         self.side = None if operand.absorbed else side
         if not self.latent:

@@ -90,7 +90,15 @@ BUILDS = {
         dtype=BF16, dim=128, heads=32, cached=8, keys=((128, 8), (256, 4)), values=MIXED, rotary="half", scores="bool"
     ),
     "3 bits, key norm": Case(
-        dtype=F16, dim=256, heads=4, keys=((128, 3),), values=((128, 2),), rotary="half", norm="rms", scores="cap"
+        dtype=F16,
+        dim=256,
+        heads=4,
+        keys=((128, 3),),
+        values=((128, 2),),
+        rotary="half",
+        norm="rms",
+        scores="cap",
+        sink=True,
     ),
     "fp32, partial": Case(dim=80, heads=8, cached=8, keys=((320, 0),), values=((320, 0),), rotary="partial", queries=4),
     "no projection": Case(
