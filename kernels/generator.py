@@ -28,8 +28,11 @@ MOST_ROWS = 64
 """Query rows of a program, at most, unless one query head has more: two tiles of scores of 64 x 64 in fp32 are 32
 KiB."""
 
-MOST_SUMS = 32768
-"""Numbers that a program sums up: 128 fp32 registers in each of 256 threads."""
+MOST_SUMS = 16384
+"""Numbers that a program sums up, about: 64 fp32 registers in each of 256 threads. Twice as many spill (sm_90)."""
+
+WIDEST = 2048
+"""Latents of a value, at most: 16 rows of sums of them are 128 registers in each of 256 threads."""
 
 
 def generate(about: Attend, given: Given, config: Config) -> Kernel:
@@ -54,7 +57,7 @@ def _groups(about: Attend, given: Given) -> int:
     ]
     if not found:
         raise NotGenerated("heads", f"{needed} cached heads for {given.heads} query heads")
-    if padded(wide) * 16 > MOST_SUMS:
+    if padded(wide) > WIDEST:
         raise NotGenerated("values", f"sums of {wide} latents do not fit in registers")
     return found[0]
 

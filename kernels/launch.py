@@ -36,6 +36,9 @@ PROGRAMS = 2
 FEWEST_BLOCKS = 4
 """Blocks of tokens in a split, at least: below that, merging costs more than it spreads."""
 
+BLOCK_BYTES = 65536
+"""Of latents in a block, about: twice that, for two stages, is less than the shared memory of any target but gfx942."""
+
 _WRITERS = (expressions, fixed_source, generator, numbered, operand_source, row_source, symbolic, terms)
 _Made = tuple[Kernel, ModuleType]
 _made: dict[tuple[Any, ...], _Made | None] = {}
@@ -95,10 +98,16 @@ def given_of(
 
 def default(about: Attend, given: Given) -> Config:
     """A config by sizes. With 64 tokens and 8 warps nothing spills for heads of 128 with rows of up to 384 latents
-    (sm_90: 250 registers); at 4 warps 300 bytes do. Times are not measured yet."""
+    (sm_90: 250 registers); at 4 warps 300 bytes do. Blocks of wide latents are small and not pipelined, as their rows
+    lie in shared memory. Times are not measured yet."""
     wide = max(about.keys.head_dim, about.values.latent_width if latent(about.values) else about.values.head_dim)
     exact = given.product == "float32"
-    return Config(tokens=32 if wide >= 256 or exact else 64, columns=32 if exact else 64, warps=8)
+    row = sum(o.latent_width for o in (about.keys, about.values) if latent(o)) * (4 if exact else 2)
+    tokens = 32 if wide >= 256 or exact else 64
+    while tokens > 16 and tokens * row > BLOCK_BYTES:
+        tokens //= 2
+    stages = 2 if tokens * row <= BLOCK_BYTES else 1
+    return Config(tokens=tokens, columns=32 if exact else 64, warps=8, stages=stages)
 
 
 def interpreted() -> bool:

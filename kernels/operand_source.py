@@ -10,6 +10,10 @@ from .row_source import RowSource, Stretch, padded
 from .symbolic import Epilogue, Places, epilogue_of
 from .terms import TermWriter
 
+MOST_HELD = 16384
+"""Numbers of query latents that a program keeps over its tokens, at most: 32 registers in each of 256 threads at 16
+bits. More are loaded again for each block, from a cache."""
+
 
 class OperandSource:
     """Writes keys or values: lines ``ahead`` of the loop over tokens, in it (``lines``), and ``after`` it; ``args``
@@ -52,6 +56,7 @@ class OperandSource:
 
     def _latent_scores(self) -> None:
         n, o = self.name, self.operand
+        held = self.ahead if padded(self.rows) * o.latent_width <= MOST_HELD else self.lines
         exact: list[str] = []
         scaled: list[str] = []
         for i, s in enumerate(self.source.stretches):
@@ -61,7 +66,7 @@ class OperandSource:
                 mask = f"asked[:, None] & {x}_live[None, :]"
                 load = f"tl.load(q + row[:, None] * {o.latent_width} + {x}_c[None, :], mask={mask}, other=0.0)"
                 step = f".to(tl.float32) * {s.step}" if s.bits else ""
-                self.ahead.append(f"q_{x} = ({load}{step}).to({self.dot})")
+                held.append(f"q_{x} = ({load}{step}).to({self.dot})")
                 self.lines += self.source.chunk(x, s)
                 (scaled if s.bits else exact).append(f"tl.dot(q_{x}, tl.trans({x}){self.exact})")
         terms = [f"({' + '.join(scaled)}) * {n}_scale[None, :]"] if scaled else []

@@ -150,6 +150,22 @@ def test_sources_are_the_same_for_equal_readers_and_say_what_they_are():
     compile(first, "generated", "exec")
 
 
+def test_only_masks_bring_conditions_and_wide_queries_are_loaded_block_by_block():
+    def loop(case: Case) -> str:
+        given = build(case)
+        return generate(given[0], launch.given_of(*given), Config()).source.split("for at in")[1]
+
+    assert "if tl.max" in loop(Case(scores="bool")) and "if tl.max" not in loop(Case(scores="alibi"))
+    assert "tl.load(q " not in loop(Case())
+    assert "tl.load(q " in loop(Case(heads=64, keys=((512, 0),)))
+
+
+def test_sums_that_fit_in_no_registers_are_refused():
+    given = build(Case(values=((2100, 0),), tokens=1))
+    with pytest.raises(NotGenerated, match="2100 latents"):
+        generate(given[0], launch.given_of(*given), Config())
+
+
 def test_a_source_file_that_was_cut_off_is_written_again(tmp_path, monkeypatch):
     monkeypatch.setenv("LORC_KERNEL_CACHE", str(tmp_path))
     assert launch.load("NUMBER = 7\n", "a" * 64).NUMBER == 7
