@@ -45,7 +45,7 @@ def dense(operand: Operand, stored: Stored) -> torch.Tensor:
     else:
         exact = [None if t is None else t.double() for t in (decode, mean)]
         wide = tuple(c.double() if c.is_floating_point() else c for c in consts)
-        y = features(operand, decode_dense(operand.decoder, latents, stored.side, exact[0], exact[1], wide))
+        y = features(operand, decode_dense(operand.decoder, latents, stored.side, exact[0], exact[1], wide)).double()
     y = y if operand.columns is None else y[..., list(operand.columns)]
     return y.unflatten(2, (operand.heads, operand.head_dim)).transpose(1, 2)
 

@@ -321,6 +321,10 @@ class DenseCacheWarning(LorcWarning):
     """A cache stays dense (for example preallocated or filled by an eager prefill) and is right, but not smaller."""
 
 
+class KernelWarning(LorcWarning):
+    """An attention gets no generated kernel: plain torch computes it, as right but slower."""
+
+
 class QualityWarning(LorcWarning):
     """The compression is expected or measured to cost quality."""
 

@@ -82,7 +82,9 @@ def test_option_errors_are_value_errors():
 
 
 def test_warnings_can_be_filtered_as_one():
-    assert catalogue(errors.LorcWarning) == {"NoSitesWarning", "DenseCacheWarning", "QualityWarning", "EagerWarning"}
+    assert catalogue(errors.LorcWarning) == {
+        "NoSitesWarning", "DenseCacheWarning", "KernelWarning", "QualityWarning", "EagerWarning"
+    }  # fmt: skip
     assert issubclass(errors.LorcWarning, UserWarning)
 
 

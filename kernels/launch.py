@@ -1,0 +1,317 @@
+"""Runs generated kernels: the op where there is Triton. What gets no kernel runs in tiles (``tiled``), with one
+warning.
+
+A kernel's source is kept in memory and in a folder (``cache_folder``) under a hash of all that it depends on, and
+loaded as a module: Triton compiles functions from their files. Triton's own cache then keeps what it compiles.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import importlib.util
+import os
+import tempfile
+import warnings
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from lorc_fx.errors import KernelWarning
+
+from . import expressions, fixed_source, generator, numbered, operand_source, row_source, symbolic, terms, tiled
+from .attend import Attend, Operand
+from .config import Config, Given, Kernel, Met, latent
+from .expressions import NotGenerated
+from .generator import generate
+from .numbered import Constant
+from .stored import Stored
+
+PROGRAMS = 2
+"""Programs for each multiprocessor, about: the last wave then leaves few of them idle."""
+
+FEWEST_BLOCKS = 4
+"""Blocks of tokens in a split, at least: below that, merging costs more than it spreads."""
+
+BLOCK_BYTES = 65536
+"""Of latents in a block, about: twice that, for two stages, is less than the shared memory of any target but gfx942."""
+
+_WRITERS = (expressions, fixed_source, generator, numbered, operand_source, row_source, symbolic, terms)
+_Made = tuple[Kernel, ModuleType]
+_made: dict[tuple[Any, ...], _Made | None] = {}
+
+
+def attend(
+    about: Attend,
+    query: torch.Tensor,
+    keys: Stored,
+    values: Stored,
+    extras: tuple[torch.Tensor, ...],
+    config: Config | None = None,
+) -> torch.Tensor:
+    """The op's result [B, H, S, D_v] in the query's dtype. ``config``: what to use instead of the default.
+
+    Warns (``KernelWarning``), once per reader, where there is no kernel for it: then ``tiled`` computes it.
+    """
+    given = given_of(about, query, keys, values, extras)
+    config = config or default(about, given)
+    key = (about.digest, given, config, query.device.type)
+    if key not in _made:
+        _made[key] = _make(about, given, config)
+    made = _made[key]
+    if made is not None:
+        try:
+            with torch.cuda.device(query.device) if query.is_cuda else contextlib.nullcontext():
+                return _run(about, given, config, made, query, keys, values, extras)
+        except Exception as error:  # Triton compiles at the first launch
+            if not _of_compiling(error):
+                raise
+            _made[key] = None
+            _warn(about, f"it does not compile ({type(error).__name__}: {error})")
+    return tiled.attend(about, query, keys, values, extras)
+
+
+def given_of(
+    about: Attend, query: torch.Tensor, keys: Stored, values: Stored, extras: tuple[torch.Tensor, ...]
+) -> Given:
+    """What a kernel for these tensors is made for; sizes of batch and tokens are not in it."""
+    batch, heads, queries, _ = query.shape
+    kinds = {query.dtype, about.keys.format.dtype, about.values.format.dtype}
+    product = kinds.pop() if len(kinds) == 1 else torch.float32
+    if interpreted() and product == torch.bfloat16:
+        product = torch.float32  # the interpreter multiplies the bits of bf16 numbers
+    constants = [
+        () if o.absorbed else tuple(Constant(tuple(c.shape), c.dtype) for c in s.parts(o)[2])
+        for o, s in ((about.keys, keys), (about.values, values))
+    ]
+    met = []
+    for e, extra in zip(extras, about.extras, strict=False):
+        sizes = (1,) * (4 - e.dim()) + tuple(e.shape)
+        kind = "bool" if e.dtype == torch.bool else "float" if e.is_floating_point() else "int"
+        along = extra.tokens or sizes[3] > 1  # whatever a graph could tell: it can only be tokens
+        met.append(Met(sizes[0] > 1, sizes[1] > 1, sizes[2] > 1, along, kind))
+    return Given(heads, queries, str(product).removeprefix("torch."), constants[0], constants[1], tuple(met))
+
+
+def default(about: Attend, given: Given) -> Config:
+    """A config by sizes. With 64 tokens and 8 warps nothing spills for heads of 128 with rows of up to 384 latents
+    (sm_90: 250 registers); at 4 warps 300 bytes do. Blocks of wide latents are small and not pipelined, as their rows
+    lie in shared memory. Times are not measured yet."""
+    wide = max(about.keys.head_dim, about.values.latent_width if latent(about.values) else about.values.head_dim)
+    exact = given.product == "float32"
+    row = sum(o.latent_width for o in (about.keys, about.values) if latent(o)) * (4 if exact else 2)
+    tokens = 32 if wide >= 256 or exact else 64
+    while tokens > 16 and tokens * row > BLOCK_BYTES:
+        tokens //= 2
+    stages = 2 if tokens * row <= BLOCK_BYTES else 1
+    return Config(tokens=tokens, columns=32 if exact else 64, warps=8, stages=stages)
+
+
+def interpreted() -> bool:
+    """Whether Triton runs kernels as Python (``TRITON_INTERPRET=1``)."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+# -- from source to functions -----------------------------------------------------------------------------------------
+
+
+def cache_folder() -> Path:
+    """Where sources are kept: ``$LORC_KERNEL_CACHE``, else ``kernels`` in ``$LORC_CACHE``,
+    ``$XDG_CACHE_HOME/lorc_fx`` or ``~/.cache/lorc_fx``."""
+    own, ours, shared = (os.environ.get(name) for name in ("LORC_KERNEL_CACHE", "LORC_CACHE", "XDG_CACHE_HOME"))
+    if own:
+        return Path(own).expanduser()
+    if ours:
+        return Path(ours).expanduser() / "kernels"
+    return (Path(shared).expanduser() if shared else Path.home() / ".cache") / "lorc_fx" / "kernels"
+
+
+def _make(about: Attend, given: Given, config: Config) -> _Made | None:
+    try:
+        kernel = generate(about, given, config)
+        return kernel, load(kernel.source, source_key(about, given, config))
+    except (NotGenerated, ImportError) as error:
+        _warn(about, str(error))
+        return None
+
+
+def source_key(about: Attend, given: Given, config: Config) -> str:
+    """A hash of all that a kernel's source depends on."""
+    import triton
+
+    parts = [about.digest, repr(given), repr(config), _own(), triton.__version__]
+    return hashlib.sha256("|".join(parts).encode()).hexdigest()
+
+
+@functools.cache
+def _own() -> str:
+    """A hash of all that writes kernels."""
+    sources = b"".join(Path(str(m.__file__)).read_bytes() for m in _WRITERS)
+    return hashlib.sha256(sources).hexdigest()
+
+
+def load(source: str, key: str) -> ModuleType:
+    """A module of generated source; its file is written where it is not there yet, and never half."""
+    folder = cache_folder()
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    path = folder / f"attend_{key[:32]}.py"
+    if not path.exists() or path.read_text() != source:
+        with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".tmp", delete=False) as file:
+            file.write(source)
+        os.replace(file.name, path)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _of_compiling(error: Exception) -> bool:
+    """Whether a launch failed before it began: one of Triton's own errors, or a pass of its compiler."""
+    return type(error).__module__.split(".")[0] == "triton" or "PassManager::run" in str(error)
+
+
+def _warn(about: Attend, why: str) -> None:
+    reader = f"keys of {about.keys.words}; values of {about.values.words}"
+    message = f"no kernel for attention over {reader}: {why}. It runs in plain torch, tile by tile."
+    warnings.warn(message, KernelWarning, stacklevel=4)
+
+
+# -- a launch ---------------------------------------------------------------------------------------------------------
+
+
+def _run(
+    about: Attend,
+    given: Given,
+    config: Config,
+    made: _Made,
+    query: torch.Tensor,
+    keys: Stored,
+    values: Stored,
+    extras: tuple[torch.Tensor, ...],
+) -> torch.Tensor:
+    kernel, module = made
+    batch, heads, queries, _ = query.shape
+    total, rows = keys.rows.shape[0], batch * heads * queries
+    splits = config.splits or _splits(batch * kernel.groups, total, config.tokens, query.device)
+    split = -(-total // splits)
+    tops, weights = (query.new_empty((splits, rows), dtype=torch.float32) for _ in range(2))
+    sums = query.new_empty((splits, rows, kernel.width), dtype=torch.float32)
+    args = [*_queries(about.keys, keys, query), tops, weights, sums, *operands(about, kernel, keys, values, extras)]
+    options = {} if interpreted() else {"num_warps": config.warps, "num_stages": config.stages}
+    module.attend[(batch * kernel.groups, splits)](*args, rows, total, split, **options)
+    found = query.new_empty((rows, kernel.width), dtype=torch.float32)
+    share = query.new_empty((rows,), dtype=torch.float32)
+    sink = extras[-1] if about.sink else tops
+    sizes = combining(about, given, kernel)
+    grid = (rows, -(-kernel.width // sizes[-1]))
+    steps = _strides(sink)[:3] if about.sink else [0, 0, 0]
+    module.combine[grid](tops, weights, sums, sink, found, share, rows, splits, *sizes, *steps)
+    return _finished(about.values, values, found, share, (batch, heads, queries)).to(query.dtype)
+
+
+def combining(about: Attend, given: Given, kernel: Kernel) -> tuple[int, ...]:
+    """What ``combine`` has compiled in, in its order; the last is how many columns a program merges."""
+    columns = min(128, row_source.padded(kernel.width))
+    return kernel.width, given.heads, given.queries, about.sink, about.blind, columns
+
+
+def operands(
+    about: Attend, kernel: Kernel, keys: Stored, values: Stored, extras: tuple[torch.Tensor, ...]
+) -> list[Any]:
+    """A kernel's arguments from rows to extras, in its order."""
+    tables = _on(kernel, keys.rows.device)
+    args = [*_operand(about.keys, keys), *tables[0], *_operand(about.values, values), *tables[1]]
+    for e in extras[: len(about.extras)]:
+        args += [e.view(torch.uint8) if e.dtype == torch.bool else e, *_strides(e)]
+    return args
+
+
+def _splits(programs: int, total: int, tokens: int, device: torch.device) -> int:
+    """Stretches of tokens, so that the device is full but each has a few blocks."""
+    if device.type != "cuda":
+        return 2 if total > FEWEST_BLOCKS * tokens else 1
+    wanted = -(-PROGRAMS * _processors(device) // programs)
+    return max(1, min(wanted, total // (FEWEST_BLOCKS * tokens)))
+
+
+@functools.cache
+def _on(kernel: Kernel, device: torch.device) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """A kernel's own tables for keys and for values."""
+    keys, values = ([t.to(device) for t in tables] for tables in kernel.tables)
+    return keys, values
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _strides(tensor: torch.Tensor) -> list[int]:
+    """Steps along [B, H, S, T], 0 where a tensor has one for all."""
+    own = [0 if n == 1 else s for n, s in zip(tensor.shape, tensor.stride(), strict=True)]
+    return [0] * (4 - len(own)) + own
+
+
+def _matrix(operand: Operand, source: torch.Tensor) -> torch.Tensor:
+    """[k, n] -> [heads, k, D]."""
+    source = source if operand.columns is None else source[:, list(operand.columns)]
+    return source.unflatten(1, (operand.heads, operand.head_dim)).transpose(0, 1)
+
+
+def _queries(operand: Operand, stored: Stored, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Query rows as the kernel takes them, and what each meets in every score (the mean's part)."""
+    batch, heads, queries, dim = query.shape
+    if not latent(operand):
+        return query.contiguous(), query
+    decode, mean, _ = stored.parts(operand)
+    assert decode is not None
+    per_head = query.reshape(batch, operand.heads, -1, dim).transpose(0, 1).flatten(1, 2)  # [heads, B M, D]
+    matrix = _matrix(operand, decode).to(query.dtype).transpose(1, 2)
+    made = torch.bmm(per_head, matrix).unflatten(1, (batch, -1)).transpose(0, 1).contiguous()
+    if mean is None:
+        return made, query
+    constant = torch.bmm(per_head.float(), _matrix(operand, mean[None]).float().transpose(1, 2))
+    return made, constant.unflatten(1, (batch, -1)).transpose(0, 1).contiguous()
+
+
+def _operand(operand: Operand, stored: Stored) -> list[Any]:
+    """The kernel's arguments for keys or values, in its order."""
+    rows, form = stored.rows, operand.format
+    if rows.stride(2) != 1:
+        rows = rows.contiguous()
+    args: list[Any] = [rows, rows.stride(0), rows.stride(1)]
+    exact = not form.plain and any(s.columns and not s.bits for s in form.segments)
+    args.append(rows.view(form.dtype) if exact else rows)
+    args.append(rows.view(torch.float16) if form.scaled else rows)
+    if latent(operand):
+        return args
+    decode, mean, consts = stored.parts(operand)
+    args += [] if decode is None else [decode, *decode.stride()]
+    args += [] if mean is None else [mean]
+    if not operand.absorbed:
+        if operand.decoder.side is not None and stored.side is not None:
+            side = stored.side if stored.side.dim() == 2 or stored.side.stride(2) == 1 else stored.side.contiguous()
+            args += [side, side.stride(0), side.stride(1)]
+        args += [c.contiguous() for c in consts]
+    return args
+
+
+def _finished(
+    operand: Operand, stored: Stored, found: torch.Tensor, share: torch.Tensor, sizes: tuple[int, int, int]
+) -> torch.Tensor:
+    """[rows, width] weighted means of values, or of latents: then the matrix and the mean come now."""
+    batch, heads, queries = sizes
+    if not latent(operand):
+        return found.view(*sizes, -1)
+    decode, mean, _ = stored.parts(operand)
+    assert decode is not None
+    per_head = found.view(batch, operand.heads, -1, found.shape[1]).transpose(0, 1).flatten(1, 2).to(decode.dtype)
+    made = torch.bmm(per_head, _matrix(operand, decode)).float()  # [heads, B M, D]
+    if mean is not None:
+        weight = share.view(batch, operand.heads, -1, 1).transpose(0, 1).flatten(1, 2)
+        made = made + weight * _matrix(operand, mean[None]).float()
+    return made.unflatten(1, (batch, -1)).transpose(0, 1).reshape(*sizes, -1)
