@@ -22,6 +22,8 @@ from torch.fx import GraphModule
 from lorc_fx.decoder import Decoder
 from lorc_fx.packing import Format
 
+from .stored import Stored
+
 CODEC_TENSORS = ("decode", "mean")
 """A codec's tensors that a reader needs, in this order where they are there; the decoder's constants follow."""
 
@@ -124,16 +126,17 @@ def attend(
     query's dtype. ``key_codec``: the codec's tensors of ``CODEC_TENSORS`` that are there, then the decoder's constants.
     ``about``: the digest of an interned ``Attend``.
     """
-    from . import tiled
+    from . import launch, tiled
 
     made = known(about)
+    run = launch.attend if query.device.type == "cuda" else tiled.attend
     if made.keys.turned:
         query = (query.to(key_codec[-1].dtype) @ key_codec[-1]).to(query.dtype)
-    out = tiled.attend(
+    out = run(
         made,
         query,
-        tiled.Stored(keys, key_side, tuple(key_codec)),
-        tiled.Stored(values, value_side, tuple(value_codec)),
+        Stored(keys, key_side, tuple(key_codec)),
+        Stored(values, value_side, tuple(value_codec)),
         tuple(extras),
     )
     return (out.to(value_codec[-1].dtype) @ value_codec[-1].T).to(out.dtype) if made.values.turned else out

@@ -116,7 +116,8 @@ def find_attention(
     if any(size != shape(query)[0] for size in rows):  # one row of a cache for many of queries, say
         return None
     key, value = (s.operand(codecs[s.group], queries, heads) for s in seen if s is not None)
-    if not ANGLES and any(not o.absorbed and o.decoder.needs_positions for o in (key, value)):
+    angles = ANGLES or query.meta["val"].device.type == "cuda"  # a kernel has them in registers
+    if not angles and any(not o.absorbed and o.decoder.needs_positions for o in (key, value)):
         return None
     sinks = tuple(n for n in [more.pop("sink_node", None)] if n is not None)
     about = intern(Attend(key, value, program, tuple(Extra(t) for _, t in extras), **more))
