@@ -21,8 +21,7 @@ _POINTERS = {
 
 @dataclass(frozen=True)
 class Built:
-    """shared: bytes of shared memory. source: the kernel's text. binary: ``cubin`` or ``hsaco``, as the device takes
-    it."""
+    """shared: bytes of shared memory. source: the kernel's text. binary: ``cubin`` or ``hsaco``."""
 
     shared: int
     source: str

@@ -15,8 +15,7 @@ from torch.fx import Node
 
 
 class NotGenerated(Exception):
-    """This reader gets no kernel: ``node`` (a graph node, or words) and why. Internal: the caller uses the torch
-    form."""
+    """This reader gets no kernel: ``node`` (a graph node, or words) and why. Internal: torch does it."""
 
     def __init__(self, node: object, why: str) -> None:
         self.node, self.why = node, why

@@ -25,8 +25,7 @@ from .row_source import padded
 from .terms import ScoreWriter
 
 MOST_ROWS = 64
-"""Query rows of a program, at most, unless one query head has more: two tiles of scores of 64 x 64 in fp32 are 32
-KiB."""
+"""Query rows of a program, at most, unless one query head has more: two tiles of 64 x 64 scores in fp32 are 32 KiB."""
 
 MOST_SUMS = 16384
 """Numbers that a program sums up, about: 64 fp32 registers in each of 256 threads. Twice as many spill (sm_90)."""

@@ -1,5 +1,4 @@
-"""Runs generated kernels: the op where there is Triton. What gets no kernel runs in tiles (``tiled``), with one
-warning.
+"""Runs generated kernels: the op where there is Triton. What gets no kernel runs in tiles, with one warning.
 
 A kernel's source is kept in memory and in a folder (``cache_folder``) under a hash of all that it depends on, and
 loaded as a module: Triton compiles functions from their files. Triton's own cache then keeps what it compiles.

@@ -1,5 +1,4 @@
-"""Generated Triton kernels: values against the reference under Triton's interpreter, and builds for devices not
-there."""
+"""Generated Triton kernels: values against the reference under Triton's interpreter, builds without a device."""
 
 from __future__ import annotations
 
