@@ -195,7 +195,7 @@ def _eager(node: Node, facts: Facts) -> Found | None:
     extras = []
     for extra in body.extras:
         sizes = shape(extra)
-        extras.append((extra, bool(sizes) and sizes[-1] == tokens and sizes[-1] != 1))
+        extras.append((extra, bool(sizes) and sizes[-1] != 1))  # it is broadcast to T, whatever its symbol is
     if shape(value)[2] != tokens or any(e[0] is body.product for e in extras):
         return None
     more: dict[str, Any] = {"blind": blind, "sink": sink is not None}

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from helpers import Recorder, assert_close, options
+from lorc_fx.kernels import tiled
 
 WIDTH, HEADS, KV, DIM = 24, 4, 2, 6
 
@@ -52,6 +53,8 @@ class Layer(nn.Module):
             scores = 5 * torch.tanh(scores / 5) + added
         elif s == "slopes":
             scores = scores + self.slope * torch.arange(tokens) + added
+        elif s == "slopes by the mask":
+            scores = scores + self.slope * torch.arange(flags.shape[-1] + 3)[3:] + added
         elif s == "where":
             scores = torch.where(flags, scores * 0.4, torch.tensor(-1e9))
         elif s == "by length":
@@ -86,7 +89,8 @@ class Layer(nn.Module):
 
 #: spelling -> whether attention becomes one op
 SPELLINGS = {
-    "plain": True, "scaled query": True, "added": True, "filled": True, "capped": True, "slopes": True, "where": True,
+    "plain": True, "scaled query": True, "added": True, "filled": True, "capped": True, "slopes": True,
+    "slopes by the mask": True, "where": True,
     "twice": True, "shifted": True, "sink": True, "filled in place": False, "product filled in place": False,
     "by length": False, "sorted": False, "two products": False, "mask changed after": False, "weights changed": False,
     "weights changed in place": False, "weights kept": False,
@@ -106,8 +110,10 @@ def steps(layer, x, mask):
 
 @pytest.mark.parametrize("rank", [6, 12])
 @pytest.mark.parametrize("spelling", SPELLINGS)
-def test_spellings(spelling, rank, clean, many_shapes):
-    """At full rank nothing is lost, and of weights of rank 6 at half the columns neither."""
+def test_spellings(spelling, rank, clean, many_shapes, monkeypatch):
+    """At full rank nothing is lost, and of weights of rank 6 at half the columns neither; with several tiles a step."""
+    for name, size in (("TILE_LEAST", 4), ("TILE_NUMBERS", 1), ("TILE_SCORES", 1)):
+        monkeypatch.setattr(tiled, name, size)
     torch.manual_seed(3)
     layer = Layer(spelling).eval()
     with torch.no_grad():
