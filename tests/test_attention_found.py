@@ -53,8 +53,8 @@ class Layer(nn.Module):
             scores = 5 * torch.tanh(scores / 5) + added
         elif s == "slopes":
             scores = scores + self.slope * torch.arange(tokens) + added
-        elif s == "slopes by the mask":
-            scores = scores + self.slope * torch.arange(flags.shape[-1] + 3)[3:] + added
+        elif s == "last slopes of a table":
+            scores = scores + self.slope * torch.arange(64)[torch.sym_max(0, 64 - tokens) :] + added
         elif s == "where":
             scores = torch.where(flags, scores * 0.4, torch.tensor(-1e9))
         elif s == "by length":
@@ -90,7 +90,7 @@ class Layer(nn.Module):
 #: spelling -> whether attention becomes one op
 SPELLINGS = {
     "plain": True, "scaled query": True, "added": True, "filled": True, "capped": True, "slopes": True,
-    "slopes by the mask": True, "where": True,
+    "last slopes of a table": True, "where": True,
     "twice": True, "shifted": True, "sink": True, "filled in place": False, "product filled in place": False,
     "by length": False, "sorted": False, "two products": False, "mask changed after": False, "weights changed": False,
     "weights changed in place": False, "weights kept": False,
