@@ -110,7 +110,6 @@ def known(digest: str) -> Attend:
     return _KNOWN[digest]
 
 
-@torch.library.custom_op("lorc::attend", mutates_args=())
 def attend(
     query: torch.Tensor,
     keys: torch.Tensor,
@@ -142,6 +141,15 @@ def attend(
     return (out.to(value_codec[-1].dtype) @ value_codec[-1].T).to(out.dtype) if made.values.turned else out
 
 
-@attend.register_fake
-def _(query, keys, key_side, key_codec, values, value_side, value_codec, extras, about):  # type: ignore[no-untyped-def]
+def _fake(query, keys, key_side, key_codec, values, value_side, value_codec, extras, about):  # type: ignore[no-untyped-def]
     return query.new_empty((*query.shape[:3], known(about).values.head_dim))
+
+
+# ``torch.library.custom_op`` would do the same and take 16 us a call instead of 5
+_LIBRARY = torch.library.Library("lorc", "FRAGMENT")
+_LIBRARY.define(
+    "attend(Tensor query, Tensor keys, Tensor? key_side, Tensor[] key_codec, Tensor values, Tensor? value_side, "
+    "Tensor[] value_codec, Tensor[] extras, str about) -> Tensor"
+)
+_LIBRARY.impl("attend", attend, "CompositeExplicitAutograd")
+torch.library.register_fake("lorc::attend", _fake, lib=_LIBRARY)

@@ -119,16 +119,20 @@ def selection(decoder: Decoder) -> torch.Tensor | None:
 
 
 def _moved(module: GraphModule, width: int, run: Any) -> torch.Tensor | None:
+    """As ``selection``: numbered columns say which, others of both signs and all sizes (an activation leaves positive
+    numbers alone, a clamp small ones) whether that is all."""
     if any(node.op == "get_attr" for node in module.graph.nodes):
         return None
     base = torch.arange(1, width + 1, dtype=torch.float64)
+    few = (5 * base + 3).remainder(15) - 7  # -7 .. 7: with a power of two, they survive a cast
+    others = [-base, *(scale * few for scale in (2.0**-20, 1.0, 2.0**20))]
     try:
-        first, second = run(base.view(1, 1, -1)), run(3 * base.flip(0).view(1, 1, -1) + 0.5)
+        first, *rest = (run(value.view(1, 1, -1)) for value in (base, *others))
     except (RuntimeError, TypeError):  # the epilogue has constants: it is no mere selection
         return None
     index = first.round().long() - 1
     inside = bool(((index >= 0) & (index < width)).all())
-    same = inside and torch.equal(first, base[index]) and torch.equal(second, (3 * base.flip(0) + 0.5)[index])
+    same = inside and all(torch.equal(x, v[index]) for x, v in zip((first, *rest), (base, *others), strict=True))
     return index if same else None
 
 

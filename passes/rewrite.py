@@ -27,16 +27,16 @@ from lorc_fx.compat import size_expr
 from lorc_fx.errors import GraphInvariant
 from lorc_fx.kernels import ops as _ops  # noqa: F401  (registers lorc::table)
 from lorc_fx.kernels.attend import Attend
-from lorc_fx.packing import pack, unpack
+from lorc_fx.packing import unpack
 from lorc_fx.rows import zero_unwritten
 
-from .axes import Axes, shape
+from .axes import shape
 from .caches import Group, viewed, written
 from .interface import Input, Output, Rewritten, Sharing
 from .lower import Absorption, absorb, readings
 from .mirrors import MIRRORS, Cell
+from .new_rows import encoded, kept_beside
 from .normalise import is_impure
-from .sides import width
 from .sites import Matched, Site
 from .tracks import shared_tracks
 
@@ -125,7 +125,7 @@ class Rewriter:
             elif node in self.absorptions:
                 self.env[node] = self.absorptions[node].emit(self, node)
             else:
-                self.env[node] = self._copied(node)
+                self.env[node] = self.copied(node)
         self.graph.eliminate_dead_code(is_impure)
         module = GraphModule(self.old, self.graph)
         return self._pruned(Rewritten(module, self.inputs, outputs, self.attends, self._lowerings()))
@@ -207,7 +207,7 @@ class Rewriter:
             self.lanes[key] = emit()
         return self.lanes[key]
 
-    def _copied(self, node: Node) -> Node:
+    def copied(self, node: Node) -> Node:
         """A node as it was, reading decoded tokens where it read cells."""
 
         def use(arg: Node) -> Node:
@@ -229,8 +229,8 @@ class Rewriter:
         assert group is not None
         if node in self.site_of:
             index, site = self.site_of[node]
-            codes = self._encode(index, site)
-            positions = self.lane(group, lambda: self._positions(site))
+            codes = encoded(self, index, site)
+            positions = self.lane(group, lambda: kept_beside(self, site))
             self.cells[node] = Cell(codes, positions, fresh=True)
             return
         made = MIRRORS[node.target](self, node)
@@ -248,9 +248,9 @@ class Rewriter:
         value = template.tensors().get(name)
         if value is None:
             return None
-        return self._codec_tensor(owner, name, value)
+        return self.codec_tensor(owner, name, value)
 
-    def _codec_tensor(self, owner: tuple[str, int], name: str, value: torch.Tensor) -> Node:
+    def codec_tensor(self, owner: tuple[str, int], name: str, value: torch.Tensor) -> Node:
         kind, index = owner
         site = index if kind == "site" else self.joined.get(index)
         if site is not None and (site, name) in self.same_const:
@@ -261,67 +261,8 @@ class Rewriter:
             self.codec_nodes[key] = self.placeholder(f"{kind}{index}_{name}", Input(kind, index, name), value)
         return self.codec_nodes[key]
 
-    def _encode(self, index: int, site: Site) -> Node:
-        """New rows: x [.., d] -> codes [S, B, width] by the factorised projection, packed in the codec's format."""
-        codec, owner = self.codecs[site], ("site", index)
-        if site.unprojected:
-            return self._stored(site, codec, owner)
-        weight = self._codec_tensor(owner, "encode", codec.encode)
-        shift = [] if codec.shift is None else [self._codec_tensor(owner, "shift", codec.shift)]
-        x, form = self.env_value(site.rows.x), codec.format
-        if codec.encode.dtype != form.dtype:
-            x = self.call(aten.to.dtype, x, codec.encode.dtype)
-        codes = self.call(aten.linear.default, x, weight, *shift)
-        if not form.plain:
-            offsets = None if codec.offsets is None else self._codec_tensor(owner, "offsets", codec.offsets)
-            spread = None if codec.spread is None else self._codec_tensor(owner, "spread", codec.spread)
-            codes = self.call(pack, codes, offsets, spread, form.spec, form.choices, form.dtype)
-        return self._token_major(codes, site.rows.x_axes, *self._extent(site), [form.width])
-
-    def _stored(self, site: Site, codec: Codec, owner: tuple[str, int]) -> Node:
-        """New rows as the dense cache would have them, heads turned, packed in the codec's format: [S, B, width]."""
-        form, axes = codec.format, site.rows.epilogue.output_axes
-        value, head = self._copied(site.node), site.head
-        if form.plain or not codec.consts:
-            flat, at = self._flat(value, site.node, axes, [form.columns])
-        else:
-            heads, at = self._flat(value, site.node, axes, [form.columns // head, head])
-            turn = self._codec_tensor(owner, "const0", codec.consts[0])
-            turned = self.call(aten.matmul.default, self.call(aten.to.dtype, heads, codec.consts[0].dtype), turn)
-            flat = self.call(aten.flatten.using_ints, turned, -2, -1)
-        if not form.plain:
-            flat = self.call(pack, flat, None, None, form.spec, form.choices, form.dtype)
-        return self._token_major(flat, at, *self._extent(site), [form.width])
-
-    def _flat(self, value: Node, old: Node, axes: Axes, rest: list[int]) -> tuple[Node, Axes]:
-        """A per-token value with batch and tokens first and its features (``rest``: how many) flat behind."""
-        leading = [i for i in dict.fromkeys((axes.batch, axes.token)) if i is not None]
-        order = leading + [i for i in range(len(shape(old))) if i not in leading]
-        moved = self.call(aten.permute.default, value, order)
-        at = Axes(None if axes.batch is None else 0, len(leading) - 1)
-        return self.call(aten.reshape.default, moved, [*(self.size(old, i) for i in leading), *rest]), at
-
-    def _positions(self, site: Site) -> Node | None:
-        """What is kept of new rows beside codes, [S, B] or [S, B, width]: positions, where the epilogue needs them."""
-        side = site.decoder.side
-        if side is None:
-            return None
-        pieces = []
-        for node, axes in site.rows.sides:
-            value = self.call(aten.to.dtype, self.env_value(node), side.dtype)
-            if side.width is None:
-                return self._token_major(value, axes, *self._extent(site), [], given=False)
-            flat, at = self._flat(value, node, axes, [width(node, axes)])
-            pieces.append(self._token_major(flat, at, *self._extent(site), [width(node, axes)], given=False))
-        return pieces[0] if len(pieces) == 1 else self.call(aten.cat.default, pieces, 2)
-
     def env_value(self, node: Node) -> Node:
         return self.read(node) if self.coded(node) is not None else self.env[node]
-
-    def _extent(self, site: Site) -> tuple[Any, Any]:
-        """Batch and new tokens of a site's rows, as ints or as nodes that compute them."""
-        axes = site.rows.epilogue.output_axes
-        return 1 if axes.batch is None else self.size(site.node, axes.batch), self.size(site.node, axes.token)
 
     def size(self, node: Node, axis: int) -> Any:
         """A size of an old node's value: an int, or a node of the new graph."""
@@ -343,21 +284,6 @@ class Rewriter:
                 total = self.call(op, total, part)
             return total
         raise GraphInvariant("rewrite", "sizes are sums and products of the graph's symbolic inputs", str(expr))
-
-    def _token_major(
-        self, value: Node, axes: Any, batch: Any, tokens: Any, rest: list[int], given: bool = True
-    ) -> Node:
-        """A per-token value in the layout ``axes`` -> contiguous [S, B, *rest]. ``given``: it has all batch rows
-        (positions are often there once for all)."""
-        if axes.batch is None or axes.batch == axes.token or axes.batch < axes.token:
-            rows = 1 if axes.batch is None else batch if given else -1
-            flat = self.call(aten.reshape.default, value, [rows, tokens, *rest])
-            if rows is not batch and batch != 1:
-                flat = self.call(aten.expand.default, flat, [batch, tokens, *rest])
-            major = self.call(aten.transpose.int, flat, 0, 1)
-        else:
-            major = self.call(aten.reshape.default, value, [tokens, batch, *rest])
-        return self.call(aten.clone.default, major, memory_format=torch.contiguous_format)
 
     # -- reading ----------------------------------------------------------------------------------------------
 

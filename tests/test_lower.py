@@ -166,8 +166,13 @@ def test_selection_tells_moved_columns_from_computed_ones():
 
     assert found(lambda y: y).flatten().tolist() == [0, 1, 2, 3, 4, 5]
     assert found(lambda y: y.unflatten(2, (3, 2)).transpose(2, 3)).flatten().tolist() == [0, 2, 4, 1, 3, 5]
+    assert found(lambda y: y.to(torch.float32)).flatten().tolist() == [0, 1, 2, 3, 4, 5]
     assert found(lambda y: y.repeat(1, 1, 2)).flatten().tolist() == [0, 1, 2, 3, 4, 5] * 2
-    for computed in (lambda y: y * 2, lambda y: -y, lambda y: y + 1, lambda y: y.clamp(max=4), lambda y: y / y.max()):
+    for computed in (
+        lambda y: y * 2, lambda y: -y, lambda y: y + 1, lambda y: y.clamp(max=4), lambda y: y / y.max(),
+        lambda y: y.relu(), lambda y: torch.nn.functional.leaky_relu(y, 0.1), lambda y: y.abs(),
+        lambda y: y.clamp(-100, 100), lambda y: torch.where(y.abs() < 1e-3, 0.0, y),
+    ):  # fmt: skip
         assert found(computed) is None
 
 

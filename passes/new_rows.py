@@ -1,0 +1,101 @@
+"""New rows of a coded cache: the factorised projection (or the value itself, turned), packed, in the rows' layout; and
+what is kept of each token beside them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.fx import Node
+
+from lorc_fx.codec import Codec
+from lorc_fx.packing import pack
+
+from .axes import Axes, shape
+from .sides import width
+from .sites import Site
+
+if TYPE_CHECKING:
+    from .rewrite import Rewriter
+
+aten = torch.ops.aten
+
+
+def encoded(r: Rewriter, index: int, site: Site) -> Node:
+    """New rows: x [.., d] -> codes [S, B, width] by the factorised projection, packed in the codec's format."""
+    codec, owner = r.codecs[site], ("site", index)
+    if site.unprojected:
+        return _stored(r, site, codec, owner)
+    weight = r.codec_tensor(owner, "encode", codec.encode)
+    shift = [] if codec.shift is None else [r.codec_tensor(owner, "shift", codec.shift)]
+    x, form = r.env_value(site.rows.x), codec.format
+    if codec.encode.dtype != form.dtype:
+        x = r.call(aten.to.dtype, x, codec.encode.dtype)
+    codes = r.call(aten.linear.default, x, weight, *shift)
+    if not form.plain:
+        offsets = None if codec.offsets is None else r.codec_tensor(owner, "offsets", codec.offsets)
+        spread = None if codec.spread is None else r.codec_tensor(owner, "spread", codec.spread)
+        codes = r.call(pack, codes, offsets, spread, form.spec, form.choices, form.dtype)
+    return _token_major(r, codes, site.rows.x_axes, *_extent(r, site), [form.width])
+
+
+def _stored(r: Rewriter, site: Site, codec: Codec, owner: tuple[str, int]) -> Node:
+    """New rows as the dense cache would have them, heads turned, packed in the codec's format: [S, B, width]."""
+    form, axes = codec.format, site.rows.epilogue.output_axes
+    value, head = r.copied(site.node), site.head
+    if form.plain or not codec.consts:
+        flat, at = _flat(r, value, site.node, axes, [form.columns])
+    else:
+        heads, at = _flat(r, value, site.node, axes, [form.columns // head, head])
+        turn = r.codec_tensor(owner, "const0", codec.consts[0])
+        turned = r.call(aten.matmul.default, r.call(aten.to.dtype, heads, codec.consts[0].dtype), turn)
+        flat = r.call(aten.flatten.using_ints, turned, -2, -1)
+    if not form.plain:
+        flat = r.call(pack, flat, None, None, form.spec, form.choices, form.dtype)
+    return _token_major(r, flat, at, *_extent(r, site), [form.width])
+
+
+def _flat(r: Rewriter, value: Node, old: Node, axes: Axes, rest: list[int]) -> tuple[Node, Axes]:
+    """A per-token value with batch and tokens first and its features (``rest``: how many) flat behind."""
+    leading = [i for i in dict.fromkeys((axes.batch, axes.token)) if i is not None]
+    order = leading + [i for i in range(len(shape(old))) if i not in leading]
+    moved = r.call(aten.permute.default, value, order)
+    at = Axes(None if axes.batch is None else 0, len(leading) - 1)
+    return r.call(aten.reshape.default, moved, [*(r.size(old, i) for i in leading), *rest]), at
+
+
+def kept_beside(r: Rewriter, site: Site) -> Node | None:
+    """What is kept of new rows beside codes, [S, B] or [S, B, width]: positions, where the epilogue needs them."""
+    side = site.decoder.side
+    if side is None:
+        return None
+    pieces = []
+    for node, axes in site.rows.sides:
+        value = r.call(aten.to.dtype, r.env_value(node), side.dtype)
+        if side.width is None:
+            return _token_major(r, value, axes, *_extent(r, site), [], given=False)
+        flat, at = _flat(r, value, node, axes, [width(node, axes)])
+        pieces.append(_token_major(r, flat, at, *_extent(r, site), [width(node, axes)], given=False))
+    return pieces[0] if len(pieces) == 1 else r.call(aten.cat.default, pieces, 2)
+
+
+def _extent(r: Rewriter, site: Site) -> tuple[Any, Any]:
+    """Batch and new tokens of a site's rows, as ints or as nodes that compute them."""
+    axes = site.rows.epilogue.output_axes
+    return 1 if axes.batch is None else r.size(site.node, axes.batch), r.size(site.node, axes.token)
+
+
+def _token_major(
+    r: Rewriter, value: Node, axes: Any, batch: Any, tokens: Any, rest: list[int], given: bool = True
+) -> Node:
+    """A per-token value in the layout ``axes`` -> contiguous [S, B, *rest]. ``given``: it has all batch rows
+    (positions are often there once for all)."""
+    if axes.batch is None or axes.batch == axes.token or axes.batch < axes.token:
+        rows = 1 if axes.batch is None else batch if given else -1
+        flat = r.call(aten.reshape.default, value, [rows, tokens, *rest])
+        if rows is not batch and batch != 1:
+            flat = r.call(aten.expand.default, flat, [batch, tokens, *rest])
+        major = r.call(aten.transpose.int, flat, 0, 1)
+    else:
+        major = r.call(aten.reshape.default, value, [tokens, batch, *rest])
+    return r.call(aten.clone.default, major, memory_format=torch.contiguous_format)
