@@ -40,6 +40,11 @@ ANGLES = False
 positions, computed once for all layers, are cheaper (Llama shape, T = 8192, one thread: a step of 294 ms against
 426)."""
 
+PLAIN = False
+"""Whether rows in the model's dtype are read by the op too. On a CPU torch's own products are faster on them (GPT-2
+shape,
+LoRC at 0.45, T = 1024, two threads: a step of 27.5 ms against 31.8); packed rows they would have to unpack first."""
+
 MOST_QUERIES = 16
 """Query tokens of a step that reads rows; more (a prompt) share one decoding of keys and values."""
 
@@ -116,8 +121,10 @@ def find_attention(
     if any(size != shape(query)[0] for size in rows):  # one row of a cache for many of queries, say
         return None
     key, value = (s.operand(codecs[s.group], queries, heads) for s in seen if s is not None)
-    angles = ANGLES or query.meta["val"].device.type == "cuda"  # a kernel has them in registers
-    if not angles and any(not o.absorbed and o.decoder.needs_positions for o in (key, value)):
+    kernels = query.meta["val"].device.type == "cuda"
+    if not (PLAIN or kernels) and key.format.plain and value.format.plain:
+        return None
+    if not (ANGLES or kernels) and any(not o.absorbed and o.decoder.needs_positions for o in (key, value)):
         return None
     sinks = tuple(n for n in [more.pop("sink_node", None)] if n is not None)
     about = intern(Attend(key, value, program, tuple(Extra(t) for _, t in extras), **more))
