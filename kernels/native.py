@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from lorc_fx.compat import compile_cpp
-from lorc_fx.errors import LorcWarning
+from lorc_fx.errors import KernelWarning
 from lorc_fx.packing import MODEL, SCALE_BYTES, Format, planes, segment_bytes
 
 LANES = 16
@@ -34,7 +34,7 @@ def library() -> Any:
     except Exception as error:  # whatever the compiler or its absence raises
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         text = f"rows.cpp does not compile ({reason}); attention over stored rows runs in torch ops, which is slower"
-        warnings.warn(text, LorcWarning, stacklevel=2)
+        warnings.warn(text, KernelWarning, stacklevel=2)
         return None
     number, where = ctypes.c_int64, ctypes.c_void_p
     about = [where, *[number] * 5, ctypes.POINTER(_Plane), *[number] * 4]  # rows .. scale, planes, n .. width

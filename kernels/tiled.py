@@ -14,6 +14,7 @@ take ``scale_t``, and what ``half`` adds is one number per query.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 
 import torch
@@ -279,7 +280,7 @@ class _Decoded:
 # -- sums of values ---------------------------------------------------------------------------------------------------
 
 
-class _Sums:
+class _Sums(ABC):
     """Weighted sums of values over tokens so far: ``held`` fp32, all of the same leading sizes [B, blocks, M, ..]."""
 
     def __init__(self, batch: int, heads: int, queries: int, blocks: int) -> None:
@@ -287,13 +288,13 @@ class _Sums:
         self.shape = (batch, blocks, heads // blocks * queries)
         self.held: list[torch.Tensor] = []
 
+    @abstractmethod
     def add(self, p: torch.Tensor, start: int, stop: int) -> None:
         """Add these tokens by their weights p [B, H, S, t]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def total(self, weight: torch.Tensor) -> torch.Tensor:
         """[B, H, S, D_v]: sums over tokens of weight times value. ``weight`` [B, H, S, 1]: their sum (sinks apart)."""
-        raise NotImplementedError
 
     def scale(self, less: torch.Tensor) -> None:
         """What was summed counts ``less`` [B, H, S, 1]: a larger maximum has come."""

@@ -313,7 +313,7 @@ def _projection(analysis: torch.Tensor, gaps: torch.Tensor) -> tuple[torch.Tenso
 def through(codec: Codec, basis: Basis, y: torch.Tensor) -> torch.Tensor:
     """y [N, n] written to the cache and read again, fp64. ``basis``: the one that ``codec`` was made of."""
     if codec.unprojected and not codec.format.plain:
-        f, turn = codec.format, codec.consts[0].double() if codec.consts else torch.ones(1, 1, dtype=torch.float64)
+        f, turn = codec.format, codec.consts[0].double() if codec.consts else y.new_ones((1, 1), dtype=torch.float64)
         turned = (y.double().unflatten(-1, (-1, len(turn))) @ turn).flatten(-2)
         read = codec.latents(pack(turned.float(), None, None, f.spec, f.choices, f.dtype)).double()
         return (read.unflatten(-1, (-1, len(turn))) @ turn.T).flatten(-2)

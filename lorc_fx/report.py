@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -71,14 +71,14 @@ class SiteReport:
 class Report:
     """What ``explain`` found. Bytes are per cached token over all sites, positions included. ``waiting``: this is how
     short prompts are coded; the first long enough one brings statistics, and then other segments. ``fidelity``: what
-    that prompt showed, once it has come. ``device``: where the model is, for predictions of time."""
+    that prompt showed, once it has come. ``where`` the model is, for predictions of time."""
 
     sites: tuple[SiteReport, ...]
     misses: tuple[Miss, ...]
     plan: Plan | None
     waiting: bool = False
     fidelity: tuple[Fidelity, ...] = ()
-    device: Device = field(default_factory=lambda: device_of(torch.device("cpu")), compare=False, repr=False)
+    where: torch.device = torch.device("cpu")
 
     @property
     def bytes_per_token(self) -> int:
@@ -110,7 +110,7 @@ class Report:
     def step_seconds(self, tokens: int, batch: int = 1, device: Device | None = None) -> tuple[float, float]:
         """What attention over ``tokens`` cached tokens takes at least in one decode step, in seconds: as coded, and
         dense (``cost.seconds``). ``device``: whose figures; None for those of the model's own."""
-        here = self.device if device is None else device
+        here = device_of(self.where) if device is None else device
         ways = ((s.lowering, s.sizes(tokens, batch)) for s in self.sites)
         coded = sum(seconds(lowering, here, **sizes) for lowering, sizes in ways)
         return coded, sum(seconds("dense", here, **s.sizes(tokens, batch)) for s in self.sites)
@@ -153,9 +153,10 @@ class Report:
                 "then columns get other bits. `lorc calibrate` gives them now."
             )
         if self.sites:
-            coded, dense = self.step_seconds(STEP_TOKENS)
+            here = device_of(self.where)
+            coded, dense = self.step_seconds(STEP_TOKENS, device=here)
             lines.append(
-                f"On {self.device.name} ({self.device.source}) attention over {STEP_TOKENS} tokens takes at least "
+                f"On {here.name} ({here.source}) attention over {STEP_TOKENS} tokens takes at least "
                 f"{1e3 * coded:.3g} ms in a decode step, {1e3 * dense:.3g} ms with a dense cache."
             )
         lines += [f"miss: {miss}" for miss in self.misses]
@@ -203,9 +204,9 @@ def examined(model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, A
         raise StrictMiss(lost)
     waiting = options.calibration == FIRST_PROMPT
     weight = next(model.parameters(), None)
-    device = device_of(torch.device("cpu") if weight is None else weight.device)
+    where = torch.device("cpu") if weight is None else weight.device
     plan = Plan.joined(plans) if sites else None
-    return Report(tuple(sites), tuple(misses), plan, waiting, fidelity(model), device)
+    return Report(tuple(sites), tuple(misses), plan, waiting, fidelity(model), where)
 
 
 def traced(

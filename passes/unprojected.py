@@ -36,15 +36,25 @@ columns are dropped by what they hold (DESIGN section 2: 4 bits without a projec
 def without_projection(matched: Matched, options: Options) -> Matched:
     """``matched`` where the sites that ``options`` (or the cache that comes in) want unprojected are so."""
     chosen = _chosen(matched, options)
-    sites = tuple(_unprojected(site) if _wanted(site, options, chosen) else site for site in matched.sites)
+    sites = tuple(_unprojected(site) if _wanted(site, chosen) else site for site in matched.sites)
     return matched if sites == matched.sites else replace(matched, sites=sites)
 
 
-def _chosen(matched: Matched, options: Options) -> frozenset[Site]:
+def _chosen(matched: Matched, options: Options) -> set[Site]:
+    """The sites that the plan, or else the basis, keeps as they are."""
+    if options.plan is not None:
+        kept = {(s.layer, s.kind) for s in options.plan.sites if not s.projected}
+        return {site for site in matched.sites if (site.layer, site.kind) in kept}
+    names = {site: options.basis_for(site.kind) for site in matched.sites}
+    auto = _by_objective(matched, options) if AUTO in names.values() else frozenset()
+    return {site for site, name in names.items() if name == IDENTITY or (name == AUTO and site in auto)}
+
+
+def _by_objective(matched: Matched, options: Options) -> frozenset[Site]:
     """The sites that ``auto`` keeps as they are. By ``objective``: "balanced", keys that attention cannot read as
     latents, where the budget has 8 bits for each of their numbers and enough for the other sites; "time", all sites
     where it has 8 bits for all (a product of heads is shorter than one of latents); "bytes", none."""
-    if options.precision not in ("auto", "int8") or options.plan is not None or options.objective == "bytes":
+    if options.precision not in ("auto", "int8") or options.objective == "bytes":
         return frozenset()
     sizes = {site: features(site.decoder) for site in matched.sites}
     dense = sum(size * site.decoder.dtype.itemsize for site, size in sizes.items())
@@ -63,17 +73,14 @@ def _decodes(site: Site) -> bool:
     return site.kind == "key" and selection(site.decoder) is None
 
 
-def _wanted(site: Site, options: Options, chosen: frozenset[Site]) -> bool:
+def _wanted(site: Site, chosen: set[Site]) -> bool:
     """A cache goes on as it began. Where the cache holds other numbers than the projection makes (features repeated or
     dropped between), projecting is the smaller form."""
     if features(site.decoder) != site.decoder.width:
         return False
     for node in site.group.find().latents:
         return node.meta["latent"].codec.unprojected
-    if options.plan is not None:
-        return any((s.layer, s.kind) == (site.layer, site.kind) and not s.projected for s in options.plan.sites)
-    name = options.basis_for(site.kind)
-    return name == IDENTITY or (name == AUTO and site in chosen)
+    return site in chosen
 
 
 def _unprojected(site: Site) -> Site:

@@ -13,6 +13,7 @@ from torch.fx import symbolic_trace
 
 from helpers import assert_close
 from lorc_fx.decoder import POSITION, Decoder
+from lorc_fx.errors import KernelWarning
 from lorc_fx.kernels import native, reference, tiled
 from lorc_fx.kernels.attend import Attend, Extra, Operand
 from lorc_fx.kernels.stored import Stored
@@ -239,7 +240,7 @@ def test_no_compiler(monkeypatch):
     monkeypatch.setattr(native, "compile_cpp", fails)
     about, query, keys, values, extras = problem(Case())
     try:
-        with pytest.warns(native.LorcWarning, match="no compiler"):
+        with pytest.warns(KernelWarning, match="no compiler"):
             got = tiled.attend(about, query, keys, values, extras)
         tiled.attend(about, query, keys, values, extras)
     finally:
