@@ -4,9 +4,11 @@
 
 Small random models with keys and values of low rank, so that nothing is lost and every result can be compared: each
 round is one form of generation on one of them, compiled and eager in turn, drawn at random from a fixed seed. Tokens
-must be equal, logits within 1e-3 of the largest. Resident memory, live tensors and codecs are sampled after each round
-that all models have been through; the first ``WARM`` of the time counts as warm-up, in which shapes are still new. The
-slope is that of a least-squares line through the rest. ``recompiles`` are Dynamo's frames compiled after warm-up.
+must be equal, logits within 1e-3 of the largest. Lengths come from ``SHAPES`` draws per form, tokens are new each time:
+warm-up goes through every model, form and draw once, as Dynamo compiles anew for sizes that were equal by chance when
+it first saw them, under any backend. After that come rounds at random until the time is up. Resident memory, live
+tensors and codecs are sampled every ``EVERY`` rounds; the slope is that of a least-squares line through the samples
+after warm-up, and at least after ``WARM`` of the time. ``recompiles`` are Dynamo's frames compiled after warm-up.
 """
 
 from __future__ import annotations
@@ -38,6 +40,8 @@ VOCAB, WIDTH, WARM = 101, 64, 0.4
 TOLERANCE = 1e-3
 EVERY = 10
 """Rounds between two samples."""
+SHAPES = 8
+"""Draws of lengths per form."""
 
 _SHARED = {"vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
 _LLAMA = _SHARED | {
@@ -74,10 +78,10 @@ def build(name: str) -> Any:
     return model.requires_grad_(False)
 
 
-# -- forms: model, draw -> (tokens, logits or None) --------------------------------------------------------------------
+# -- forms: model, draw of lengths, draw of tokens -> (tokens, logits or None) -----------------------------------------
 
 Outcome = tuple[torch.Tensor, torch.Tensor | None]
-Form = Callable[[Any, random.Random], Outcome]
+Form = Callable[[Any, random.Random, random.Random], Outcome]
 
 
 def _ids(rng: random.Random, rows: int, tokens: int) -> torch.Tensor:
@@ -87,12 +91,12 @@ def _ids(rng: random.Random, rows: int, tokens: int) -> torch.Tensor:
 def generated(rows: Sequence[int], **more: Any) -> Form:
     """One ``generate``, some rows of which are padded on the left."""
 
-    def form(model: Any, rng: random.Random) -> Outcome:
-        ids = _ids(rng, rng.choice(rows), rng.randint(7, 20))
+    def form(model: Any, rng: random.Random, tokens: random.Random) -> Outcome:
+        ids = _ids(tokens, rng.choice(rows), rng.randint(7, 20))
         mask = torch.ones_like(ids)
         if len(ids) > 1:
             mask[0, : rng.randint(1, 4)] = 0
-        torch.manual_seed(rng.randrange(1000))
+        torch.manual_seed(tokens.randrange(1000))
         given = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True, **more}
         out = model.generate(ids * mask, attention_mask=mask, max_new_tokens=rng.randint(4, 24), **given)
         return out.sequences, torch.stack(out.logits)
@@ -100,27 +104,27 @@ def generated(rows: Sequence[int], **more: Any) -> Form:
     return form
 
 
-def looked_up(model: Any, rng: random.Random) -> Outcome:
+def looked_up(model: Any, rng: random.Random, tokens: random.Random) -> Outcome:
     """Prompt lookup on a text that repeats itself: drafts are taken and cut off."""
-    ids = _ids(rng, 1, 4).repeat(1, 3)
+    ids = _ids(tokens, 1, 4).repeat(1, 3)
     mask = torch.ones_like(ids)
     out = model.generate(ids, attention_mask=mask, max_new_tokens=16, do_sample=False, prompt_lookup_num_tokens=3)
     return out, None
 
 
-def reused(model: Any, rng: random.Random) -> Outcome:
+def reused(model: Any, rng: random.Random, tokens: random.Random) -> Outcome:
     """A prefix continued by a copy, and by three rows made of it."""
     from transformers import DynamicCache
 
     cache, seen = DynamicCache(config=model.config), []
     given = {cache_keyword(model): cache, "use_cache": True}
-    model(_ids(rng, 1, 5), **given)
+    model(_ids(tokens, 1, 5), **given)
     for rows in (1, 3):
         again = copy.deepcopy(cache)
         if rows > 1:
             again.batch_repeat_interleave(rows)
         for _ in range(rng.randint(2, 5)):
-            logits = model(_ids(rng, rows, rng.randint(1, 3)), **(given | {cache_keyword(model): again})).logits
+            logits = model(_ids(tokens, rows, rng.randint(1, 3)), **(given | {cache_keyword(model): again})).logits
             seen.append(logits[:, -1])
     logits = torch.cat(seen)
     return logits.argmax(-1), logits
@@ -157,9 +161,11 @@ class Pair:
         return cls(name, eager, compiled)
 
     @torch.no_grad()
-    def differ(self, form: str, seed: int) -> str | None:
+    def differ(self, form: str, shape: int, seed: int) -> str | None:
         """What is wrong with one round of ``form``; None where both models give the same."""
-        (want, expected), (got, logits) = (FORMS[form](m, random.Random(seed)) for m in (self.eager, self.compiled))
+        (want, expected), (got, logits) = (
+            FORMS[form](m, random.Random(shape), random.Random(seed)) for m in (self.eager, self.compiled)
+        )
         if not torch.equal(got, want):
             return "tokens"
         if logits is None or expected is None:
@@ -188,15 +194,17 @@ def slope(points: Sequence[tuple[float, float]]) -> float | None:
 def soak(minutes: float, inner: str, seed: int = 0) -> dict[str, Any]:
     """Rounds until the time is up; memory in bytes, time in seconds."""
     pairs, rng = [Pair.of(name, inner) for name in MODELS], random.Random(seed)
-    todo = [(pair, form) for pair in pairs for form in FORMS]
+    todo = [(pair, form, shape) for pair in pairs for form in FORMS for shape in range(SHAPES)]
     counters.clear()
     begin, samples, wrong = time.monotonic(), [], []
     counted = dict.fromkeys(FORMS, 0)
-    rounds = 0
+    rounds, warm_until = 0, 60 * minutes
     while (passed := time.monotonic() - begin) < 60 * minutes:
-        pair, form = todo[rounds] if rounds < len(todo) else rng.choice(todo)  # each once, then at random
-        if (bad := pair.differ(form, rounds)) is not None:
-            wrong.append({"round": rounds, "model": pair.name, "form": form, "differs": bad})
+        if rounds == len(todo):
+            warm_until = max(passed, WARM * 60 * minutes)
+        pair, form, shape = todo[rounds] if rounds < len(todo) else rng.choice(todo)  # each once, then at random
+        if (bad := pair.differ(form, shape, rounds)) is not None:
+            wrong.append({"round": rounds, "model": pair.name, "form": form, "shape": shape, "differs": bad})
             print(f"MISMATCH {wrong[-1]}", flush=True)
         counted[form] += 1
         rounds += 1
@@ -209,11 +217,12 @@ def soak(minutes: float, inner: str, seed: int = 0) -> dict[str, Any]:
                 flush=True,
             )
     samples.append(sample(time.monotonic() - begin))
-    warm = [s for s in samples if s["seconds"] > WARM * 60 * minutes]
+    warm = [s for s in samples if s["seconds"] > warm_until] or samples[-1:]
     per_second = slope([(s["seconds"], s["rss"]) for s in warm])
     return {
         "rounds": counted,
         "covered": rounds >= len(todo),
+        "warm_up_seconds": warm_until,
         "mismatches": wrong,
         "recompiles": warm[-1]["compiles"] - warm[0]["compiles"],
         "tensors_grown": warm[-1]["tensors"] - warm[0]["tensors"],
