@@ -12,16 +12,24 @@ import hashlib
 import importlib.util
 import os
 import tempfile
-import warnings
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 
-from lorc_fx.errors import KernelWarning
-
-from . import expressions, fixed_source, generator, numbered, operand_source, row_source, symbolic, terms, tiled
+from . import (
+    expressions,
+    fallback,
+    fixed_source,
+    generator,
+    numbered,
+    operand_source,
+    row_source,
+    symbolic,
+    terms,
+    tiled,
+)
 from .attend import Attend, Operand
 from .config import Config, Given, Kernel, Met, latent
 from .expressions import NotGenerated
@@ -40,7 +48,8 @@ BLOCK_BYTES = 65536
 
 _WRITERS = (expressions, fixed_source, generator, numbered, operand_source, row_source, symbolic, terms)
 _Made = tuple[Kernel, ModuleType]
-_made: dict[tuple[Any, ...], _Made | None] = {}
+_made: dict[tuple[Any, ...], _Made | Config | None] = {}
+"""By what a kernel is made for: the kernel, a smaller config where the device has no room for it, or None."""
 
 
 def attend(
@@ -53,24 +62,30 @@ def attend(
 ) -> torch.Tensor:
     """The op's result [B, H, S, D_v] in the query's dtype. ``config``: what to use instead of the default.
 
-    Warns (``KernelWarning``), once per reader, where there is no kernel for it: then ``tiled`` computes it.
+    Where the device has too little room for a kernel, smaller ones are tried. Warns (``KernelWarning``), once per
+    reader, where there is no kernel for it: then ``tiled`` computes it.
     """
     given = given_of(about, query, keys, values, extras)
     config = config or default(about, given)
-    key = (about.digest, given, config, query.device.type)
-    if key not in _made:
-        _made[key] = _make(about, given, config)
-    made = _made[key]
-    if made is not None:
+    while True:
+        key = (about.digest, given, config, query.device.type)
+        if key not in _made:
+            _made[key] = _make(about, given, config)
+        made = _made[key]
+        if made is None:
+            return tiled.attend(about, query, keys, values, extras)
+        if isinstance(made, Config):
+            config = made
+            continue
         try:
             with torch.cuda.device(query.device) if query.is_cuda else contextlib.nullcontext():
                 return _run(about, given, config, made, query, keys, values, extras)
         except Exception as error:  # Triton compiles at the first launch
-            if not _of_compiling(error):
+            if not fallback.of_compiling(error):
                 raise
-            _made[key] = None
-            _warn(about, f"it does not compile ({type(error).__name__}: {error})")
-    return tiled.attend(about, query, keys, values, extras)
+            _made[key] = fallback.smaller(config) if fallback.too_large(error) else None
+            if _made[key] is None:
+                fallback.warn(about, error, config, made[1].__file__)
 
 
 def given_of(
@@ -133,7 +148,7 @@ def _make(about: Attend, given: Given, config: Config) -> _Made | None:
         kernel = generate(about, given, config)
         return kernel, load(kernel.source, source_key(about, given, config))
     except (NotGenerated, ImportError) as error:
-        _warn(about, str(error))
+        fallback.warn(about, error, config)
         return None
 
 
@@ -166,17 +181,6 @@ def load(source: str, key: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def _of_compiling(error: Exception) -> bool:
-    """Whether a launch failed before it began: one of Triton's own errors, or a pass of its compiler."""
-    return type(error).__module__.split(".")[0] == "triton" or "PassManager::run" in str(error)
-
-
-def _warn(about: Attend, why: str) -> None:
-    reader = f"keys of {about.keys.words}; values of {about.values.words}"
-    message = f"no kernel for attention over {reader}: {why}. It runs in plain torch, tile by tile."
-    warnings.warn(message, KernelWarning, stacklevel=4)
 
 
 # -- a launch ---------------------------------------------------------------------------------------------------------

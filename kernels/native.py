@@ -33,7 +33,11 @@ def library() -> Any:
         made = compile_cpp((Path(__file__).parent / "rows.cpp").read_text())
     except Exception as error:  # whatever the compiler or its absence raises
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-        text = f"rows.cpp does not compile ({reason}); attention over stored rows runs in torch ops, which is slower"
+        text = (
+            f"rows.cpp does not compile ({reason}); attention over stored rows runs in torch ops, all of it: as right, "
+            "but slower. Any C++ compiler that inductor takes will do: install g++ or clang++, or set CXX, and start "
+            "again."
+        )
         warnings.warn(text, KernelWarning, stacklevel=2)
         return None
     number, where = ctypes.c_int64, ctypes.c_void_p
