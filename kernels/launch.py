@@ -27,7 +27,7 @@ from .config import Config, Given, Kernel, Met, latent
 from .expressions import NotGenerated
 from .generator import generate
 from .numbered import Constant
-from .stored import Stored
+from .stored import Stored, by_head, strides, times
 
 PROGRAMS = 2
 """Programs for each multiprocessor, about: the last wave then leaves few of them idle."""
@@ -207,7 +207,7 @@ def _run(
     sink = extras[-1] if about.sink else tops
     sizes = combining(about, given, kernel)
     grid = (rows, -(-kernel.width // sizes[-1]))
-    steps = _strides(sink)[:3] if about.sink else [0, 0, 0]
+    steps = strides(sink)[:3] if about.sink else [0, 0, 0]
     module.combine[grid](tops, weights, sums, sink, found, share, rows, splits, *sizes, *steps)
     return _finished(about.values, values, found, share, (batch, heads, queries)).to(query.dtype)
 
@@ -225,7 +225,7 @@ def operands(
     tables = _on(kernel, keys.rows.device)
     args = [*_operand(about.keys, keys), *tables[0], *_operand(about.values, values), *tables[1]]
     for e in extras[: len(about.extras)]:
-        args += [e.view(torch.uint8) if e.dtype == torch.bool else e, *_strides(e)]
+        args += [e.view(torch.uint8) if e.dtype == torch.bool else e, *strides(e)]
     return args
 
 
@@ -249,18 +249,6 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _strides(tensor: torch.Tensor) -> list[int]:
-    """Steps along [B, H, S, T], 0 where a tensor has one for all."""
-    own = [0 if n == 1 else s for n, s in zip(tensor.shape, tensor.stride(), strict=True)]
-    return [0] * (4 - len(own)) + own
-
-
-def _matrix(operand: Operand, source: torch.Tensor) -> torch.Tensor:
-    """[k, n] -> [heads, k, D]."""
-    source = source if operand.columns is None else source[:, list(operand.columns)]
-    return source.unflatten(1, (operand.heads, operand.head_dim)).transpose(0, 1)
-
-
 def _queries(operand: Operand, stored: Stored, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Query rows as the kernel takes them, and what each meets in every score (the mean's part)."""
     batch, heads, queries, dim = query.shape
@@ -268,13 +256,11 @@ def _queries(operand: Operand, stored: Stored, query: torch.Tensor) -> tuple[tor
         return query.contiguous(), query
     decode, mean, _ = stored.parts(operand)
     assert decode is not None
-    per_head = query.reshape(batch, operand.heads, -1, dim).transpose(0, 1).flatten(1, 2)  # [heads, B M, D]
-    matrix = _matrix(operand, decode).to(query.dtype).transpose(1, 2)
-    made = torch.bmm(per_head, matrix).unflatten(1, (batch, -1)).transpose(0, 1).contiguous()
+    grouped = query.reshape(batch, operand.heads, -1, dim)
+    made = times(grouped, by_head(operand, decode).to(query.dtype).transpose(1, 2)).contiguous()
     if mean is None:
         return made, query
-    constant = torch.bmm(per_head.float(), _matrix(operand, mean[None]).float().transpose(1, 2))
-    return made, constant.unflatten(1, (batch, -1)).transpose(0, 1).contiguous()
+    return made, times(grouped.float(), by_head(operand, mean[None]).float().transpose(1, 2)).contiguous()
 
 
 def _operand(operand: Operand, stored: Stored) -> list[Any]:
@@ -308,9 +294,8 @@ def _finished(
         return found.view(*sizes, -1)
     decode, mean, _ = stored.parts(operand)
     assert decode is not None
-    per_head = found.view(batch, operand.heads, -1, found.shape[1]).transpose(0, 1).flatten(1, 2).to(decode.dtype)
-    made = torch.bmm(per_head, _matrix(operand, decode)).float()  # [heads, B M, D]
+    found = found.view(batch, operand.heads, -1, found.shape[1]).to(decode.dtype)
+    made = times(found, by_head(operand, decode)).float()
     if mean is not None:
-        weight = share.view(batch, operand.heads, -1, 1).transpose(0, 1).flatten(1, 2)
-        made = made + weight * _matrix(operand, mean[None]).float()
-    return made.unflatten(1, (batch, -1)).transpose(0, 1).reshape(*sizes, -1)
+        made = made + share.view(batch, operand.heads, -1, 1) * by_head(operand, mean[None]).float()
+    return made.reshape(*sizes, -1)

@@ -5,8 +5,9 @@
 //
 // A row is made of planes (packing.py): numbers of the model's dtype, or whole bytes that hold 8, 4, 2 or 1 bits of 1, 2, 4
 // or 8 columns each. What a plane holds is linear in its bytes' fields, so a column of 3 bits is two columns, in two planes,
-// and the caller lays the weights out plane by plane, field by field, each run padded to LANES. In each block g of a row
-// (a head, where nothing is projected) planes go on where the block before ended.
+// and the caller lays the weights out plane by plane, field by field, each run padded to LANES. A block g of a row is a head
+// where nothing is projected: some bytes of a plane in one of its fields, or all of its bytes in some fields.
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <vector>
@@ -21,9 +22,10 @@ typedef float V __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef int32_t I __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef uint16_t B16 __attribute__((vector_size(2 * LANES), aligned(2)));
 
-// kind: 0 fp32, 1 bf16, 2 fp16, else 8 + the bits of a field; ``offset`` in the row, ``step`` between blocks and ``count`` of
-// elements (bytes of a quantised plane) in a block; ``at``: where its weights begin.
-struct Plane { int64_t kind, offset, step, count, at; };
+// kind: 0 fp32, 1 bf16, 2 fp16, else 8 + the bits of a field; ``offset`` in the row; ``step`` between blocks that lie beside
+// one another, of which there are ``beside``; ``count`` of elements (bytes of a quantised plane) and ``fields`` in a block;
+// ``at``: where its weights begin.
+struct Plane { int64_t kind, offset, step, beside, count, fields, at; };
 
 static inline float half_to_float(uint16_t h) {
   uint32_t sign = uint32_t(h & 0x8000) << 16, mantissa = h & 0x3ff, exponent = (h >> 10) & 31, bits;
@@ -51,23 +53,26 @@ template <int KIND> static inline V numbers(const uint8_t* p, int64_t count) {
   return v;
 }
 
-// ``count`` <= LANES bytes as integers, zeros behind. (GCC 12 widens bytes by __builtin_convertvector one by one.)
-static inline I bytes(const uint8_t* p, int64_t count) {
+// ``count`` <= LANES bytes as integers; CENTRED: less 128, so that sums of levels are small numbers and rounded as such.
+// (GCC 12 widens bytes by __builtin_convertvector one by one.)
+template <bool CENTRED> static inline I bytes(const uint8_t* p, int64_t count) {
   uint8_t few[LANES] = {};
   if (count < LANES) { std::memcpy(few, p, count); p = few; }
 #ifdef __AVX512F__
-  return (I)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
+  const __m128i raw = _mm_loadu_si128((const __m128i*)p);
+  if (CENTRED) return (I)_mm512_cvtepi8_epi32(_mm_xor_si128(raw, _mm_set1_epi8(-128)));
+  return (I)_mm512_cvtepu8_epi32(raw);
 #else
   int32_t wide[LANES];
-  for (int i = 0; i < LANES; i++) wide[i] = p[i];
+  for (int i = 0; i < LANES; i++) wide[i] = int32_t(p[i]) - (CENTRED ? 128 : 0);
   I v; std::memcpy(&v, wide, sizeof(I));
   return v;
 #endif
 }
 
-template <int BITS> static inline V field(I wide, int f) {   // BITS below 1 are never called
+template <int BITS> static inline V field(I wide, int64_t f) {   // BITS below 1 are never called
   constexpr int bits = BITS > 0 ? BITS : 8;
-  return __builtin_convertvector(bits == 8 ? wide : (wide >> (f * bits)) & ((1 << bits) - 1), V);
+  return __builtin_convertvector(bits == 8 ? wide : (wide >> int(f * bits)) & ((1 << bits) - 1), V);
 }
 
 static inline float total(V v) {
@@ -82,25 +87,23 @@ static inline float total(V v) {
 
 static inline int64_t padded(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
 
-// LANES columns of NT rows: of field f of a plane's bytes, or of a plane of numbers.
-template <int KIND> constexpr int fields_of = KIND > 8 ? 8 / (KIND > 8 ? KIND - 8 : 1) : 1;
 template <int KIND> constexpr int size_of = KIND == 0 ? 4 : KIND <= 2 ? 2 : 1;
 
 // Dot products of NT rows with NM weight vectors over one plane of block g.
 template <int KIND, int NT, int NM>
 static inline void dot_plane(const uint8_t* const* rows, const float* w, int64_t ws, const Plane& p, int64_t g,
                              V (*sum)[NM]) {
-  const int64_t base = p.offset + g * p.step, run = padded(p.count);
+  const int64_t base = p.offset + g % p.beside * p.step, run = padded(p.count), first = g / p.beside * p.fields;
   for (int64_t j = 0; j < p.count; j += LANES) {
     const int64_t c = p.count - j < LANES ? p.count - j : LANES;
     I raw[NT];
     V x[NT];
     for (int t = 0; t < NT; t++) {
       const uint8_t* at = rows[t] + base + j * size_of<KIND>;
-      if (KIND > 8) raw[t] = bytes(at, c); else x[t] = numbers<KIND>(at, c);
+      if (KIND > 8) raw[t] = bytes<KIND == 16>(at, c); else x[t] = numbers<KIND>(at, c);
     }
-    for (int f = 0; f < fields_of<KIND>; f++) {
-      if (KIND > 8) for (int t = 0; t < NT; t++) x[t] = field<KIND - 8>(raw[t], f);
+    for (int64_t f = 0; f < p.fields; f++) {
+      if (KIND > 8) for (int t = 0; t < NT; t++) x[t] = field<KIND - 8>(raw[t], first + f);
       for (int m = 0; m < NM; m++) {
         V a; std::memcpy(&a, w + m * ws + p.at + f * run + j, sizeof(V));
         for (int t = 0; t < NT; t++) sum[t][m] += a * x[t];
@@ -134,6 +137,7 @@ struct Layout {
   const uint8_t* rows; int64_t tokens, batch, stride_t, stride_b;      // strides in bytes
   int64_t scale;                                                       // offset of the fp16 scale, -1 where there is none
   const Plane* planes; int64_t n, blocks, m, width;                    // m weight vectors of ``width`` floats per block
+  int64_t line;                                                        // between the scores of two weight vectors
   bool exact = n > 0 && planes[0].kind <= 2;                           // planes of numbers come first
 };
 
@@ -148,13 +152,14 @@ static inline void scales_of(const Layout& a, int64_t b, int64_t start, int64_t 
   }
 }
 
+// ``out``: at this token's score of the first weight vector of batch row b.
 template <int NT, int NM>
 static inline void score_some(const Layout& a, const float* scales, int64_t b, int64_t g, int64_t t, int64_t m,
                               const float* w, const float* shift, const float* further, float* out) {
   const uint8_t* rows[NT];
   for (int i = 0; i < NT; i++) rows[i] = a.rows + (t + i) * a.stride_t + b * a.stride_b;
   float q[NT][NM] = {}, e[NT][NM] = {};
-  const int64_t first = (b * a.blocks + g) * a.m + m;
+  const int64_t first = (b * a.blocks + g) * a.m + m, line = g * a.m + m;
   if (a.exact) dots<false, NT, NM>(rows, w + first * a.width, a.width, a.planes, a.n, g, e);
   if (a.scale >= 0) dots<true, NT, NM>(rows, w + first * a.width, a.width, a.planes, a.n, g, q);
   for (int i = 0; i < NT; i++) {
@@ -164,7 +169,7 @@ static inline void score_some(const Layout& a, const float* scales, int64_t b, i
       float found = e[i][k];
       if (a.scale >= 0) found += s * (q[i][k] - shift[first + k]);
       if (other) found += further[first + k];
-      out[(first + k) * a.tokens + t + i] = found;
+      out[(line + k) * a.line + i] = found;
     }
   }
 }
@@ -178,11 +183,21 @@ static inline void score_all(const Layout& a, const float* s, int64_t b, int64_t
   for (; m < a.m; m++) score_some<NT, 1>(a, s, b, g, t, m, w, shift, further, out);
 }
 
+// All blocks of tokens [start, stop) of batch row b; ``out``: at the first of their scores.
+static inline void score_chunk(const Layout& a, const float* s, int64_t b, int64_t start, int64_t stop, const float* w,
+                               const float* shift, const float* further, float* out) {
+  for (int64_t g = 0; g < a.blocks; g++) {
+    int64_t t = start;
+    for (; t + TOKENS <= stop; t += TOKENS) score_all<TOKENS>(a, s + (t - start), b, g, t, w, shift, further, out + t - start);
+    for (; t < stop; t++) score_all<1>(a, s + (t - start), b, g, t, w, shift, further, out + t - start);
+  }
+}
+
 // weights [B, blocks, m, width], shift and further [B, blocks, m] -> out [B, blocks, m, T]
 extern "C" void lorc_scores(const uint8_t* rows, int64_t tokens, int64_t batch, int64_t stride_t, int64_t stride_b,
                             int64_t scale, const Plane* planes, int64_t n, int64_t blocks, int64_t m, int64_t width,
                             const float* weights, const float* shift, const float* further, float* out, int64_t threads) {
-  const Layout a = {rows, tokens, batch, stride_t, stride_b, scale, planes, n, blocks, m, width};
+  const Layout a = {rows, tokens, batch, stride_t, stride_b, scale, planes, n, blocks, m, width, tokens};
   const int64_t chunks = (tokens + CHUNK - 1) / CHUNK;
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t i = 0; i < chunks; i++) {
@@ -190,19 +205,14 @@ extern "C" void lorc_scores(const uint8_t* rows, int64_t tokens, int64_t batch, 
     float s[CHUNK];
     for (int64_t b = 0; b < batch; b++) {
       scales_of(a, b, start, stop, s);
-      for (int64_t g = 0; g < blocks; g++) {
-        int64_t t = start;
-        for (; t + TOKENS <= stop; t += TOKENS)
-          score_all<TOKENS>(a, s + (t - start), b, g, t, weights, shift, further, out);
-        for (; t < stop; t++) score_all<1>(a, s + (t - start), b, g, t, weights, shift, further, out);
-      }
+      score_chunk(a, s, b, start, stop, weights, shift, further, out + b * blocks * m * tokens + start);
     }
   }
 }
 
 template <int NT>
 static inline void add(const Layout& a, const V* x, const float* weight, float* place) {
-  for (int64_t m = 0; m < a.m; m++, weight += a.tokens, place += a.width) {
+  for (int64_t m = 0; m < a.m; m++, weight += a.line, place += a.width) {
     V sum; std::memcpy(&sum, place, sizeof(V));
     for (int i = 0; i < NT; i++) sum += x[i] * weight[i];
     std::memcpy(place, &sum, sizeof(V));
@@ -212,23 +222,24 @@ static inline void add(const Layout& a, const V* x, const float* weight, float* 
 template <int KIND, int NT>
 static inline void sum_plane(const Layout& a, const uint8_t* const* rows, const float* s, const Plane& p, int64_t g,
                              const float* weight, float* place) {
-  const int64_t base = p.offset + g * p.step, run = padded(p.count);
+  const int64_t base = p.offset + g % p.beside * p.step, run = padded(p.count), first = g / p.beside * p.fields;
   for (int64_t j = 0; j < p.count; j += LANES) {
     const int64_t c = p.count - j < LANES ? p.count - j : LANES;
     I raw[NT];
     V x[NT];
     for (int i = 0; i < NT; i++) {
       const uint8_t* at = rows[i] + base + j * size_of<KIND>;
-      if (KIND > 8) raw[i] = bytes(at, c); else x[i] = numbers<KIND>(at, c);
+      if (KIND > 8) raw[i] = bytes<KIND == 16>(at, c); else x[i] = numbers<KIND>(at, c);
     }
-    for (int f = 0; f < fields_of<KIND>; f++) {
-      if (KIND > 8) for (int i = 0; i < NT; i++) x[i] = field<KIND - 8>(raw[i], f) * s[i];
+    for (int64_t f = 0; f < p.fields; f++) {
+      if (KIND > 8) for (int i = 0; i < NT; i++) x[i] = field<KIND - 8>(raw[i], first + f) * s[i];
       add<NT>(a, x, weight, place + p.at + f * run + j);
     }
   }
 }
 
-// Adds NT rows, weighted, to the sums of one block.
+// Adds NT rows, weighted, to the sums of one block; ``p``: at this token's weight of the first line of batch row b, and the
+// sums are those of batch row b.
 template <int NT>
 static inline void sum_some(const Layout& a, const float* signs, int64_t b, int64_t g, int64_t t, const float* p, float* acc,
                             float* scales, float* further) {
@@ -240,13 +251,13 @@ static inline void sum_some(const Layout& a, const float* signs, int64_t b, int6
     other[i] = signs[i] < 0;
     s[i] = other[i] ? -signs[i] : signs[i];
   }
-  const int64_t first = (b * a.blocks + g) * a.m;
+  const int64_t first = g * a.m;
   for (int64_t m = 0; m < a.m; m++) for (int i = 0; i < NT; i++) {
-    const float weight = p[(first + m) * a.tokens + t + i];
+    const float weight = p[(first + m) * a.line + i];
     scales[first + m] += weight * s[i];
     if (other[i]) further[first + m] += weight;
   }
-  const float* weight = p + first * a.tokens + t;
+  const float* weight = p + first * a.line;
   float* place = acc + first * a.width;
   for (int64_t k = 0; k < a.n; k++) switch (a.planes[k].kind) {
     case 16: sum_plane<16, NT>(a, rows, s, a.planes[k], g, weight, place); break;
@@ -259,13 +270,23 @@ static inline void sum_some(const Layout& a, const float* signs, int64_t b, int6
   }
 }
 
+// All blocks of tokens [start, stop) of batch row b.
+static inline void sum_chunk(const Layout& a, const float* signs, int64_t b, int64_t start, int64_t stop, const float* p,
+                             float* acc, float* scales, float* further) {
+  for (int64_t g = 0; g < a.blocks; g++) {
+    int64_t t = start;
+    for (; t + 8 <= stop; t += 8) sum_some<8>(a, signs + (t - start), b, g, t, p + (t - start), acc, scales, further);
+    for (; t < stop; t++) sum_some<1>(a, signs + (t - start), b, g, t, p + (t - start), acc, scales, further);
+  }
+}
+
 // p [B, blocks, m, T] -> acc [threads, B, blocks, m, width], and [threads, B, blocks, m] the sums of p scale and of p where a
 // token has the second mean; all must be zero before, and are to be added up over threads.
 extern "C" void lorc_sums(const uint8_t* rows, int64_t tokens, int64_t batch, int64_t stride_t, int64_t stride_b,
                           int64_t scale, const Plane* planes, int64_t n, int64_t blocks, int64_t m, int64_t width,
                           const float* p, float* acc, float* scales, float* further, int64_t threads) {
-  const Layout a = {rows, tokens, batch, stride_t, stride_b, scale, planes, n, blocks, m, width};
-  const int64_t lines = batch * blocks * m;
+  const Layout a = {rows, tokens, batch, stride_t, stride_b, scale, planes, n, blocks, m, width, tokens};
+  const int64_t each_b = blocks * m, lines = batch * each_b;
 #pragma omp parallel num_threads(threads)
   {
     const int64_t me = omp_get_thread_num(), all = omp_get_num_threads();
@@ -276,12 +297,9 @@ extern "C" void lorc_sums(const uint8_t* rows, int64_t tokens, int64_t batch, in
     for (int64_t at = start; at < stop; at += CHUNK) {
       const int64_t end = at + CHUNK < stop ? at + CHUNK : stop;
       for (int64_t b = 0; b < batch; b++) {
+        const int64_t first = b * each_b;
         scales_of(a, b, at, end, signs);
-        for (int64_t g = 0; g < blocks; g++) {
-          int64_t t = at;
-          for (; t + 8 <= end; t += 8) sum_some<8>(a, signs + (t - at), b, g, t, p, mine, s, f);
-          for (; t < end; t++) sum_some<1>(a, signs + (t - at), b, g, t, p, mine, s, f);
-        }
+        sum_chunk(a, signs, b, at, end, p + first * tokens + at, mine + first * width, s + first, f + first);
       }
     }
   }

@@ -21,10 +21,10 @@ import torch
 
 from lorc_fx.packing import Parts, level_constants, parts_of
 
-from . import native
+from . import fused, native
 from .attend import Attend, Operand
 from .reference import features
-from .stored import Stored
+from .stored import Stored, by_head
 
 TILE_NUMBERS = 1 << 19
 """Numbers in a tile: 2 MiB of fp32, so that a tile of keys and one of values stay in a core's cache between their
@@ -48,7 +48,10 @@ def attend(
     """The op's result [B, H, S, D_v] in the query's dtype. ``tile``: tokens at a time."""
     batch, heads, queries, _ = query.shape
     total = keys.rows.shape[0]
-    left, right = _reader(about.keys, keys), _reader(about.values, values)
+    kinds = _kind(about.keys, keys), _kind(about.values, values)
+    if kinds == (_Native, _Native) and (made := fused.attend(about, query, keys, values, extras, tile)) is not None:
+        return made
+    left, right = kinds[0](about.keys, keys), kinds[1](about.values, values)
     most = min(reader.tile(batch, heads * queries) for reader in (left, right))
     tile = tile or max(TILE_LEAST, most)
     score, sum_up = left.scores(query.float()), right.sums(batch, heads, queries)
@@ -100,16 +103,13 @@ def _tiles(about: Attend, extras: tuple[torch.Tensor, ...], total: int, tile: in
 # -- one operand ------------------------------------------------------------------------------------------------------
 
 
-def _reader(operand: Operand, stored: Stored) -> _Absorbed | _Decoded:
+def _kind(operand: Operand, stored: Stored) -> type[_Absorbed] | type[_Decoded]:
     form = operand.format
-    one_kind = all(s.bits == form.segments[0].bits for s in form.segments) and form.choices == 1
+    one_kind = form.choices == 1 and (operand.decodes or all(s.bits == form.segments[0].bits for s in form.segments))
     if not operand.absorbed or not (operand.decodes or (one_kind and operand.columns is None)):
-        return _Decoded(operand, stored)
-    if stored.rows.device.type == "cpu" and stored.rows.stride(2) == 1 and native.library() is not None:
-        about = native.layout(form, 1 if operand.decodes else operand.heads)
-        if about is not None:
-            return _Native(operand, stored, about)
-    return _Absorbed(operand, stored)
+        return _Decoded
+    readable = stored.rows.device.type == "cpu" and stored.rows.stride(2) == 1 and native.library() is not None
+    return _Native if readable and native.layout(form, native.blocks(operand)) is not None else _Absorbed
 
 
 class _Absorbed:
@@ -119,18 +119,12 @@ class _Absorbed:
         self.operand, self.rows, self.form = operand, stored.rows, operand.format
         decode, mean, _ = stored.parts(operand)
         self.width = operand.latent_width
-        self.blocks = 1 if operand.decodes else operand.heads
+        self.blocks = native.blocks(operand)
         self.exact = self.form.columns if self.form.plain else sum(s.columns for s in self.form.segments if not s.bits)
         if self.form.scaled:
             self.step, self.half = level_constants(self.form, stored.rows.device)
-        self.matrix = None if decode is None else self._heads(decode.float())  # [heads, k, D]
-        self.mean = None if mean is None else self._heads(mean.float()[None])  # [heads, 1, D]
-
-    def _heads(self, source: torch.Tensor) -> torch.Tensor:
-        """[.., n] -> [heads, .., D]."""
-        o = self.operand
-        source = source if o.columns is None else source[..., list(o.columns)]
-        return source.unflatten(-1, (o.heads, o.head_dim)).movedim(-2, 0)
+        self.matrix = None if decode is None else by_head(operand, decode.float())  # [heads, k, D]
+        self.mean = None if mean is None else by_head(operand, mean.float()[None])  # [heads, 1, D]
 
     def tile(self, batch: int, lines: int) -> int:
         """Tokens that a tile should have; ``lines``: queries of all heads."""
@@ -201,9 +195,13 @@ class _Absorbed:
 class _Native(_Absorbed):
     """The same by ``rows.cpp``, which never has a tile's numbers in memory."""
 
-    def __init__(self, operand: Operand, stored: Stored, about: native.Layout) -> None:
+    def __init__(self, operand: Operand, stored: Stored) -> None:
         super().__init__(operand, stored)
+        about = native.layout(operand.format, self.blocks)
+        assert about is not None
         self.about = about
+        if self.form.scaled:
+            self.step, self.half = native.constants(self.form)
 
     def tile(self, batch: int, lines: int) -> int:
         return TILE_SCORES // (batch * lines)
