@@ -145,7 +145,7 @@ extern "C" void lorc_attend(const Rows* keys, const Rows* values, int64_t batch,
     a.acc.assign(every * v.width, 0);
     a.scales.assign(every, 0);
     a.further.assign(every, 0);
-    std::vector<float> held(lines * room), signs(room);
+    std::vector<float> held(lines * room), scaled(lines * room), signs(room);
     float* const p = held.data();
     for (int64_t i = me; i < batch * chunks; i += all) {
       const int64_t b = i / chunks, start = i % chunks * chunk, stop = start + chunk < tokens ? start + chunk : tokens;
@@ -170,7 +170,7 @@ extern "C" void lorc_attend(const Rows* keys, const Rows* values, int64_t batch,
         }
       }
       scales_of(right, b, start, stop, signs.data());
-      sum_chunk(right, signs.data(), b, start, stop, p, a.acc.data() + first * v.width, a.scales.data() + first,
+      sum_chunk(right, signs.data(), b, start, stop, p, scaled.data(), a.acc.data() + first * v.width, a.scales.data() + first,
                 a.further.data() + first);
     }
   }

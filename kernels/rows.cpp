@@ -17,7 +17,6 @@
 #endif
 
 constexpr int LANES = 16;
-constexpr int TOKENS = 4;   // rows whose values are in registers at once
 typedef float V __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef int32_t I __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef uint16_t B16 __attribute__((vector_size(2 * LANES), aligned(2)));
@@ -75,14 +74,29 @@ template <int BITS> static inline V field(I wide, int64_t f) {   // BITS below 1
   return __builtin_convertvector(bits == 8 ? wide : (wide >> int(f * bits)) & ((1 << bits) - 1), V);
 }
 
+typedef float Q __attribute__((vector_size(LANES), aligned(4)));
+
 static inline float total(V v) {
   typedef float H __attribute__((vector_size(2 * LANES)));
-  typedef float Q __attribute__((vector_size(LANES)));
   H h[2]; std::memcpy(h, &v, sizeof(V));
   h[0] += h[1];
   Q q[2]; std::memcpy(q, h, sizeof(H));
   q[0] += q[1];
   return (q[0][0] + q[0][1]) + (q[0][2] + q[0][3]);
+}
+
+// The totals of four vectors.
+static inline Q totals(V a, V b, V c, V d) {
+  typedef int32_t J __attribute__((vector_size(4 * LANES)));
+  constexpr J low = {0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29};
+  constexpr J high = {2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31};
+  constexpr J lower = {0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29};
+  constexpr J upper = {2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31};
+  const V ab = __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, high);    // per quarter: a, b, a, b
+  const V cd = __builtin_shuffle(c, d, low) + __builtin_shuffle(c, d, high);
+  const V each = __builtin_shuffle(ab, cd, lower) + __builtin_shuffle(ab, cd, upper);   // per quarter: a, b, c, d
+  Q q[4]; std::memcpy(q, &each, sizeof(V));
+  return (q[0] + q[1]) + (q[2] + q[3]);
 }
 
 static inline int64_t padded(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
@@ -115,7 +129,7 @@ static inline void dot_plane(const uint8_t* const* rows, const float* w, int64_t
 // Over the planes of numbers (or, FIELDS, of fields) of block g: apart, because the sums of both would not fit the registers.
 template <bool FIELDS, int NT, int NM>
 static inline void dots(const uint8_t* const* rows, const float* w, int64_t ws, const Plane* planes, int64_t n, int64_t g,
-                        float (*out)[NM]) {
+                        float (*out)[NT]) {
   V sum[NT][NM] = {};
   for (int64_t k = 0; k < n; k++) {
     const Plane& p = planes[k];
@@ -130,7 +144,13 @@ static inline void dots(const uint8_t* const* rows, const float* w, int64_t ws, 
       case 2: dot_plane<2, NT, NM>(rows, w, ws, p, g, sum); break;
     }
   }
-  for (int t = 0; t < NT; t++) for (int m = 0; m < NM; m++) out[t][m] = total(sum[t][m]);
+  for (int m = 0; m < NM; m++) {
+    if (NT < 4) for (int t = 0; t < NT; t++) out[m][t] = total(sum[t][m]);
+    else for (int t = 0; t + 3 < NT; t += 4) {
+      const Q four = totals(sum[t][m], sum[t + 1][m], sum[t + 2][m], sum[t + 3][m]);
+      std::memcpy(out[m] + t, &four, sizeof(Q));
+    }
+  }
 }
 
 struct Layout {
@@ -158,19 +178,13 @@ static inline void score_some(const Layout& a, const float* scales, int64_t b, i
                               const float* w, const float* shift, const float* further, float* out) {
   const uint8_t* rows[NT];
   for (int i = 0; i < NT; i++) rows[i] = a.rows + (t + i) * a.stride_t + b * a.stride_b;
-  float q[NT][NM] = {}, e[NT][NM] = {};
+  float q[NM][NT] = {}, e[NM][NT] = {};
   const int64_t first = (b * a.blocks + g) * a.m + m, line = g * a.m + m;
   if (a.exact) dots<false, NT, NM>(rows, w + first * a.width, a.width, a.planes, a.n, g, e);
   if (a.scale >= 0) dots<true, NT, NM>(rows, w + first * a.width, a.width, a.planes, a.n, g, q);
-  for (int i = 0; i < NT; i++) {
-    const bool other = scales[i] < 0;
-    const float s = other ? -scales[i] : scales[i];
-    for (int k = 0; k < NM; k++) {
-      float found = e[i][k];
-      if (a.scale >= 0) found += s * (q[i][k] - shift[first + k]);
-      if (other) found += further[first + k];
-      out[(line + k) * a.line + i] = found;
-    }
+  for (int k = 0; k < NM; k++) for (int i = 0; i < NT; i++) {
+    const float s = scales[i] < 0 ? -scales[i] : scales[i];
+    out[(line + k) * a.line + i] = e[k][i] + s * (q[k][i] - shift[first + k]) + (scales[i] < 0 ? further[first + k] : 0.0f);
   }
 }
 
@@ -178,8 +192,8 @@ template <int NT>
 static inline void score_all(const Layout& a, const float* s, int64_t b, int64_t g, int64_t t, const float* w,
                              const float* shift, const float* further, float* out) {
   int64_t m = 0;
-  for (; m + 4 <= a.m; m += 4) score_some<NT, 4>(a, s, b, g, t, m, w, shift, further, out);
-  for (; m + 2 <= a.m; m += 2) score_some<NT, 2>(a, s, b, g, t, m, w, shift, further, out);
+  if (NT <= 4) for (; m + 4 <= a.m; m += 4) score_some<NT, 4>(a, s, b, g, t, m, w, shift, further, out);   // in registers
+  if (NT <= 4) for (; m + 2 <= a.m; m += 2) score_some<NT, 2>(a, s, b, g, t, m, w, shift, further, out);
   for (; m < a.m; m++) score_some<NT, 1>(a, s, b, g, t, m, w, shift, further, out);
 }
 
@@ -188,7 +202,8 @@ static inline void score_chunk(const Layout& a, const float* s, int64_t b, int64
                                const float* shift, const float* further, float* out) {
   for (int64_t g = 0; g < a.blocks; g++) {
     int64_t t = start;
-    for (; t + TOKENS <= stop; t += TOKENS) score_all<TOKENS>(a, s + (t - start), b, g, t, w, shift, further, out + t - start);
+    if (a.m == 1) for (; t + 8 <= stop; t += 8) score_all<8>(a, s + (t - start), b, g, t, w, shift, further, out + t - start);
+    for (; t + 4 <= stop; t += 4) score_all<4>(a, s + (t - start), b, g, t, w, shift, further, out + t - start);
     for (; t < stop; t++) score_all<1>(a, s + (t - start), b, g, t, w, shift, further, out + t - start);
   }
 }
@@ -220,8 +235,8 @@ static inline void add(const Layout& a, const V* x, const float* weight, float* 
 }
 
 template <int KIND, int NT>
-static inline void sum_plane(const Layout& a, const uint8_t* const* rows, const float* s, const Plane& p, int64_t g,
-                             const float* weight, float* place) {
+static inline void sum_plane(const Layout& a, const uint8_t* const* rows, const Plane& p, int64_t g, const float* weight,
+                             float* place) {
   const int64_t base = p.offset + g % p.beside * p.step, run = padded(p.count), first = g / p.beside * p.fields;
   for (int64_t j = 0; j < p.count; j += LANES) {
     const int64_t c = p.count - j < LANES ? p.count - j : LANES;
@@ -232,51 +247,50 @@ static inline void sum_plane(const Layout& a, const uint8_t* const* rows, const 
       if (KIND > 8) raw[i] = bytes<KIND == 16>(at, c); else x[i] = numbers<KIND>(at, c);
     }
     for (int64_t f = 0; f < p.fields; f++) {
-      if (KIND > 8) for (int i = 0; i < NT; i++) x[i] = field<KIND - 8>(raw[i], first + f) * s[i];
+      if (KIND > 8) for (int i = 0; i < NT; i++) x[i] = field<KIND - 8>(raw[i], first + f);
       add<NT>(a, x, weight, place + p.at + f * run + j);
     }
   }
 }
 
-// Adds NT rows, weighted, to the sums of one block; ``p``: at this token's weight of the first line of batch row b, and the
-// sums are those of batch row b.
+// Adds NT rows, weighted, to the sums of one block. ``p``: at this token's weight of the first line of batch row b, and the
+// sums are those of batch row b; ``scaled``: the same times the token's scale.
 template <int NT>
-static inline void sum_some(const Layout& a, const float* signs, int64_t b, int64_t g, int64_t t, const float* p, float* acc,
-                            float* scales, float* further) {
+static inline void sum_some(const Layout& a, int64_t b, int64_t g, int64_t t, const float* p, const float* scaled,
+                            float* acc) {
   const uint8_t* rows[NT];
-  float s[NT];
-  bool other[NT];
-  for (int i = 0; i < NT; i++) {
-    rows[i] = a.rows + (t + i) * a.stride_t + b * a.stride_b;
-    other[i] = signs[i] < 0;
-    s[i] = other[i] ? -signs[i] : signs[i];
-  }
-  const int64_t first = g * a.m;
-  for (int64_t m = 0; m < a.m; m++) for (int i = 0; i < NT; i++) {
-    const float weight = p[(first + m) * a.line + i];
-    scales[first + m] += weight * s[i];
-    if (other[i]) further[first + m] += weight;
-  }
-  const float* weight = p + first * a.line;
-  float* place = acc + first * a.width;
+  for (int i = 0; i < NT; i++) rows[i] = a.rows + (t + i) * a.stride_t + b * a.stride_b;
+  const float *exact = p + g * a.m * a.line, *levels = scaled + g * a.m * a.line;
+  float* place = acc + g * a.m * a.width;
   for (int64_t k = 0; k < a.n; k++) switch (a.planes[k].kind) {
-    case 16: sum_plane<16, NT>(a, rows, s, a.planes[k], g, weight, place); break;
-    case 12: sum_plane<12, NT>(a, rows, s, a.planes[k], g, weight, place); break;
-    case 10: sum_plane<10, NT>(a, rows, s, a.planes[k], g, weight, place); break;
-    case 9: sum_plane<9, NT>(a, rows, s, a.planes[k], g, weight, place); break;
-    case 0: sum_plane<0, NT>(a, rows, s, a.planes[k], g, weight, place); break;
-    case 1: sum_plane<1, NT>(a, rows, s, a.planes[k], g, weight, place); break;
-    case 2: sum_plane<2, NT>(a, rows, s, a.planes[k], g, weight, place); break;
+    case 16: sum_plane<16, NT>(a, rows, a.planes[k], g, levels, place); break;
+    case 12: sum_plane<12, NT>(a, rows, a.planes[k], g, levels, place); break;
+    case 10: sum_plane<10, NT>(a, rows, a.planes[k], g, levels, place); break;
+    case 9: sum_plane<9, NT>(a, rows, a.planes[k], g, levels, place); break;
+    case 0: sum_plane<0, NT>(a, rows, a.planes[k], g, exact, place); break;
+    case 1: sum_plane<1, NT>(a, rows, a.planes[k], g, exact, place); break;
+    case 2: sum_plane<2, NT>(a, rows, a.planes[k], g, exact, place); break;
   }
 }
 
-// All blocks of tokens [start, stop) of batch row b.
+// All blocks of tokens [start, stop) of batch row b. ``scaled``: room for as many numbers as ``p`` has, as far apart.
 static inline void sum_chunk(const Layout& a, const float* signs, int64_t b, int64_t start, int64_t stop, const float* p,
-                             float* acc, float* scales, float* further) {
+                             float* scaled, float* acc, float* scales, float* further) {
+  for (int64_t l = 0; l < a.blocks * a.m; l++) {
+    float sum = 0, second = 0;
+    for (int64_t i = 0; i < stop - start; i++) {
+      const float s = signs[i], weight = p[l * a.line + i], by = weight * (s < 0 ? -s : s);
+      scaled[l * a.line + i] = by;
+      sum += by;
+      second += s < 0 ? weight : 0.0f;
+    }
+    scales[l] += sum;
+    further[l] += second;
+  }
   for (int64_t g = 0; g < a.blocks; g++) {
     int64_t t = start;
-    for (; t + 8 <= stop; t += 8) sum_some<8>(a, signs + (t - start), b, g, t, p + (t - start), acc, scales, further);
-    for (; t < stop; t++) sum_some<1>(a, signs + (t - start), b, g, t, p + (t - start), acc, scales, further);
+    for (; t + 8 <= stop; t += 8) sum_some<8>(a, b, g, t, p + (t - start), scaled + (t - start), acc);
+    for (; t < stop; t++) sum_some<1>(a, b, g, t, p + (t - start), scaled + (t - start), acc);
   }
 }
 
@@ -285,7 +299,7 @@ static inline void sum_chunk(const Layout& a, const float* signs, int64_t b, int
 extern "C" void lorc_sums(const uint8_t* rows, int64_t tokens, int64_t batch, int64_t stride_t, int64_t stride_b,
                           int64_t scale, const Plane* planes, int64_t n, int64_t blocks, int64_t m, int64_t width,
                           const float* p, float* acc, float* scales, float* further, int64_t threads) {
-  const Layout a = {rows, tokens, batch, stride_t, stride_b, scale, planes, n, blocks, m, width, tokens};
+  const Layout a = {rows, tokens, batch, stride_t, stride_b, scale, planes, n, blocks, m, width, CHUNK};
   const int64_t each_b = blocks * m, lines = batch * each_b;
 #pragma omp parallel num_threads(threads)
   {
@@ -294,12 +308,15 @@ extern "C" void lorc_sums(const uint8_t* rows, int64_t tokens, int64_t batch, in
     const int64_t start = me * each, stop = start + each < tokens ? start + each : tokens;
     float *mine = acc + me * lines * width, *s = scales + me * lines, *f = further + me * lines;
     float signs[CHUNK];
+    std::vector<float> weights(each_b * CHUNK), scaled(each_b * CHUNK);
     for (int64_t at = start; at < stop; at += CHUNK) {
       const int64_t end = at + CHUNK < stop ? at + CHUNK : stop;
       for (int64_t b = 0; b < batch; b++) {
         const int64_t first = b * each_b;
+        for (int64_t l = 0; l < each_b; l++)
+          std::memcpy(&weights[l * CHUNK], p + (first + l) * tokens + at, 4 * (end - at));
         scales_of(a, b, at, end, signs);
-        sum_chunk(a, signs, b, at, end, p + first * tokens + at, mine + first * width, s + first, f + first);
+        sum_chunk(a, signs, b, at, end, weights.data(), scaled.data(), mine + first * width, s + first, f + first);
       }
     }
   }
