@@ -30,6 +30,13 @@ class Config:
 
 
 @dataclass(frozen=True)
+class Tile:
+    """The same on a CPU: ``tokens`` at a time."""
+
+    tokens: int
+
+
+@dataclass(frozen=True)
 class Met:
     """An extra as it comes: which of batch, heads, queries and tokens it differs along, and its kind (``bool``,
     ``float``, ``int``)."""

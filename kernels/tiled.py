@@ -21,8 +21,9 @@ import torch
 
 from lorc_fx.packing import Parts, level_constants, parts_of
 
-from . import native
+from . import native, tuned, words
 from .attend import Attend, Operand
+from .config import Tile
 from .reference import features
 from .stored import Stored
 
@@ -45,12 +46,16 @@ def attend(
     extras: tuple[torch.Tensor, ...],
     tile: int | None = None,
 ) -> torch.Tensor:
-    """The op's result [B, H, S, D_v] in the query's dtype. ``tile``: tokens at a time."""
+    """The op's result [B, H, S, D_v] in the query's dtype. ``tile``: tokens at a time; None for what a tuner found
+    best, else for ``default_tile``."""
     batch, heads, queries, _ = query.shape
     total = keys.rows.shape[0]
     left, right = _reader(about.keys, keys), _reader(about.values, values)
-    most = min(reader.tile(batch, heads * queries) for reader in (left, right))
-    tile = tile or max(TILE_LEAST, most)
+    if tile is None and query.device.type == "cpu":
+        about_tile = (heads, queries, left.way, right.way, torch.get_num_threads())
+        found = tuned.chosen(about, total, batch, about_tile, lambda: problem(about, query, keys, values))
+        tile = found.tokens if isinstance(found, Tile) else None
+    tile = tile or _default(left, right, batch, heads * queries)
     score, sum_up = left.scores(query.float()), right.sums(batch, heads, queries)
     sink = extras[-1].float() if about.sink else None
     extras = extras[: len(about.extras)]
@@ -77,6 +82,22 @@ def attend(
     if sink is not None:
         weight = weight + (torch.zeros_like(sink) if top is None else sink - top).exp()
     return _divided(summed, weight, about.blind).to(query.dtype)
+
+
+def default_tile(about: Attend, query: torch.Tensor, keys: Stored, values: Stored) -> int:
+    """Tokens at a time where no tuner has found anything."""
+    batch, heads, queries, _ = query.shape
+    return _default(_reader(about.keys, keys), _reader(about.values, values), batch, heads * queries)
+
+
+def _default(left: _Absorbed | _Decoded, right: _Absorbed | _Decoded, batch: int, lines: int) -> int:
+    return max(TILE_LEAST, min(reader.tile(batch, lines) for reader in (left, right)))
+
+
+def problem(about: Attend, query: torch.Tensor, keys: Stored, values: Stored) -> tuple[tuned.Target, str]:
+    """What a tuner's database has such a call under."""
+    ways = _reader(about.keys, keys).way, _reader(about.values, values).way
+    return words.tiled_target(), words.tiled_words(about, ways, query.shape[1], query.shape[2])
 
 
 def _divided(total: torch.Tensor, weight: torch.Tensor, blind: bool) -> torch.Tensor:
@@ -114,6 +135,8 @@ def _reader(operand: Operand, stored: Stored) -> _Absorbed | _Decoded:
 
 class _Absorbed:
     """Products with what rows hold. ``blocks``: 1 where all heads read all columns (through S), else one per head."""
+
+    way = "torch"
 
     def __init__(self, operand: Operand, stored: Stored) -> None:
         self.operand, self.rows, self.form = operand, stored.rows, operand.format
@@ -201,6 +224,8 @@ class _Absorbed:
 class _Native(_Absorbed):
     """The same by ``rows.cpp``, which never has a tile's numbers in memory."""
 
+    way = "rows.cpp"
+
     def __init__(self, operand: Operand, stored: Stored, about: native.Layout) -> None:
         super().__init__(operand, stored)
         self.about = about
@@ -229,6 +254,8 @@ class _Native(_Absorbed):
 
 class _Decoded:
     """Tiles of decoded tokens."""
+
+    way = "tiles"
 
     def __init__(self, operand: Operand, stored: Stored) -> None:
         self.operand, self.stored = operand, stored
