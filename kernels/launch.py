@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from lorc_fx.errors import KernelWarning
+from lorc_fx.logs import show
 
 from . import (
     expressions,
@@ -189,12 +190,15 @@ def cache_folder() -> Path:
 def _make(about: Attend, given: Given, config: Config) -> _Made:
     config = _source_of(config)
     kernel = generate(about, given, config)
+    show("kernel", f"{words.kernel_words(about, given)}; {about.digest[:12]}", lambda: kernel.source)
     return kernel, load(kernel.source, source_key(about, given, config))
 
 
 def target(device: torch.device) -> tuned.Target:
-    """What a tuner's entries for kernels on ``device`` are good for."""
-    return tuned.Target(words.device_name(device), _sources(), _triton())
+    """What a tuner's entries for kernels on ``device`` are good for. (On a CPU Triton may interpret them; its entries
+    for tiles are of other sources.)"""
+    name = words.device_name(device)
+    return tuned.Target(name if device.type == "cuda" else f"Triton on {name}", _sources(), _triton())
 
 
 @functools.cache

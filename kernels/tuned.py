@@ -8,15 +8,15 @@
 An entry is one problem: a kind of reader (in words: what its computation takes, not which weights), a number of cached
 tokens and of batch rows. It holds for ``tokens`` and ``batch`` up to the next powers of two. ``sources`` is a hash of
 what writes or runs the kernels, ``triton`` its version. Where the config is null the launcher's own choice is best. An
-entry that is not ``done`` has ``trials``: what was timed before an interrupt. What the package ships is read first, then
-what was tuned here, which wins. Nothing here can change a result: a config only says in which pieces it is computed.
+entry that is not ``done`` has ``trials``: what was timed before an interrupt. What the package ships is read first,
+then what was tuned here, which wins. Nothing here can change a result: a config only says in which pieces it is
+computed.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-import logging
 import os
 import re
 import tempfile
@@ -28,6 +28,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from lorc_fx.errors import KernelWarning
+from lorc_fx.logs import log
 from lorc_fx.models import cache_root
 
 from .attend import Attend
@@ -36,8 +37,6 @@ from .config import Config, Tile
 VERSION = 1
 OCTAVES = 2
 """How far away (in doublings of tokens) an entry may be that serves other lengths: what is best moves slowly."""
-
-log = logging.getLogger("lorc")
 
 
 @dataclass(frozen=True)
@@ -262,8 +261,8 @@ class Database:
         forget()
 
     def find(self, reader: str, tokens: int, batch: int) -> Config | Tile | None:
-        """The config for these sizes, None for the launcher's own choice: that of the nearest bucket of tokens, ``OCTAVES``
-        away at most."""
+        """The config for these sizes, None for the launcher's own choice: that of the nearest bucket of tokens,
+        ``OCTAVES`` away at most."""
         here, rows = bucket(tokens), bucket(batch)
         near = [
             (abs(at - here), at, e.config)
@@ -292,8 +291,8 @@ _chosen: WeakKeyDictionary[Attend, dict[Any, Config | Tile | None]] = WeakKeyDic
 def chosen(
     about: Attend, tokens: int, batch: int, more: Any, made: Callable[[], tuple[Target, str]]
 ) -> Config | Tile | None:
-    """The config of a reader at these sizes, None for the launcher's own choice. ``more``: whatever else tells its calls apart;
-    ``made``: the target and the reader in words, asked for once for each bucket."""
+    """The config of a reader at these sizes, None for the launcher's own choice. ``more``: whatever else tells its
+    calls apart; ``made``: the target and the reader in words, asked for once for each bucket."""
     held = _chosen.get(about)
     if held is None:
         held = _chosen[about] = {}
@@ -301,6 +300,7 @@ def chosen(
     if key not in held:
         target, words = made()
         held[key] = current(target).find(words, tokens, batch)
+        log.debug("%d tokens, batch %d, %s: %s", tokens, batch, words, held[key] or "default")
     return held[key]
 
 
