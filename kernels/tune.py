@@ -32,7 +32,7 @@ from .row_source import padded
 from .stored import Stored
 from .tuned import Database, Entry, Trial
 
-GAIN = 0.03
+GAIN = 0.05
 """Share of the default's time that a config must save: timings of equal configs differ by as much."""
 
 REPEATS, FINAL_REPEATS = 9, 25

@@ -171,7 +171,7 @@ def slug(device: str) -> str:
 
 
 def shipped_file(device: str) -> Path:
-    return Path(__file__).parent / "tuned" / f"{slug(device)}.json"
+    return Path(__file__).parent / "shipped" / f"{slug(device)}.json"
 
 
 def users_file(device: str) -> Path:

@@ -48,7 +48,7 @@ def kernel_words(about: Attend, given: Given) -> str:
 def _operand(o: Operand) -> str:
     how = "" if o.absorbed else f" ({o.decoder.words})"
     matrix = " latents" if o.decodes else " columns"
-    return f"{o.heads} x {o.head_dim}{how} of {1 << bucket(o.latent_width)}{matrix}"
+    return f"{o.heads} x {o.head_dim}{how} of {1 << bucket(o.format.columns)}{matrix}"
 
 
 def _scores(about: Attend) -> str:
