@@ -21,8 +21,6 @@ from typing import Any
 
 import torch
 
-from lorc_fx.packing import MODEL
-
 from . import launch, tiled, tuned, words
 from .attend import WATCHERS, Attend
 from .config import Config, Given, Kernel, Tile, latent
@@ -176,7 +174,7 @@ class Kernels:
             splits = sorted({0, *(min(max(1, int(usual * f)), blocks) for f in SPLITS)} - {usual})
             for number, skips in itertools.product(splits, (True, False) if masked else (True,)):
                 found.append(Config(tokens, columns, number, warps, stages, skips))
-        return found
+        return [c for c in found if c.stages == 1 or not _hides(p.about, c)]
 
     def fits(self, config: Config) -> bool:
         about, width = self.limits, self.limits.warp
@@ -189,16 +187,24 @@ class Kernels:
 
 
 def least_shared(about: Attend, given: Given, config: Config) -> int:
-    """Bytes of shared memory that a kernel takes at least: the blocks of exact latents that are on their way while
-    one is used (rows of bytes pass through registers), and that one's largest chunk. Compiled kernels take some 40 KiB
-    more (sm_90)."""
+    """Bytes of shared memory that a kernel takes at least: where loads are pipelined, the latents of the blocks that
+    are on their way while one is used, and a piece of that one. Builds for sm_90 take 20 to 45 KiB more."""
     size = 4 if given.product == "float32" else 2
-    exact = [
-        sum(s.columns for s in o.format.segments if s.bits == MODEL) * o.format.dtype.itemsize
-        for o in (about.keys, about.values)
-        if latent(o)
-    ]
-    return config.tokens * ((config.stages - 1) * sum(exact) + 16 * size)
+    ahead = sum(o.latent_width for o in (about.keys, about.values) if latent(o)) * size
+    return config.tokens * ((config.stages - 1) * ahead * _pipelined(about, config) + 16 * size)
+
+
+def _pipelined(about: Attend, config: Config) -> bool:
+    """Whether Triton surely loads latents of later blocks while it works: they are plain numbers, loaded without a
+    condition (``skips``), and nothing is decoded in a loop within the loop over tokens."""
+    both = (about.keys, about.values)
+    within = any(o.decodes and not latent(o) and o.format.columns > config.columns for o in both)
+    return all(o.format.plain for o in both) and not within and not _hides(about, config)
+
+
+def _hides(about: Attend, config: Config) -> bool:
+    """Whether blocks may be left out: then Triton pipelines no loads, whatever the stages."""
+    return config.skips and about.masks is not None
 
 
 def least_registers(kernel: Kernel, config: Config, warp: int) -> int:

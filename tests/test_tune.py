@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import BF16, Case, build
+from attention_cases import BF16, F32, Case, build
 
 from helpers import assert_close
 from lorc_fx.errors import KernelWarning
@@ -317,13 +317,41 @@ def test_what_cannot_fit_is_never_timed(file):
     tune.run(made, Database.of(side.target, file), file, timer=clock)
     timed = {config for configs in clock.rounds for config in configs}
     latents = 2 * 512 * 2  # keys and values, bytes of a token
-    assert all(c.tokens * (c.stages - 1) * latents <= LIMITS.shared for c in timed)
+    assert timed and all(c.tokens * (c.stages - 1) * latents <= LIMITS.shared for c in timed)
     assert Config(tokens=128, stages=3) not in timed
     assert {c.warps for c in timed} == {4, 8} and {c.stages for c in timed} == {1, 2, 3}
     few = tune.job_of(tune.Kernels(problem(GPU_CASE), replace(LIMITS, shared=48 << 10)))
     assert len(few.kept) < len(made.kept)
     none = tune.job_of(tune.Kernels(problem(GPU_CASE), replace(LIMITS, registers=8)))
     assert not none.kept and none.pruned
+
+
+#: case, config, bytes of shared memory that Triton 3.7.1 compiles for sm_90 (``ahead.build``)
+BUILT = [
+    (GPU_CASE, Config(64, 64, 0, 8, 3), 299008),
+    (GPU_CASE, Config(64, 64, 0, 8, 2), 167936),
+    (GPU_CASE, Config(64, 64, 0, 8, 1), 45056),
+    (GPU_CASE, Config(128, 64, 0, 8, 2), 303104),
+    (replace(GPU_CASE, scores="bool"), Config(64, 64, 0, 8, 3), 45056),
+    (replace(GPU_CASE, scores="bool"), Config(64, 64, 0, 8, 3, False), 299008),
+    (replace(GPU_CASE, dtype=F32, keys=((256, 0),), values=((256, 0),)), Config(64, 64, 0, 8, 3), 303104),
+    (replace(GPU_CASE, rotary="half"), Config(64, 64, 0, 8, 3), 77824),
+    (replace(GPU_CASE, rotary="half", keys=((64, 0),)), Config(64, 64, 0, 8, 3), 184832),
+    (replace(GPU_CASE, keys=((256, 0), (256, 8)), values=((256, 0), (256, 8))), Config(64, 64, 0, 8, 3), 49152),
+    (replace(GPU_CASE, matrix=False, keys=((1024, 0),), values=((1024, 0),)), Config(64, 64, 0, 8, 3), 88064),
+]
+
+
+@pytest.mark.parametrize("case", range(len(BUILT)))
+def test_the_formula_is_a_bound_of_what_compilers_say(case):
+    """So nothing that runs is pruned; and where latents are pipelined it is near."""
+    given, config, built = BUILT[case]
+    made = problem(given)
+    side = tune.Kernels(made, LIMITS)
+    least = tune.least_shared(made.about, side.given, config)
+    assert least <= built
+    if built > LIMITS.shared:
+        assert not side.fits(config)
 
 
 def test_what_does_not_compile_is_tried_once_and_never_chosen(file):
@@ -346,6 +374,7 @@ def test_masks_bring_another_choice_and_splits_differ():
         tune.Kernels(problem(replace(GPU_CASE, scores=s, tokens=4096)), LIMITS).candidates() for s in ("none", "bool")
     )
     assert {c.skips for c in plain} == {True} and {c.skips for c in masked} == {True, False}
+    assert {c.stages for c in masked if c.skips} == {1}, "loads behind a condition are not pipelined"
     assert len({c.splits for c in plain}) > 2 and len(set(plain)) == len(plain)
 
 
@@ -372,3 +401,24 @@ def test_problems_of_other_sizes_are_as_good_as_real():
     assert_close("out", tiled.attend(*call).double(), reference.attend(*call), 1e-5)
     same = made.at(100, 2)
     assert torch.equal(same.keys.rows, made.keys.rows) and torch.equal(same.extras[0], made.extras[0])
+
+
+# -- what the package ships -------------------------------------------------------------------------------------------
+
+SHIPPED = sorted((Path(tuned.__file__).parent / "shipped").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_databases_are_whole(path):
+    entries = [tuned.entry_of(e) for e in json.loads(path.read_text())["entries"]]
+    assert entries and all(e.done and e.seconds and e.default_seconds for e in entries)
+    assert {tuned.slug(e.target.device) for e in entries} == {path.stem}
+    assert len({e.key for e in entries}) == len(entries)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_databases_are_of_these_sources(path):
+    """Else nothing reads them: ``python -m bench.tuned`` on that machine makes them anew."""
+    sources = {tuned.entry_of(e).target.sources for e in json.loads(path.read_text())["entries"]}
+    assert sources == {words.tiled_target().sources}
