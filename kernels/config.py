@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -59,6 +60,13 @@ class Given:
     keys: tuple[Constant, ...]
     values: tuple[Constant, ...]
     extras: tuple[Met, ...]
+
+    def __hash__(self) -> int:
+        return self._hash  # looked up by several tables in each call
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.heads, self.queries, self.product, self.keys, self.values, self.extras))
 
 
 @dataclass(frozen=True, eq=False)

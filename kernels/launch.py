@@ -57,6 +57,7 @@ _WRITERS = (expressions, fixed_source, generator, numbered, operand_source, row_
 _Made = tuple[Kernel, ModuleType]
 _Call = tuple[torch.Tensor, Stored, Stored, tuple[torch.Tensor, ...]]
 _made: dict[tuple[Any, ...], _Made | None] = {}
+_seen: dict[Given, Given] = {}
 
 
 def attend(
@@ -73,6 +74,7 @@ def attend(
     Warns (``KernelWarning``), once per reader, where there is no kernel for it: then ``tiled`` computes it.
     """
     given = given_of(about, query, keys, values, extras)
+    given = _seen.setdefault(given, given)  # then tables find it by identity
     tokens, batch, usual = keys.rows.shape[0], query.shape[0], default(about, given)
     if config is None:
         here = query.device
@@ -92,7 +94,7 @@ def _tried(about: Attend, given: Given, config: Config, call: _Call, instead: st
     key = _key(about, given, config, call[0].device)
     if key not in _made or _made[key] is not None:
         try:
-            return exactly(about, given, config, *call)
+            return _kept(key, about, given, config, *call)
         except (NotGenerated, ImportError) as error:
             _made[key] = None
             _warn(about, str(error), instead)
@@ -115,7 +117,20 @@ def exactly(
 ) -> torch.Tensor:
     """The op's result by the kernel of this config and no other. Raises NotGenerated or ImportError where there is
     none, and what Triton raises (``of_compiling`` tells) where it does not compile."""
-    key = _key(about, given, config, query.device)
+    return _kept(_key(about, given, config, query.device), about, given, config, query, keys, values, extras)
+
+
+def _kept(
+    key: tuple[Any, ...],
+    about: Attend,
+    given: Given,
+    config: Config,
+    query: torch.Tensor,
+    keys: Stored,
+    values: Stored,
+    extras: tuple[torch.Tensor, ...],
+) -> torch.Tensor:
+    """``exactly``, with a kernel that is made once for ``key``."""
     made = _made.get(key)
     if made is None:
         made = _made[key] = _make(about, given, config)
@@ -129,7 +144,7 @@ def _key(about: Attend, given: Given, config: Config, device: torch.device) -> t
 
 def _source_of(config: Config) -> Config:
     """What of a config a kernel's source depends on: not the splits."""
-    return replace(config, splits=0)
+    return replace(config, splits=0) if config.splits else config
 
 
 def given_of(
