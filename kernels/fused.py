@@ -23,6 +23,7 @@ from .stored import Stored, by_head, strides, times
 
 aten = torch.ops.aten
 
+WAY = "attend.cpp"
 CHUNK = 64
 """Tokens whose scores are computed before their values are read: their rows stay in a core's second cache."""
 
@@ -70,10 +71,10 @@ _CHAINS: WeakKeyDictionary[Attend, Any] = WeakKeyDictionary()
 
 
 def chain(about: Attend) -> Any:
-    """The program as an array of steps, or None where it is more than a chain."""
+    """The program as an array of steps and how many there are, or None where it is more than a chain."""
     if about not in _CHAINS:
         found = _chain(about.scores, len(about.extras))
-        _CHAINS[about] = None if found is None else (_Step * max(len(found), 1))(*found), len(found or ())
+        _CHAINS[about] = None if found is None else ((_Step * max(len(found), 1))(*found), len(found))
     return _CHAINS[about]
 
 
@@ -183,12 +184,10 @@ def attend(
     values: Stored,
     extras: tuple[torch.Tensor, ...],
     chunk: int | None = None,
-) -> torch.Tensor | None:
-    """The op's result [B, H, S, D_v] in the query's dtype, or None where it is not of this kind. The caller has seen
-    that ``native`` reads both operands' rows. ``chunk``: tokens at a time."""
+) -> torch.Tensor:
+    """The op's result [B, H, S, D_v] in the query's dtype. The caller has seen that the scores' program is a ``chain``
+    and that ``native`` reads both operands' rows. ``chunk``: tokens at a time."""
     program, steps = chain(about)
-    if program is None:
-        return None
     batch, heads, queries, _ = query.shape
     assert keys.rows.shape[1] == values.rows.shape[1] == batch, f"{keys.rows.shape[1]} rows for {batch} of queries"
     q, offset = _asked(about.keys, keys, query)
