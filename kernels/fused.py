@@ -81,7 +81,7 @@ def chain(about: Attend) -> Any:
 def _chain(program: GraphModule, extras: int) -> list[_Step] | None:
     holders = [n for n in program.graph.nodes if n.op == "placeholder"]
     at = {n: i for i, n in enumerate(holders[1 : 1 + extras])}
-    now, found = holders[0], list[_Step]()
+    now, found = holders[0], []
     for node in program.graph.nodes:
         if node.op == "placeholder":
             continue
@@ -97,7 +97,8 @@ def _chain(program: GraphModule, extras: int) -> list[_Step] | None:
 
 def _step(node: Node, now: Node, extras: dict[Node, int]) -> _Step | None:
     """One op on the scores and either a number or an extra."""
-    target, args = node.target, list(node.args)
+    target: Any = node.target
+    args: list[Any] = list(node.args)
     if node.kwargs or now not in args or args.count(now) > 1:
         return None
     if target in (torch.tanh, aten.tanh.default):
