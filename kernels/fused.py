@@ -81,7 +81,8 @@ def chain(about: Attend) -> Any:
 def _chain(program: GraphModule, extras: int) -> list[_Step] | None:
     holders = [n for n in program.graph.nodes if n.op == "placeholder"]
     at = {n: i for i, n in enumerate(holders[1 : 1 + extras])}
-    now, found = holders[0], []
+    now = holders[0]
+    found: list[_Step] = []
     for node in program.graph.nodes:
         if node.op == "placeholder":
             continue
