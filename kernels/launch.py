@@ -152,11 +152,11 @@ def _own() -> str:
     return hashlib.sha256(sources).hexdigest()
 
 
-def load(source: str, key: str) -> ModuleType:
+def load(source: str, key: str, kind: str = "attend") -> ModuleType:
     """A module of generated source; its file is written where it is not there yet, and never half."""
     folder = cache_folder()
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    path = folder / f"attend_{key[:32]}.py"
+    path = folder / f"{kind}_{key[:32]}.py"
     if not path.exists() or path.read_text() != source:
         with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".tmp", delete=False) as file:
             file.write(source)
