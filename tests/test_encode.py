@@ -21,7 +21,9 @@ from lorc_fx.evaluate import cache_keyword
 from lorc_fx.kernels import encode, encode_source
 from lorc_fx.packing import Format, Segment
 
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton is not installed: it is for Linux on x86_64"
+)
 
 QUICK = [("sm_90", "plain"), ("gfx942", "8 and 4 bits")]
 """Builds of the default run; the others are slow."""

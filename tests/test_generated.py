@@ -26,7 +26,7 @@ from lorc_fx.kernels.numbered import Constant
 from lorc_fx.kernels.symbolic import epilogue_of
 
 needs_triton = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="Triton is not installed (the extra `gpu`)"
+    importlib.util.find_spec("triton") is None, reason="Triton is not installed: it is for Linux on x86_64"
 )
 QUICK = [("sm_90", "rotary"), ("gfx942", "mixed bits")]
 """Builds of the default run; the others are slow."""
