@@ -8,7 +8,8 @@ greedy tokens must be eager's, with dynamic and static caches and CUDA graphs (`
 attention over rows beside dense SDPA, each config of a small search (``tuned``) and then the best at all lengths
 (``op``); new rows (``encode``); decode steps and prompts of layers of Llama 3 8B's shape (``steps``). What does not fit
 in the budget is left out and listed (``skipped``), what raised as well (``failed``). Where Triton compiles, processes
-beside this one do it, so that one bad kernel costs its own process only.
+beside this one do it, so that one bad kernel costs its own process only. Nothing need be installed but torch and
+transformers: a checkout with ``ln -s ../kernels ../passes lorc_fx/`` is enough.
 
 Goals, as booleans in ``goals`` (null: not measured):
 
@@ -39,6 +40,7 @@ from bench.gpu_report import Jobs, Report
 from bench.gpu_timing import COPIED, Clock, bandwidths
 from bench.kernel_runs import VALUES
 from bench.run import RESULTS, machine
+from lorc_fx.backend import lorc
 
 LONG = 16384
 GOALS = {"bandwidth": 0.9, "half": 1.7, "quarter": 3.0, "step": 1.4}
@@ -325,6 +327,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = torch.device(args.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    if "lorc" not in torch._dynamo.list_backends(exclude_tags=()):  # lorc_fx is not installed
+        torch._dynamo.register_backend(compiler_fn=lorc, name="lorc")
     head = {"command": "python -m bench.gpu", "machine": gpu(device), "quick": args.quick, "device": args.device}
     report = Report(args.out, args.seconds, head)
     run(report, QUICK if args.quick else FULL, device, args.only)

@@ -13,6 +13,7 @@ import torch
 
 from bench.models import twin
 from lorc_fx import PAPER
+from lorc_fx.compat import compile_limits
 from lorc_fx.errors import KernelWarning
 from lorc_fx.evaluate import RECOMPILE_LIMIT, cache_keyword, compress
 from lorc_fx.latent import LatentKV, cache_nbytes
@@ -173,7 +174,7 @@ class Ready:
     def __post_init__(self) -> None:
         self.cache = fresh(self.model, self.variant.static, self.tokens + self.room)
         fed(self.model, self.prompt, self.cache)
-        fill(self.cache, self.prompt.shape[1], self.tokens)
+        fill(self.cache, self.prompt.shape[1], self.tokens, self.variant.static)
         for _ in range(3):
             self.step()
 
@@ -188,7 +189,7 @@ def ready(model: Any, variant: Variant, prompt: torch.Tensor, tokens: int, room:
     """``model`` (shared weights) compiled as ``variant`` says, its cache filled by a prompt that is repeated up to
     ``tokens``, with ``room`` for as many steps."""
     own = twin(model)
-    more: dict[str, Any] = {"recompile_limit": RECOMPILE_LIMIT}
+    more: dict[str, Any] = dict(compile_limits(RECOMPILE_LIMIT))
     if "isolate_recompiles" in inspect.signature(torch.compile).parameters:  # not in torch 2.11
         more["isolate_recompiles"] = True
     if variant.options is None:
@@ -199,21 +200,21 @@ def ready(model: Any, variant: Variant, prompt: torch.Tensor, tokens: int, room:
     return Ready(own, variant, prompt, tokens, room)
 
 
-def fill(cache: Any, filled: int, tokens: int) -> None:
+def fill(cache: Any, filled: int, tokens: int, static: bool) -> None:
     """Repeats the first ``filled`` tokens of a cache until it holds ``tokens``, a multiple of them: as rows where they
-    are rows. Raises RuntimeError where the cache then says another length."""
+    are rows. Raises RuntimeError where the cache then says another length, AttributeError where a static layer keeps
+    its length in a way that is not known here."""
     times = tokens // filled
     for layer in cache.layers:
-        length = getattr(layer, "cumulative_length", None)
-        if length is None:
+        if not static:
             layer.keys, layer.values = (torch.cat([x] * times, -2) for x in (layer.keys, layer.values))
             continue
         for value in (layer.keys, layer.values):
             for tensor, dim in [(t, 0) for t in value.parts()] if isinstance(value, LatentKV) else [(value, -2)]:
                 for i in range(1, times):
                     tensor.narrow(dim, i * filled, filled).copy_(tensor.narrow(dim, 0, filled))
-        if isinstance(length, torch.Tensor):
-            length.fill_(tokens)
+        if isinstance(layer.cumulative_length, torch.Tensor):
+            layer.cumulative_length.fill_(tokens)
         else:
             layer.cumulative_length = tokens
     if int(cache.get_seq_length()) != tokens:

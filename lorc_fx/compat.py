@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -27,6 +28,15 @@ def example_value(node: Node) -> Any:
 def recompile_limit() -> int:
     """How many graphs Dynamo makes of one piece of code before it gives up."""
     return int(torch._dynamo.config.recompile_limit)
+
+
+def compile_limits(limit: int) -> dict[str, int]:
+    """Keywords for ``torch.compile`` under which Dynamo makes up to ``limit`` graphs of one piece of code. torch 2.11
+    has none: there the limit of all that is compiled is raised to that."""
+    if "recompile_limit" in inspect.signature(torch.compile).parameters:
+        return {"recompile_limit": limit}
+    torch._dynamo.config.recompile_limit = max(limit, recompile_limit())
+    return {}
 
 
 _OPERATORS = frozenset(
