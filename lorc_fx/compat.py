@@ -300,4 +300,5 @@ def compile_cpp(source: str) -> Any:
     # inductor's own flags forbid to fuse a product and a sum, and to reorder sums: both are what these loops are made
     # of
     fast = ("-ffp-contract=fast", "-fassociative-math", "-fno-signed-zeros", "-ftree-loop-vectorize")
-    return CppCodeCache.load(source, extra_flags=fast, needs_vec_isa=True)
+    asked = "needs_vec_isa" in inspect.signature(CppCodeCache.load_async).parameters  # torch 2.11 always takes it
+    return CppCodeCache.load(source, extra_flags=fast, **({"needs_vec_isa": True} if asked else {}))
