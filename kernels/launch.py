@@ -282,7 +282,8 @@ def _operand(operand: Operand, stored: Stored) -> list[Any]:
     rows, form = stored.rows, operand.format
     if rows.stride(2) != 1:
         rows = rows.contiguous()
-    args: list[Any] = [rows, rows.stride(0), rows.stride(1)]
+    unit = row_source.unit(form)
+    args: list[Any] = [rows, rows.stride(0) // unit, rows.stride(1) // unit]
     exact = not form.plain and any(s.columns and not s.bits for s in form.segments)
     args.append(rows.view(form.dtype) if exact else rows)
     args.append(rows.view(torch.float16) if form.scaled else rows)
