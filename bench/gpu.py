@@ -191,8 +191,10 @@ def attention(report: Report, sizes: Sizes, clock: Clock, known: dict[int, dict[
             found = report.attempt(f"tune {way}, batch {batch}", 8, run)
             if found is not None:
                 report.data["tuned"].append(found)
-                if found["ms"]:
-                    best.setdefault(batch, {})[way] = list(found["ms"])[: gpu_op.KEPT]
+                names = list(found["ms"])
+                if names:  # the default too, but not where it is wrong or does not compile
+                    kept = names[: gpu_op.KEPT] + [n for n in names[gpu_op.KEPT :] if n == "default"]
+                    best.setdefault(batch, {})[way] = kept
     for batch in sizes.batches:
         near = min(best, key=lambda b: abs(b - batch), default=None)
         if near is None:

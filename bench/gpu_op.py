@@ -78,7 +78,8 @@ def tuned(
 def timed(
     clock: Clock, shape: Shape, tokens: int, batch: int, best: Mapping[str, Sequence[str]], copy: float, repeats: int
 ) -> dict[str, Any]:
-    """All ways at one size, beside dense attention. ``best``: way -> names of configs; ``copy``: bytes per second."""
+    """All ways at one size, beside dense attention. ``best``: way -> names of configs, the best first; ``copy``: bytes
+    per second. ``default_ms`` is None where the default is not among them."""
     calls: dict[str, Call] = {}
     eager, sizes = set(), {}
     for name, call in gpu_cases.dense_calls(shape, tokens, batch, clock.device).items():
@@ -87,9 +88,8 @@ def timed(
         given = grown(reader(way, shape), tokens, batch, clock.device)
         sizes[way] = row_bytes(given) * tokens * batch
         every = candidates(way, shape)
-        tried = {words(every[name]): every[name] for name in dict.fromkeys([*names, "default"]) if name in every}
-        if names:
-            tried |= {words(c): c for c in splits(every[names[0]], shape, batch, clock.device)}
+        tried = {words(every[name]): every[name] for name in names}
+        tried |= {words(c): c for c in splits(every[names[0]], shape, batch, clock.device)}
         for name, config in tried.items():
             calls[f"{way}|{name}"] = partial(launch.attend, *given, config)
     for name, call in calls.items():
@@ -112,7 +112,7 @@ def timed(
             "share_of_dense_bytes": sizes[way] / dense_bytes(shape, tokens, batch),
             "ms": own[config],
             "config": config,
-            "default_ms": own[words(candidates(way, shape)["default"])],
+            "default_ms": own.get(words(candidates(way, shape)["default"])),
             "bytes_per_s": rate,
             "share_of_copy": rate / copy,
             "times_dense": least / own[config],
