@@ -147,10 +147,10 @@ def _fake(query, keys, key_side, key_codec, values, value_side, value_codec, ext
 
 
 # ``torch.library.custom_op`` would do the same and take 16 us a call instead of 5
-_LIBRARY = torch.library.Library("lorc", "FRAGMENT")
-_LIBRARY.define(
+LIBRARY = torch.library.Library("lorc", "FRAGMENT")
+LIBRARY.define(
     "attend(Tensor query, Tensor keys, Tensor? key_side, Tensor[] key_codec, Tensor values, Tensor? value_side, "
     "Tensor[] value_codec, Tensor[] extras, str about) -> Tensor"
 )
-_LIBRARY.impl("attend", attend, "CompositeExplicitAutograd")
-torch.library.register_fake("lorc::attend", _fake, lib=_LIBRARY)
+LIBRARY.impl("attend", attend, "CompositeExplicitAutograd")
+torch.library.register_fake("lorc::attend", _fake, lib=LIBRARY)

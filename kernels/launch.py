@@ -245,11 +245,11 @@ def _own() -> str:
     return hashlib.sha256(sources).hexdigest()
 
 
-def load(source: str, key: str) -> ModuleType:
+def load(source: str, key: str, kind: str = "attend") -> ModuleType:
     """A module of generated source; its file is written where it is not there yet, and never half."""
     folder = cache_folder()
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    path = folder / f"attend_{key[:32]}.py"
+    path = folder / f"{kind}_{key[:32]}.py"
     if not path.exists() or path.read_text() != source:
         with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".tmp", delete=False) as file:
             file.write(source)
@@ -368,7 +368,8 @@ def _operand(operand: Operand, stored: Stored) -> list[Any]:
     rows, form = stored.rows, operand.format
     if rows.stride(2) != 1:
         rows = rows.contiguous()
-    args: list[Any] = [rows, rows.stride(0), rows.stride(1)]
+    unit = row_source.unit(form)
+    args: list[Any] = [rows, rows.stride(0) // unit, rows.stride(1) // unit]
     exact = not form.plain and any(s.columns and not s.bits for s in form.segments)
     args.append(rows.view(form.dtype) if exact else rows)
     args.append(rows.view(torch.float16) if form.scaled else rows)

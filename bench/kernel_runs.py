@@ -1,9 +1,11 @@
-"""Runs generated kernels in a process of its own: Triton decides at its import whether it interprets kernels.
+"""Runs generated kernels in a process of its own: Triton decides at its import whether it interprets kernels, and on a
+GPU one bad access ends all that the process does there.
 
-    python kernel_runs.py values NAME..             with TRITON_INTERPRET=1: error of each case against the reference
-    python kernel_runs.py build TARGET NAME..       compiles each for a device that is not there: shared memory, size
+    python -m bench.kernel_runs values DEVICE NAME..    error of each case (of its own dtype, or of NAME@bfloat16)
+    python -m bench.kernel_runs build TARGET NAME..     compiles each for a device that is not there: its size
+    python -m bench.kernel_runs warm DEVICE WAY:I..     compiles configs of bench.gpu_cases, for Triton's own cache
 
-Prints one JSON object: name -> what was found.
+``values cpu`` is meant for TRITON_INTERPRET=1. Prints one JSON object per line: name -> what was found.
 """
 
 from __future__ import annotations
@@ -11,11 +13,12 @@ from __future__ import annotations
 import json
 import sys
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import torch
-from attention_cases import BF16, F16, F32, Case, build
 
+from bench.attention_cases import BF16, F16, F32, Case, build, moved
 from lorc_fx.errors import KernelWarning
 
 TARGETS = {
@@ -115,22 +118,31 @@ BUILDS = {
 """What is compiled; few tokens, sizes as in models."""
 
 
-def difference(case: Case) -> dict[str, Any]:
-    """The largest error of a case, relative to the largest value, and the warnings."""
+def case_of(name: str) -> Case:
+    """A case by its name, or by name@dtype in another dtype than its own."""
+    plain, _, dtype = name.partition("@")
+    return replace(VALUES[plain], dtype=getattr(torch, dtype)) if dtype else VALUES[plain]
+
+
+def difference(case: Case, device: torch.device) -> dict[str, Any]:
+    """The largest error of a case against fp64 on the CPU, relative to the largest value, whether it is ``right``, and
+    the warnings (a kernel that does not compile is one)."""
     from lorc_fx.kernels import launch, reference
 
     given = build(case)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        got = launch.attend(*given)
+        got = launch.attend(*moved(given, device)).cpu()
     want = reference.attend(*given)
     same = torch.equal(got.isnan(), want.isnan())
     error = (got.double() - want).nan_to_num(0.0).abs().max() / want.nan_to_num(0.0).abs().max()
     ours = [str(w.message) for w in said if issubclass(w.category, KernelWarning)]
-    return {"error": float(error) if same else float("inf"), "said": ours}
+    right = same and not ours and float(error) < TOLERANCE[case.dtype]
+    return {"error": float(error) if same else None, "said": ours, "right": right}
 
 
 def built(case: Case, target: str) -> dict[str, Any]:
+    """Bytes of shared memory and of the binary of a case's kernel for a target."""
     from triton.backends.compiler import GPUTarget
 
     from lorc_fx.kernels import ahead, launch
@@ -141,9 +153,29 @@ def built(case: Case, target: str) -> dict[str, Any]:
     return {"shared": found.shared, "bytes": len(found.binary)}
 
 
-if __name__ == "__main__":
+def run(what: str, where: str, name: str) -> dict[str, Any]:
+    """One job; what goes wrong is said in its place."""
+    if what == "values":
+        return difference(case_of(name), torch.device(where))
+    if what == "warm":
+        from bench import gpu_cases
+
+        return gpu_cases.warm(name, torch.device(where))
+    return built(BUILDS[name], where)
+
+
+def main(argv: list[str]) -> None:
     torch.set_num_threads(1)
-    if sys.argv[1] == "values":
-        print(json.dumps({name: difference(VALUES[name]) for name in sys.argv[2:]}))
-    else:
-        print(json.dumps({name: built(BUILDS[name], sys.argv[2]) for name in sys.argv[3:]}))
+    what, where, *names = argv
+    for name in names:
+        try:
+            found = run(what, where, name)
+        except Exception as error:
+            if what == "build":
+                raise
+            found = {"failed": f"{type(error).__name__}: {error}"[:400], "right": False}
+        print(json.dumps({name: found}), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,4 +1,4 @@
-"""Readers of packed rows, made by hand for tests of generated kernels: an ``Attend`` and tensors for it."""
+"""Readers of packed rows, made by hand to check generated kernels: an ``Attend`` and tensors for it."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from lorc_fx.packing import Format, Segment, pack
 
 aten = torch.ops.aten
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+Given = tuple[Attend, torch.Tensor, Stored, Stored, tuple[torch.Tensor, ...]]
+"""The arguments of ``attend``."""
 
 
 # -- epilogues: y [B, T, n], positions [B, T], constants -> [B, H, T, D] ---------------------------------------------
@@ -189,8 +191,8 @@ class Case:
         return "-".join(f"{k}={v}".replace(" ", "").removeprefix("dtype=torch.") for k, v in shown.items()) or "plain"
 
 
-def build(case: Case) -> tuple[Attend, torch.Tensor, Stored, Stored, tuple[torch.Tensor, ...]]:
-    """The arguments of ``attend`` for a case."""
+def build(case: Case) -> Given:
+    """The arguments of ``attend`` for a case, on the CPU: the same numbers wherever they then go."""
     torch.manual_seed(case.seed)
     key, keys = _operand(case, case.keys, case.rotary, case.norm, not (case.rotary or case.norm))
     value, values = _operand(case, case.values, None, "rms" if case.decoded_values else None, not case.decoded_values)
@@ -213,6 +215,17 @@ def build(case: Case) -> tuple[Attend, torch.Tensor, Stored, Stored, tuple[torch
     if case.sink:
         given.append(torch.randn(1, case.heads, 1, 1))
     return about, query, keys, values, tuple(given)
+
+
+def moved(given: Given, device: torch.device) -> Given:
+    """The same arguments on ``device``."""
+    about, query, keys, values, extras = given
+
+    def there(stored: Stored) -> Stored:
+        side = None if stored.side is None else stored.side.to(device)
+        return Stored(stored.rows.to(device), side, tuple(t.to(device) for t in stored.codec))
+
+    return about, query.to(device), there(keys), there(values), tuple(e.to(device) for e in extras)
 
 
 def _operand(
