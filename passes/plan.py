@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from lorc_fx.allocate import BLOCK, DROPPED, Columns, allocate, least, predicted, row_bytes, segments
-from lorc_fx.codec import Basis, Factors
+from lorc_fx.codec import Basis
 from lorc_fx.errors import BadPlan, BudgetTooSmall, QualityWarning
+from lorc_fx.factors import Factors
 from lorc_fx.options import FIRST_PROMPT, FIRST_PROMPT_TOKENS, Options
 from lorc_fx.packing import BITS, MODEL, Segment
 from lorc_fx.records import Plan, PlannedSite, SiteSpec
@@ -188,7 +189,7 @@ def _checked(plan: Plan, views: Sequence[tuple[Candidate, Basis]]) -> Plan:
         line = plan.sites[places[spec.layer, spec.kind]]
         if any(s.columns < 1 for s in line.segments) or not 1 <= line.rank <= width:
             raise BadPlan(plan, f"{line.name}: rank {line.rank!r} is not in 1..{width}")
-        if line.rank > basis.analysis.shape[1]:
+        if basis.informed and line.rank > basis.analysis.shape[1]:
             reason = f"{line.name} asks for {line.rank} columns, its tensor file holds {basis.analysis.shape[1]}"
             raise BadPlan(plan, reason)
         if line.choices == 1 and line.segments == _whole(view):
