@@ -1,7 +1,7 @@
 """Runs kernels that code new rows, in a process of its own: Triton decides at its import whether it interprets them.
 
-    python encode_runs.py values            with TRITON_INTERPRET=1: drawn cases against ``pack``; an assertion fails
-    python encode_runs.py build TARGET NAME.. compiles some for a device that is not there: bytes that they take
+python encode_runs.py values            with TRITON_INTERPRET=1: drawn cases against ``pack``; an assertion fails
+python encode_runs.py build TARGET NAME.. compiles some for a device that is not there: bytes that they take
 """
 
 from __future__ import annotations
