@@ -33,6 +33,7 @@ from lorc_fx.calibration import SiteStatistics, basis_of, fingerprint
 from lorc_fx.codec import Basis, Codec, make_codec, through
 from lorc_fx.console import write_json
 from lorc_fx.decoder import Decoder
+from lorc_fx.factors import gram
 from lorc_fx.packing import BITS, MODEL
 
 Key = tuple[int, str]
@@ -115,7 +116,7 @@ class Bench:
         for site, statistics in self.statistics(change).items():
             if not change.metric:
                 statistics = replace(statistics, gradient=None)
-            basis = basis_of(statistics, self.weight(site))
+            basis = basis_of(statistics, gram(self.weight(site), f"layer {site[0]} {site[1]}"))
             found[site] = basis if "mean" in change.sinks else replace(basis, means=basis.means[:1])
         return found
 

@@ -19,8 +19,8 @@ import torch
 
 from bench.run import machine
 from lorc_fx.allocate import BLOCK, DROPPED, Columns, allocate
-from lorc_fx.codec import factorise
 from lorc_fx.console import write_json
+from lorc_fx.factors import factorise
 from lorc_fx.options import Options
 from lorc_fx.packing import BITS, MODEL
 from lorc_fx.records import SiteSpec

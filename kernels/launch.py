@@ -11,8 +11,10 @@ import functools
 import hashlib
 import importlib.util
 import os
+import sys
 import tempfile
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,14 +22,27 @@ from typing import Any
 import torch
 
 from lorc_fx.errors import KernelWarning
+from lorc_fx.logs import show
 
-from . import expressions, fixed_source, generator, numbered, operand_source, row_source, symbolic, terms, tiled
+from . import (
+    expressions,
+    fixed_source,
+    generator,
+    numbered,
+    operand_source,
+    row_source,
+    symbolic,
+    terms,
+    tiled,
+    tuned,
+    words,
+)
 from .attend import Attend, Operand
 from .config import Config, Given, Kernel, Met, latent
 from .expressions import NotGenerated
 from .generator import generate
 from .numbered import Constant
-from .stored import Stored
+from .stored import Stored, by_head, strides, times
 
 PROGRAMS = 2
 """Programs for each multiprocessor, about: the last wave then leaves few of them idle."""
@@ -40,7 +55,9 @@ BLOCK_BYTES = 65536
 
 _WRITERS = (expressions, fixed_source, generator, numbered, operand_source, row_source, symbolic, terms)
 _Made = tuple[Kernel, ModuleType]
+_Call = tuple[torch.Tensor, Stored, Stored, tuple[torch.Tensor, ...]]
 _made: dict[tuple[Any, ...], _Made | None] = {}
+_seen: dict[Given, Given] = {}
 
 
 def attend(
@@ -51,26 +68,83 @@ def attend(
     extras: tuple[torch.Tensor, ...],
     config: Config | None = None,
 ) -> torch.Tensor:
-    """The op's result [B, H, S, D_v] in the query's dtype. ``config``: what to use instead of the default.
+    """The op's result [B, H, S, D_v] in the query's dtype. ``config``: what to use instead of what a tuner found best
+    or, where none did, of the default.
 
     Warns (``KernelWarning``), once per reader, where there is no kernel for it: then ``tiled`` computes it.
     """
     given = given_of(about, query, keys, values, extras)
-    config = config or default(about, given)
-    key = (about.digest, given, config, query.device.type)
-    if key not in _made:
-        _made[key] = _make(about, given, config)
-    made = _made[key]
-    if made is not None:
+    given = _seen.setdefault(given, given)  # then tables find it by identity
+    tokens, batch, usual = keys.rows.shape[0], query.shape[0], default(about, given)
+    if config is None:
+        here = query.device
+        found = tuned.chosen(
+            about, tokens, batch, (given, here), lambda: (target(here), words.kernel_words(about, given))
+        )
+        config = found if isinstance(found, Config) else usual
+    call = query, keys, values, extras
+    out = _tried(about, given, config, call, "" if config == usual else "the default")
+    if out is None and config != usual:  # an entry of another reader of its kind, say
+        out = _tried(about, given, usual, call, "")
+    return tiled.attend(about, query, keys, values, extras) if out is None else out
+
+
+def _tried(about: Attend, given: Given, config: Config, call: _Call, instead: str) -> torch.Tensor | None:
+    """The result, or None (said once) where this config gives no kernel. ``instead``: what runs then."""
+    key = _key(about, given, config, call[0].device)
+    if key not in _made or _made[key] is not None:
         try:
-            with torch.cuda.device(query.device) if query.is_cuda else contextlib.nullcontext():
-                return _run(about, given, config, made, query, keys, values, extras)
+            return _kept(key, about, given, config, *call)
+        except (NotGenerated, ImportError) as error:
+            _made[key] = None
+            _warn(about, str(error), instead)
         except Exception as error:  # Triton compiles at the first launch
-            if not _of_compiling(error):
+            if not of_compiling(error):
                 raise
             _made[key] = None
-            _warn(about, f"it does not compile ({type(error).__name__}: {error})")
-    return tiled.attend(about, query, keys, values, extras)
+            _warn(about, f"it does not compile ({type(error).__name__}: {error})", instead)
+    return None
+
+
+def exactly(
+    about: Attend,
+    given: Given,
+    config: Config,
+    query: torch.Tensor,
+    keys: Stored,
+    values: Stored,
+    extras: tuple[torch.Tensor, ...],
+) -> torch.Tensor:
+    """The op's result by the kernel of this config and no other. Raises NotGenerated or ImportError where there is
+    none, and what Triton raises (``of_compiling`` tells) where it does not compile."""
+    return _kept(_key(about, given, config, query.device), about, given, config, query, keys, values, extras)
+
+
+def _kept(
+    key: tuple[Any, ...],
+    about: Attend,
+    given: Given,
+    config: Config,
+    query: torch.Tensor,
+    keys: Stored,
+    values: Stored,
+    extras: tuple[torch.Tensor, ...],
+) -> torch.Tensor:
+    """``exactly``, with a kernel that is made once for ``key``."""
+    made = _made.get(key)
+    if made is None:
+        made = _made[key] = _make(about, given, config)
+    with torch.cuda.device(query.device) if query.is_cuda else contextlib.nullcontext():
+        return _run(about, given, config, made, query, keys, values, extras)
+
+
+def _key(about: Attend, given: Given, config: Config, device: torch.device) -> tuple[Any, ...]:
+    return about.digest, given, _source_of(config), device.type
+
+
+def _source_of(config: Config) -> Config:
+    """What of a config a kernel's source depends on: not the splits."""
+    return replace(config, splits=0) if config.splits else config
 
 
 def given_of(
@@ -128,13 +202,32 @@ def cache_folder() -> Path:
     return (Path(shared).expanduser() if shared else Path.home() / ".cache") / "lorc_fx" / "kernels"
 
 
-def _make(about: Attend, given: Given, config: Config) -> _Made | None:
+def _make(about: Attend, given: Given, config: Config) -> _Made:
+    config = _source_of(config)
+    kernel = generate(about, given, config)
+    show("kernel", f"{words.kernel_words(about, given)}; {about.digest[:12]}", lambda: kernel.source)
+    return kernel, load(kernel.source, source_key(about, given, config))
+
+
+def target(device: torch.device) -> tuned.Target:
+    """What a tuner's entries for kernels on ``device`` are good for. (On a CPU Triton may interpret them; its entries
+    for tiles are of other sources.)"""
+    name = words.device_name(device)
+    return tuned.Target(name if device.type == "cuda" else f"Triton on {name}", _sources(), _triton())
+
+
+@functools.cache
+def _sources() -> str:
+    return words.hashed(Path(str(m.__file__)) for m in (*_WRITERS, sys.modules[__name__]))
+
+
+@functools.cache
+def _triton() -> str:
     try:
-        kernel = generate(about, given, config)
-        return kernel, load(kernel.source, source_key(about, given, config))
-    except (NotGenerated, ImportError) as error:
-        _warn(about, str(error))
-        return None
+        import triton
+    except ImportError:
+        return ""
+    return str(triton.__version__)
 
 
 def source_key(about: Attend, given: Given, config: Config) -> str:
@@ -168,15 +261,15 @@ def load(source: str, key: str, kind: str = "attend") -> ModuleType:
     return module
 
 
-def _of_compiling(error: Exception) -> bool:
+def of_compiling(error: Exception) -> bool:
     """Whether a launch failed before it began: one of Triton's own errors, or a pass of its compiler."""
     return type(error).__module__.split(".")[0] == "triton" or "PassManager::run" in str(error)
 
 
-def _warn(about: Attend, why: str) -> None:
+def _warn(about: Attend, why: str, instead: str) -> None:
     reader = f"keys of {about.keys.words}; values of {about.values.words}"
-    message = f"no kernel for attention over {reader}: {why}. It runs in plain torch, tile by tile."
-    warnings.warn(message, KernelWarning, stacklevel=4)
+    how = f"The tuned config is not used, but {instead}" if instead else "It runs in plain torch, tile by tile"
+    warnings.warn(f"no kernel for attention over {reader}: {why}. {how}.", KernelWarning, stacklevel=5)
 
 
 # -- a launch ---------------------------------------------------------------------------------------------------------
@@ -195,20 +288,20 @@ def _run(
     kernel, module = made
     batch, heads, queries, _ = query.shape
     total, rows = keys.rows.shape[0], batch * heads * queries
-    splits = config.splits or _splits(batch * kernel.groups, total, config.tokens, query.device)
-    split = -(-total // splits)
-    tops, weights = (query.new_empty((splits, rows), dtype=torch.float32) for _ in range(2))
-    sums = query.new_empty((splits, rows, kernel.width), dtype=torch.float32)
+    parts = _splits(batch * kernel.groups, total, config, query.device)
+    split = -(-total // parts)
+    tops, weights = (query.new_empty((parts, rows), dtype=torch.float32) for _ in range(2))
+    sums = query.new_empty((parts, rows, kernel.width), dtype=torch.float32)
     args = [*_queries(about.keys, keys, query), tops, weights, sums, *operands(about, kernel, keys, values, extras)]
     options = {} if interpreted() else {"num_warps": config.warps, "num_stages": config.stages}
-    module.attend[(batch * kernel.groups, splits)](*args, rows, total, split, **options)
+    module.attend[(batch * kernel.groups, parts)](*args, rows, total, split, **options)
     found = query.new_empty((rows, kernel.width), dtype=torch.float32)
     share = query.new_empty((rows,), dtype=torch.float32)
     sink = extras[-1] if about.sink else tops
     sizes = combining(about, given, kernel)
     grid = (rows, -(-kernel.width // sizes[-1]))
-    steps = _strides(sink)[:3] if about.sink else [0, 0, 0]
-    module.combine[grid](tops, weights, sums, sink, found, share, rows, splits, *sizes, *steps)
+    steps = strides(sink)[:3] if about.sink else [0, 0, 0]
+    module.combine[grid](tops, weights, sums, sink, found, share, rows, parts, *sizes, *steps)
     return _finished(about.values, values, found, share, (batch, heads, queries)).to(query.dtype)
 
 
@@ -225,15 +318,22 @@ def operands(
     tables = _on(kernel, keys.rows.device)
     args = [*_operand(about.keys, keys), *tables[0], *_operand(about.values, values), *tables[1]]
     for e in extras[: len(about.extras)]:
-        args += [e.view(torch.uint8) if e.dtype == torch.bool else e, *_strides(e)]
+        args += [e.view(torch.uint8) if e.dtype == torch.bool else e, *strides(e)]
     return args
 
 
-def _splits(programs: int, total: int, tokens: int, device: torch.device) -> int:
-    """Stretches of tokens, so that the device is full but each has a few blocks."""
+def _splits(programs: int, total: int, config: Config, device: torch.device) -> int:
+    """Stretches of tokens: as many as the config says, but none without a block."""
+    if config.splits:
+        return min(config.splits, -(-total // config.tokens))
     if device.type != "cuda":
-        return 2 if total > FEWEST_BLOCKS * tokens else 1
-    wanted = -(-PROGRAMS * _processors(device) // programs)
+        return 2 if total > FEWEST_BLOCKS * config.tokens else 1
+    return splits(programs, total, config.tokens, _processors(device))
+
+
+def splits(programs: int, total: int, tokens: int, processors: int) -> int:
+    """Stretches of tokens, so that the device is full but each has a few blocks."""
+    wanted = -(-PROGRAMS * processors // programs)
     return max(1, min(wanted, total // (FEWEST_BLOCKS * tokens)))
 
 
@@ -249,18 +349,6 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _strides(tensor: torch.Tensor) -> list[int]:
-    """Steps along [B, H, S, T], 0 where a tensor has one for all."""
-    own = [0 if n == 1 else s for n, s in zip(tensor.shape, tensor.stride(), strict=True)]
-    return [0] * (4 - len(own)) + own
-
-
-def _matrix(operand: Operand, source: torch.Tensor) -> torch.Tensor:
-    """[k, n] -> [heads, k, D]."""
-    source = source if operand.columns is None else source[:, list(operand.columns)]
-    return source.unflatten(1, (operand.heads, operand.head_dim)).transpose(0, 1)
-
-
 def _queries(operand: Operand, stored: Stored, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Query rows as the kernel takes them, and what each meets in every score (the mean's part)."""
     batch, heads, queries, dim = query.shape
@@ -268,13 +356,11 @@ def _queries(operand: Operand, stored: Stored, query: torch.Tensor) -> tuple[tor
         return query.contiguous(), query
     decode, mean, _ = stored.parts(operand)
     assert decode is not None
-    per_head = query.reshape(batch, operand.heads, -1, dim).transpose(0, 1).flatten(1, 2)  # [heads, B M, D]
-    matrix = _matrix(operand, decode).to(query.dtype).transpose(1, 2)
-    made = torch.bmm(per_head, matrix).unflatten(1, (batch, -1)).transpose(0, 1).contiguous()
+    grouped = query.reshape(batch, operand.heads, -1, dim)
+    made = times(grouped, by_head(operand, decode).to(query.dtype).transpose(1, 2)).contiguous()
     if mean is None:
         return made, query
-    constant = torch.bmm(per_head.float(), _matrix(operand, mean[None]).float().transpose(1, 2))
-    return made, constant.unflatten(1, (batch, -1)).transpose(0, 1).contiguous()
+    return made, times(grouped.float(), by_head(operand, mean[None]).float().transpose(1, 2)).contiguous()
 
 
 def _operand(operand: Operand, stored: Stored) -> list[Any]:
@@ -309,9 +395,8 @@ def _finished(
         return found.view(*sizes, -1)
     decode, mean, _ = stored.parts(operand)
     assert decode is not None
-    per_head = found.view(batch, operand.heads, -1, found.shape[1]).transpose(0, 1).flatten(1, 2).to(decode.dtype)
-    made = torch.bmm(per_head, _matrix(operand, decode)).float()  # [heads, B M, D]
+    found = found.view(batch, operand.heads, -1, found.shape[1]).to(decode.dtype)
+    made = times(found, by_head(operand, decode)).float()
     if mean is not None:
-        weight = share.view(batch, operand.heads, -1, 1).transpose(0, 1).flatten(1, 2)
-        made = made + weight * _matrix(operand, mean[None]).float()
-    return made.unflatten(1, (batch, -1)).transpose(0, 1).reshape(*sizes, -1)
+        made = made + share.view(batch, operand.heads, -1, 1) * by_head(operand, mean[None]).float()
+    return made.reshape(*sizes, -1)

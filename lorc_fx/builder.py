@@ -6,7 +6,7 @@ import hashlib
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,31 +15,23 @@ from torch.fx import GraphModule
 from . import compat
 from .bases import BUILT_IN, in_columns_of
 from .calibration import Calibration, basis_of, fingerprint
-from .codec import (
-    Basis,
-    Codec,
-    Factors,
-    around_bias,
-    factorise,
-    flat_basis,
-    identity_codec,
-    make_codec,
-    prior_basis,
-    through,
-)
+from .codec import Codec, flat_basis, identity_codec, prior_basis, through
 from .errors import BadCalibration, BadPlan, QualityWarning
+from .factors import gram, spectrum
 from .gather import Sums, Walker
+from .logs import show
 from .options import CODEC_OPTIONS, FIRST_PROMPT, FIRST_PROMPT_TOKENS, Options
 from .passes.check import check_rewritten
 from .passes.epilogue import effective_weight
-from .passes.interface import Sharing
+from .passes.interface import Rewritten, Sharing
 from .passes.normalise import placeholders
 from .passes.plan import make_plan
 from .passes.rewrite import rewrite, writes_to
 from .passes.sites import Matched, Site
 from .passes.tracks import shared_tracks
-from .plan_data import SiteBasis, kept
+from .plan_data import SiteBasis
 from .plan_file import checksum
+from .prepared import Prepared
 from .ranks import all_agree
 from .records import Fidelity, Plan, PlannedSite
 from .runtime import Binding, size_reader
@@ -68,25 +60,6 @@ def _content(constant: torch.Tensor) -> tuple[Any, ...]:
 
 ENERGY_WARNING = 0.99
 """Share of a site's energy below which a plan is said to cost quality."""
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """What is known of a site before it gets its bytes."""
-
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-    factors: Factors
-    basis: Basis
-
-    def basis_for(self, planned: PlannedSite) -> Basis:
-        """What the codec is made of: around the bias alone where the plan gives the site one mean."""
-        return self.basis if planned.choices == len(self.basis.means) else around_bias(self.basis, self.bias)
-
-    def kept(self, planned: PlannedSite) -> float:
-        """Share of the site's energy in the stored columns (1.0 for an all-zero weight)."""
-        total = float(self.basis.energy.sum())
-        return float(self.basis.energy[: planned.rank].sum()) / total if total else 1.0
 
 
 def complete(prepared: dict[Site, Prepared], plan: Plan) -> Plan:
@@ -295,8 +268,8 @@ class Builder:
 
     def _prepared(self, site: Site, arguments: Sequence[Any], sums: Sums | None) -> Prepared:
         weight, bias = self.effective(site, arguments)
-        factors, calibration = factorise(weight, site.name), self.options.calibration
-        statistics = None
+        calibration, product = self.options.calibration, gram(weight, site.name)
+        factors, statistics = spectrum(product), None
         if sums is not None:
             statistics = sums.statistics()
         elif isinstance(calibration, Calibration):
@@ -304,22 +277,20 @@ class Builder:
         if statistics is None:
             basis = prior_basis(factors, bias)
         else:
-            basis = basis_of(statistics, weight.detach().double(), site.name)
+            basis = basis_of(statistics, product, site.name)
         name = self.options.basis_for(site.kind)
         if site.unprojected:
             basis = flat_basis(basis)
         elif name not in BUILT_IN:
             basis = in_columns_of(name, basis, weight, statistics, site.name)
-        if statistics is None:
-            return Prepared(weight, bias, factors, basis)
-        return Prepared(weight, bias, replace(factors, left=factors.left[:, :0].clone()), basis)
+        return Prepared(site.name, weight, bias, factors, basis)
 
     def _given(self, site: Site, arguments: Sequence[Any], plan: Plan, index: int) -> Prepared:
         """From the plan itself: nothing is factorised. Raises BadPlan for other weights."""
         weight, bias = self.effective(site, arguments)
         if not plan.bases[index].fits(weight):
             raise BadPlan(plan, f"{site.name} has other weights than the plan was made for")
-        return Prepared(weight, bias, *plan.bases[index].on(weight.device))
+        return Prepared(site.name, weight, bias, *plan.bases[index].on(weight.device))
 
     def _make(self, sites: Sequence[Site], arguments: Sequence[Any]) -> list[Codec]:
         prepared, plan = self.planned(sites, arguments)
@@ -340,8 +311,7 @@ class Builder:
                     made[site] = identity_codec(p.weight, origin, line.segments, site.decoder, site.decoder.dtype)
                     continue
                 dtype = site.rows.y.meta["val"].dtype
-                basis = kept(p.basis_for(line), line.rank)
-                made[site] = make_codec(p.weight, p.bias, basis, line.segments, site.decoder, consts, dtype)
+                made[site] = p.codec(line, site.decoder, consts, dtype)
         return made
 
     def build(self, codecs: Sequence[Codec], joined: dict[int, int], sharing: Sharing) -> Binding:
@@ -349,9 +319,22 @@ class Builder:
         with timed("rewrite_s"):
             made = rewrite(self.canonical, self.matched, dict(zip(self.matched.sites, codecs, strict=True)), sharing)
             check_rewritten(made)
+        self._show(made, codecs)
         mode = compat.fake_mode_of([n.meta["val"] for n in placeholders(self.canonical)])
         examples = [compat.to_fake(n.meta["val"], mode) for n in placeholders(made.module)]
         sizes = size_reader(self.canonical, made)
         with compat.tracing_context(mode):
             inner = compile_inner(made.module, examples, self.options)
         return Binding(inner, made, sizes, joined)
+
+    def _show(self, made: Rewritten, codecs: Sequence[Codec]) -> None:
+        """The rewritten graph for ``TORCH_LOGS`` and ``LORC_DUMP``, below a head that says what its sites store."""
+
+        def text() -> str:
+            lines = [f"# {s.name}: rows {c.format.spec}, {made.lowerings.get(s.name, 'decoding')}" for s, c in named]
+            lines += [f"# {a.digest}: keys {a.keys.words}; values {a.values.words}" for a in made.attends]
+            return "\n".join([*lines, "", made.module.print_readable(print_output=False)])
+
+        named = list(zip(self.matched.sites, codecs, strict=True))
+        about = f"{named[0][0].name} to {named[-1][0].name}" if named else "no new site"
+        show("graph", f"{about}, {len(made.inputs)} inputs", text)

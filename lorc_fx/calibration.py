@@ -216,8 +216,9 @@ class Calibration:
         raise BadCalibration("this calibration", f"it has no statistics of {name}: it was made for other weights")
 
 
-def basis_of(site: SiteStatistics, weight: torch.Tensor, name: str = "") -> Basis:
-    """C = cov + lambda s W W^T, its eigenvectors (in the metric of the gradients, where known), and the means.
+def basis_of(site: SiteStatistics, gram: torch.Tensor, name: str = "") -> Basis:
+    """C = cov + lambda s W W^T (``gram``, [n, n] fp64), its eigenvectors (in the metric of the gradients, where known),
+    and the means.
 
     Where statistics are by groups each group has its own eigenvectors; all columns together are put in order.
     """
@@ -225,15 +226,15 @@ def basis_of(site: SiteStatistics, weight: torch.Tensor, name: str = "") -> Basi
     if site.tokens < n:
         text = f"{name}: statistics of {site.tokens} tokens for {n} columns; the weight's own spectrum fills in"
         warnings.warn(f"{text}, more calibration text is better", QualityWarning, stacklevel=2)
-    device, groups = weight.device, len(site.outer)
+    device, groups = gram.device, len(site.outer)
     count = max(site.tokens, 1)
     mean = (site.total / count).to(device)
     centre = mean.unflatten(0, (groups, -1))
     cov = (site.outer / count).to(device) - centre.unsqueeze(2) * centre.unsqueeze(1)
-    gram = second_moment(weight.T, groups)
-    size, own = float(_trace(cov)), float(_trace(gram))
+    prior = _blocks(gram, groups)
+    size, own = float(_trace(cov)), float(_trace(prior))
     scale = size / own if own > 0 and size > 0 else 1.0
-    c = cov + PRIOR * scale * gram
+    c = cov + PRIOR * scale * prior
     means = torch.stack([mean, *_sink_mean(site, mean, size)])
     if site.gradient is None:
         energy, u = torch.linalg.eigh((c + c.mT) / 2)
@@ -246,6 +247,11 @@ def basis_of(site: SiteStatistics, weight: torch.Tensor, name: str = "") -> Basi
     weighted = root @ c @ root
     energy, u = torch.linalg.eigh((weighted + weighted.mT) / 2)
     return _joined(root @ u, u.mT @ inverse, energy, means, absolute=not site.local)
+
+
+def _blocks(matrix: torch.Tensor, groups: int) -> torch.Tensor:
+    """[n, n] -> the blocks on its diagonal, [groups, n / groups, n / groups]."""
+    return matrix.unflatten(0, (groups, -1)).unflatten(2, (groups, -1)).diagonal(dim1=0, dim2=2).movedim(2, 0)
 
 
 def _trace(blocks: torch.Tensor) -> torch.Tensor:

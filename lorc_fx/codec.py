@@ -18,60 +18,14 @@ import hashlib
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 
 from .decoder import Decoder
-from .errors import BadWeight
+from .factors import Factors, stripes
 from .packing import MODEL, Format, Segment, pack, unpack
 from .plan_file import checksum
-
-CONDITION_FLOOR = 1e-7
-"""sigma_min is floored at this fraction of sigma_max, about the epsilon of fp32 weights: what is below it is noise."""
-
-RANK_FLOOR = 1e-6
-"""Singular values below this fraction of sigma_max count as zero for the rank: lossless to fp32 accuracy."""
-
-
-@dataclass(frozen=True)
-class Factors:
-    """What one effective weight [n, d] gives: ``left`` U [n, n] fp64 (columns by falling singular value) and
-    ``singular`` values [n] fp64, descending."""
-
-    left: torch.Tensor
-    singular: torch.Tensor
-
-    @property
-    def condition(self) -> float:
-        return condition_number(self.singular)
-
-    @property
-    def rank(self) -> int:
-        """The numerical rank, at least 1: more columns would store nothing (repeated heads, narrow projections)."""
-        return max(1, int((self.singular > RANK_FLOOR * self.singular.max()).sum()))
-
-
-def factorise(weight: torch.Tensor, name: str) -> Factors:
-    """Left singular vectors and singular values of ``weight`` [n, d], by eigh of W W^T in fp64.
-
-    Only U and sigma are needed (V folds into the encoder), so the n x n Gram matrix is enough. Small singular values
-    are accurate to about 1e-8 * sigma_max, far below what ranks and codecs can tell apart. Raises BadWeight on NaN or
-    inf: such a site cannot be ordered and must not be compressed silently.
-    """
-    if not bool(torch.isfinite(weight).all()):
-        raise BadWeight(name)
-    w = weight.detach().to(torch.float64)
-    values, vectors = torch.linalg.eigh(w @ w.T)
-    singular = values.clamp_min(0).sqrt().flip(0)
-    return Factors(vectors.flip(1), singular)
-
-
-def condition_number(singular: torch.Tensor) -> float:
-    """sigma_max / sigma_min with sigma_min floored at CONDITION_FLOOR * sigma_max; 1.0 for an all-zero weight."""
-    top = float(singular.max()) if singular.numel() else 0.0
-    if top == 0.0:
-        return 1.0
-    return top / max(float(singular.min()), CONDITION_FLOOR * top)
 
 
 @dataclass(frozen=True)
@@ -90,7 +44,8 @@ class Basis:
 
 
 def prior_basis(factors: Factors, bias: torch.Tensor | None) -> Basis:
-    """LoRC's basis, from the weight alone: left singular vectors, and the bias as the one mean."""
+    """LoRC's basis, from the weight alone: left singular vectors (as many as there are), and the bias as the one
+    mean."""
     u = factors.left
     return around_bias(Basis(u, u.T, factors.singular**2, u[:0]), bias)
 
@@ -236,7 +191,6 @@ def make_codec(
     analysis, synthesis = basis.analysis[:, :r] / spread, basis.synthesis[:r] * spread[:, None]
     gaps = basis.means[1:] - first  # mu_j - mu_0
     project, nearness = _projection(analysis, gaps)
-    encode = project @ weight.detach().double()
     shift = project @ centred
     shift[r:] -= nearness
     offsets = torch.cat([torch.zeros_like(analysis[:1]), gaps @ analysis]) if len(gaps) else None
@@ -250,7 +204,7 @@ def make_codec(
     return Codec(
         decoder,
         form,
-        stored(encode, exact),
+        _encoder(project, weight, exact),
         stored(shift, exact) if bool(shift.any()) else None,
         None if offsets is None else stored(offsets, exact),
         None if form.plain else stored(spread, exact),
@@ -258,6 +212,14 @@ def make_codec(
         mean,
         consts,
     )
+
+
+def _encoder(project: torch.Tensor, weight: torch.Tensor, kind: torch.dtype) -> torch.Tensor:
+    """P^T W [k, d] in ``kind``; products are in fp64."""
+    made = torch.empty((len(project), weight.shape[1]), dtype=kind, device=weight.device)
+    for start, part in stripes(weight):
+        made[:, start : start + part.shape[1]] = project @ part
+    return made
 
 
 def identity_codec(
@@ -296,10 +258,22 @@ def turning(size: int, plain: bool, dtype: torch.dtype, device: torch.device) ->
 def flat_basis(basis: Basis) -> Basis:
     """``basis`` where nothing is projected: every column as it comes, around zero, all expected to hold the same."""
     n = basis.analysis.shape[0]
-    eye = torch.eye(n, dtype=basis.energy.dtype, device=basis.energy.device)
+    eye = _eye(n, basis.energy.dtype, basis.energy.device)
     return replace(
         basis, analysis=eye, synthesis=eye, energy=(basis.energy.sum() / n).expand(n), means=torch.zeros_like(eye[:1])
     )
+
+
+_EYES: WeakValueDictionary[tuple[int, torch.dtype, torch.device], torch.Tensor] = WeakValueDictionary()
+
+
+def _eye(n: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """[n, n]; one for all sites, as long as somebody has it."""
+    key = (n, dtype, device)
+    found = _EYES.get(key)
+    if found is None:
+        found = _EYES[key] = torch.eye(n, dtype=dtype, device=device)
+    return found
 
 
 def _projection(analysis: torch.Tensor, gaps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

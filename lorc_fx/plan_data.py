@@ -9,7 +9,8 @@ from functools import cached_property
 import torch
 
 from .calibration import fingerprint, same_weight
-from .codec import Basis, Factors
+from .codec import Basis
+from .factors import Factors
 from .plan_file import checksum
 
 REQUIRED = ("mark", "singular", "energy", "means", "analysis")

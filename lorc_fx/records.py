@@ -38,7 +38,7 @@ class SiteSpec:
     latent column costs per token, in bytes; ``fixed_bytes`` is what the site costs per token before any column
     (positions); ``dense_bytes`` is the dense cache's cost per token; ``window`` is the number of tokens the site
     keeps (None: all of them); ``cond`` is sigma_max / sigma_min of the effective weight (floored, see
-    ``codec.condition_number``); ``spectrum`` its singular values, descending, length ``width``. ``depth`` places the
+    ``factors.condition_number``); ``spectrum`` its singular values, descending, length ``width``. ``depth`` places the
     layer in the whole model, which the sites of one window are only a part of (None: they are all).
     """
 

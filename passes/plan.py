@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from lorc_fx.allocate import BLOCK, DROPPED, Columns, allocate, least, predicted, row_bytes, segments
-from lorc_fx.codec import Basis, Factors
+from lorc_fx.codec import Basis
 from lorc_fx.errors import BadPlan, BudgetTooSmall, QualityWarning
+from lorc_fx.factors import Factors
 from lorc_fx.options import FIRST_PROMPT, FIRST_PROMPT_TOKENS, Options
 from lorc_fx.packing import BITS, MODEL, Segment
 from lorc_fx.records import Plan, PlannedSite, SiteSpec
@@ -16,7 +17,7 @@ from lorc_fx.schedulers import depths, schedule
 
 from .caches import Group
 from .sites import Site
-from .unprojected import AUTO
+from .unprojected import AUTO, BITS_AS_IT_IS
 
 POSITION_BYTES = 4
 """One int32 per token, once for all sites whose epilogues need it and that keep the same tokens."""
@@ -26,12 +27,6 @@ LEVELS: dict[str, tuple[int, ...]] = {"model": (MODEL,), "int8": (8,), "int4": (
 
 SAFE = 4
 """The fewest bits of a column where the data is not known: then nobody can tell which columns may have less."""
-
-
-SAFE_AS_IT_IS = 8
-"""The fewest bits of rotated keys that are kept as they are, where nobody asked for that: some channels are many times
-larger than others, and all share a scale (Gemma 3 270M at ratio 0.45: +0.97 % of loss where they may have 6 or 5
-bits)."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +67,8 @@ def candidate(site: Site, factors: Factors, basis: Basis, keeps_positions: bool,
     droppable = (paper or basis.informed) and not site.unprojected
     levels = LEVELS[str(options.precision)] + ((DROPPED,) if droppable else ())
     if not basis.informed or site.unprojected:
-        safe = SAFE_AS_IT_IS if site.unprojected and options.basis_for(site.kind) == AUTO else SAFE
+        chosen = site.unprojected and options.basis_for(site.kind) == AUTO
+        safe = BITS_AS_IT_IS[site.kind] if chosen else SAFE
         levels = tuple(b for b in levels if b in (MODEL, DROPPED) or b >= safe)
     block = width if site.unprojected else 1 if only_model else BLOCK
     columns = Columns(tuple(share), levels, element, len(basis.means), block)
@@ -193,7 +189,7 @@ def _checked(plan: Plan, views: Sequence[tuple[Candidate, Basis]]) -> Plan:
         line = plan.sites[places[spec.layer, spec.kind]]
         if any(s.columns < 1 for s in line.segments) or not 1 <= line.rank <= width:
             raise BadPlan(plan, f"{line.name}: rank {line.rank!r} is not in 1..{width}")
-        if line.rank > basis.analysis.shape[1]:
+        if basis.informed and line.rank > basis.analysis.shape[1]:
             reason = f"{line.name} asks for {line.rank} columns, its tensor file holds {basis.analysis.shape[1]}"
             raise BadPlan(plan, reason)
         if line.choices == 1 and line.segments == _whole(view):

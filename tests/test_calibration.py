@@ -16,6 +16,7 @@ from helpers import assert_close, compiled, error, latents, new_cache, piecewise
 from lorc_fx import Calibration, calibration
 from lorc_fx.calibration import basis_of, fingerprint, groups_of
 from lorc_fx.errors import BadCalibration
+from lorc_fx.factors import gram
 from lorc_fx.gather import drawn_queries, parted
 
 pytestmark = pytest.mark.usefixtures("clean", "many_shapes")
@@ -88,7 +89,7 @@ def test_statistics_by_groups_of_heads(monkeypatch, tmp_path, gradients):
             1e-12,
         )
         weight = torch.randn(width, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-        basis = basis_of(b, weight)
+        basis = basis_of(b, gram(weight, "a site"))
         assert_close("S P", basis.synthesis @ basis.analysis, torch.eye(width, dtype=torch.float64), 1e-8)
         assert bool((basis.energy.diff() <= 0).all()) and basis.absolute == gradients
     made.save(tmp_path / "c")
@@ -248,7 +249,7 @@ def test_keys_are_coded_for_the_queries_that_read_them(name):
     loud = torch.arange(len(site.total)) % (dim // 2) == 0
     share = site.gradient[0].diagonal()[loud].sum() / site.gradient[0].diagonal().sum()
     assert float(share) == pytest.approx(1.0, abs=1e-9)
-    basis = basis_of(site, attention.k_proj.weight.detach().double())
+    basis = basis_of(site, gram(attention.k_proj.weight, "a site"))
     first = basis.analysis[:, : int(loud.sum())].detach().square()
     assert float(first[loud].sum() / first.sum()) > 0.9
 
@@ -294,7 +295,7 @@ def test_gradients_are_the_second_moment_of_the_loss():
         assert_close("outer", b.outer, a.outer, 1e-9)
         g = b.gradient[0]
         assert b.gradients == b.tokens and torch.allclose(g, g.T) and float(torch.linalg.eigvalsh(g).min()) > -1e-9
-        basis = basis_of(b, weight[b.layer, b.kind])
+        basis = basis_of(b, gram(weight[b.layer, b.kind], "a site"))
         eye = basis.synthesis @ basis.analysis
         assert_close("S P", eye, torch.eye(len(eye), dtype=torch.float64), 1e-8)
 

@@ -11,6 +11,7 @@ from helpers import compiled, error, latents, new_cache, piecewise
 from lorc_fx import calibrate
 from lorc_fx.calibration import PRIOR, basis_of
 from lorc_fx.errors import BadCalibration, QualityWarning
+from lorc_fx.factors import gram
 
 pytestmark = pytest.mark.usefixtures("clean", "many_shapes")
 
@@ -20,14 +21,9 @@ def test_the_prior_fills_in_for_few_tokens():
     with pytest.warns(QualityWarning, match="more calibration text"):
         made = calibrate(model, [text(rows=1, tokens=3)], progress=False)
     site = made.sites[0]
-    basis = basis_of(
-        site,
-        next(
-            p.weight.double()
-            for p in FAMILIES["llama-gqa"].projections(model)
-            if (p.layer, p.kind) == (site.layer, site.kind)
-        ),
-    )
+    projections = FAMILIES["llama-gqa"].projections(model)
+    weight = next(p.weight for p in projections if (p.layer, p.kind) == (site.layer, site.kind))
+    basis = basis_of(site, gram(weight, "a site"))
     assert bool((basis.energy > 0).all()) and PRIOR > 0
 
 

@@ -6,9 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lorc_fx.codec import CONDITION_FLOOR, Codec, condition_number, factorise, make_codec, model_segments, prior_basis
+from lorc_fx.codec import Codec, make_codec, model_segments, prior_basis
 from lorc_fx.decoder import Decoder, decode_dense, decode_vectors
 from lorc_fx.errors import BadWeight
+from lorc_fx.factors import CONDITION_FLOOR, condition_number, factorise
 
 FP64 = torch.float64
 

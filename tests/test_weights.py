@@ -183,8 +183,8 @@ def test_going_back_to_weights_already_seen_factorises_nothing(monkeypatch):
     from lorc_fx import builder
 
     made = []
-    factorise = builder.factorise
-    monkeypatch.setattr(builder, "factorise", lambda *args: made.append(args) or factorise(*args))
+    gram = builder.gram
+    monkeypatch.setattr(builder, "gram", lambda *args: made.append(args) or gram(*args))
     model, other = decoder(), decoder(3)
     call = compiled(model)
     mine = model.k
