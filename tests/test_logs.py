@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from attention_cases import Case, build
 
+from bench.attention_cases import Case, build
 from lorc_fx import logs
 from lorc_fx.errors import KernelWarning, LorcWarning
 from lorc_fx.kernels import launch

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import BF16, F32, Case, build
 
+from bench.attention_cases import BF16, F32, Case, build
 from helpers import assert_close
 from lorc_fx.errors import KernelWarning
 from lorc_fx.kernels import fused, launch, reference, tiled, tune, tuned, words
