@@ -76,10 +76,10 @@ def test_graphs_use_the_op_where_it_is_wired_for_steps_of_few_tokens(wired, monk
         seen.append((pieces[-1], len(found)))
         return gm.forward
 
-    given = {"ratio": 0.6, "precision": "int8", "calibration": "none", "basis": "joint"}
     lm, compiled, ids = llama(), llama(), torch.arange(100)[None] % 28
     cache, dense = DynamicCache(config=lm.config), DynamicCache(config=lm.config)
-    compiled.compile(backend="lorc", options={**given, "inner": inner})
+    options = {"ratio": 0.6, "precision": "int8", "basis": "joint", "calibration": "none", "inner": inner}
+    compiled.compile(backend="lorc", options=options)
     with torch.no_grad():
         for piece in (ids, ids[:, :1], ids[:, 1:2]):
             pieces.append(piece.shape[1])
