@@ -1,13 +1,14 @@
 """Whole decode steps: dense caches eager and under inductor beside latents, by context length, batch, dtype and ratio.
 
-    python -m bench.decode [--models llama gpt2] [--tokens 2048 8192 32768] [--batch 1 8] [--dtype float32 bfloat16]
+    python -m bench.decode [--models llama gpt2] [--tokens 512 2048 8192 32768] [--batch 1 8] [--dtype float32 bfloat16]
         [--out bench/results/decode.json]
 
 One process; all variants of a case take turns within each repeat, medians. Caches are filled with ``FILL`` tokens in
-one piece, whose rows are then repeated up to the length of the case: what attention reads has the size and the form of
-a real cache, and a prompt of 32768 tokens would take an hour. A case whose caches would need more than ``MOST`` bytes
-leaves out the eager variant first, then the whole case; what is left out is in the file. ``--layers`` measures models
-of other depths than the shape's own (for the plot of how a step grows with it, ``bench.plots``).
+one piece (without inductor: only steps are timed), whose rows are then repeated up to the length of the case: what
+attention reads has the size and the form of a real cache, and a prompt of 32768 tokens would take an hour. A case
+whose caches would need more than ``MOST`` bytes leaves out the eager variant first, then the whole case; what is left
+out is in the file. ``--layers`` measures models of other depths than the shape's own (for the plot of how a step grows
+with it, ``bench.plots``).
 """
 
 from __future__ import annotations
@@ -26,16 +27,16 @@ from typing import Any
 import torch
 
 from bench import models
-from bench.run import RESULTS, WARMUP, Timed, interleaved, machine
+from bench.run import RESULTS, WARMUP, interleaved, machine
 from lorc_fx.console import write_json
 from lorc_fx.evaluate import cache_bytes, cache_keyword
 from lorc_fx.latent import LatentKV, cache_nbytes
 
-TOKENS, BATCHES, DTYPES = (2048, 8192, 32768), (1, 8), ("float32", "bfloat16")
+TOKENS, BATCHES, DTYPES = (512, 2048, 8192, 32768), (1, 8), ("float32", "bfloat16")
 RATIOS = (0.45, 0.25)
 FILL = 512
-REPEATS = 15
-MOST = 15 << 30
+REPEATS = 9
+MOST = 18 << 30
 EAGER, DYNAMIC, STATIC = "eager", "inductor", "inductor-static"
 
 
@@ -72,24 +73,23 @@ class Runner:
 
     way: Way
     model: Any
-    inner: Timed = field(init=False)
+    filler: Any = field(init=False)
 
     def __post_init__(self) -> None:
-        from lorc_fx.compat import compile_with_inductor
-
-        self.inner = Timed(lambda gm, examples: compile_with_inductor(gm, examples, None))
+        self.filler = models.twin(self.model)
         apart: dict[str, Any] = {"isolate_recompiles": True, "recompile_limit": 64}
         if self.way.options is not None:
-            self.model.compile(backend="lorc", options={**self.way.options, "inner": self.inner}, **apart)
+            self.model.compile(backend="lorc", options=self.way.options, **apart)
+            self.filler.compile(backend="lorc", options={**self.way.options, "inner": "eager"}, **apart)
         elif self.way.compiled:
-            self.model.compile(backend=self.inner, **apart)
+            self.model.compile(backend="inductor", **apart)
         self.keyword = cache_keyword(self.model)
 
     @torch.no_grad()
-    def call(self, ids: torch.Tensor, cache: Any) -> float:
+    def call(self, ids: torch.Tensor, cache: Any, model: Any = None) -> float:
         """Feed ``ids`` [B, S]; seconds of the call."""
         start = time.perf_counter()
-        self.model(input_ids=ids, use_cache=True, logits_to_keep=1, **{self.keyword: cache})
+        (model or self.model)(input_ids=ids, use_cache=True, logits_to_keep=1, **{self.keyword: cache})
         return time.perf_counter() - start
 
     def filled(self, tokens: int, batch: int, room: int) -> Any:
@@ -99,7 +99,7 @@ class Runner:
         config = self.model.config
         length = tokens + room
         cache = StaticCache(config=config, max_cache_len=length) if self.way.static else DynamicCache(config=config)
-        self.call(models.random_ids(FILL).expand(batch, -1).contiguous(), cache)
+        self.call(models.random_ids(FILL).expand(batch, -1).contiguous(), cache, self.filler)
         _repeat(cache, tokens)
         return cache
 
@@ -116,6 +116,7 @@ def _repeat(cache: Any, tokens: int) -> None:
                 value[:, :, :tokens] = value[:, :, again]
             else:
                 setattr(layer, name, value[:, :, again])
+                torch._dynamo.maybe_mark_dynamic(getattr(layer, name), (0, 2))  # else the second step compiles anew
         if hasattr(layer, "cumulative_length"):
             layer.cumulative_length.fill_(tokens)
     _in_step(cache, tokens)

@@ -228,9 +228,13 @@ def building() -> Any:
 
 
 def to_fake(value: Any, mode: FakeTensorMode) -> Any:
-    """A real codec tensor as a fake of static shape; fakes and ints as they are."""
+    """A real codec tensor as a fake of static shape; fakes as they are. A symbolic int by the symbol that it was found
+    to be equal to: inductor takes inputs by the symbol that they had at first, and finds the other one in a tensor's
+    size, which a graph over rows may not have."""
     if isinstance(value, torch.Tensor) and not isinstance(value, FakeTensor):
         return mode.from_tensor(value, static_shapes=True)
+    if isinstance(value, torch.SymInt) and value.node.expr != value.node._expr:
+        return value.node.shape_env.create_symintnode(value.node.expr, hint=value.node.hint)
     return value
 
 
