@@ -19,9 +19,6 @@ struct Step { int64_t kind, extra; float constant; int32_t unused; };
 // A tensor that scores meet; strides in elements along batch, heads, queries and tokens, 0 where it has one for all.
 struct Extra { const void* data; int64_t flags, batch, head, query, token; };
 
-static inline V constant(float x) { V v; for (int i = 0; i < LANES; i++) v[i] = x; return v; }
-static inline V load(const float* p) { V v; std::memcpy(&v, p, sizeof(V)); return v; }
-static inline void store(float* p, V v) { std::memcpy(p, &v, sizeof(V)); }
 static inline V choose(I mask, V a, V b) { return (V)((mask & (I)a) | (~mask & (I)b)); }
 
 // e^x for x <= 0 (-inf too), relative error below 3e-7 down to 2^-126, and 0 below it: 2^n times a polynomial of degree 6.
@@ -71,19 +68,49 @@ static inline void apply(const Step* steps, int64_t n, const Extra* extras, int6
     const int64_t at = b * e.batch + head * e.head + query * e.query + start * e.token;
     const float* numbers = (const float*)e.data + at;
     const uint8_t* flags = (const uint8_t*)e.data + at;
-    for (int64_t i = 0; i < count; i++) switch (step.kind) {
-      case ADD_EXTRA: s[i] += numbers[i * e.token]; break;
-      case MULTIPLY_EXTRA: s[i] *= numbers[i * e.token]; break;
-      case KEEP_WHERE: s[i] = flags[i * e.token] ? s[i] : step.constant; break;
-      case KEEP_UNLESS: s[i] = flags[i * e.token] ? step.constant : s[i]; break;
+    const V other = constant(step.constant);
+    for (int64_t i = 0; i < count; i += LANES) {
+      const int64_t left = count - i < LANES ? count - i : LANES;
+      V x = load(s + i), met = {};
+      if (step.kind == ADD_EXTRA || step.kind == MULTIPLY_EXTRA) {
+        if (e.token == 1) std::memcpy(&met, numbers + i, left == LANES ? sizeof(V) : 4 * left);
+        else for (int64_t j = 0; j < left; j++) met[j] = numbers[(i + j) * e.token];
+        x = step.kind == ADD_EXTRA ? x + met : x * met;
+      } else {
+        I flag = {};
+        if (e.token == 1) flag = bytes<false>(flags + i, left);
+        else for (int64_t j = 0; j < left; j++) flag[j] = flags[(i + j) * e.token];
+        const I keep = step.kind == KEEP_WHERE ? flag != 0 : flag == 0;
+        x = choose(keep, x, other);
+      }
+      store(s + i, x);
     }
   }
 }
 
-// ``count`` scores to weights; what was summed before is worth ``less`` of that now. Returns the sum of weights.
+// The largest lane; NaN where a lane is (``bad``).
+static inline float largest(V v, I bad) {
+  float lanes[LANES];
+  int32_t wrong[LANES], any = 0;
+  std::memcpy(lanes, &v, sizeof(V));
+  std::memcpy(wrong, &bad, sizeof(I));
+  for (int half = LANES / 2; half; half /= 2)
+    for (int i = 0; i < half; i++) lanes[i] = lanes[i] > lanes[i + half] ? lanes[i] : lanes[i + half];
+  for (int i = 0; i < LANES; i++) any |= wrong[i];
+  return any ? NAN : lanes[0];
+}
+
+// ``count`` scores (-inf behind) to weights; what was summed before is worth ``less`` of that now. Returns the sum of
+// weights.
 static inline float soften(float* s, int64_t count, float& top, float& less) {
-  float higher = top;
-  for (int64_t i = 0; i < count; i++) higher = s[i] > higher || s[i] != s[i] ? s[i] : higher;
+  V most = constant(top);
+  I bad = most != most;
+  for (int64_t i = 0; i < count; i += LANES) {
+    const V x = load(s + i);
+    most = choose(x > most, x, most);
+    bad |= x != x;
+  }
+  const float higher = largest(most, bad);
   const float shift = higher == -INFINITY ? 0.0f : higher;
   less = top == higher ? 1.0f : std::exp(top - shift);
   top = higher;
@@ -145,14 +172,15 @@ extern "C" void lorc_attend(const Rows* keys, const Rows* values, int64_t batch,
     a.acc.assign(every * v.width, 0);
     a.scales.assign(every, 0);
     a.further.assign(every, 0);
-    std::vector<float> held(lines * room), scaled(lines * room), signs(room);
+    std::vector<float> held(lines * room), scaled(lines * room), size(room), second(room);
     float* const p = held.data();
     for (int64_t i = me; i < batch * chunks; i += all) {
       const int64_t b = i / chunks, start = i % chunks * chunk, stop = start + chunk < tokens ? start + chunk : tokens;
       const int64_t first = b * lines, count = stop - start;
       if (mask >= 0 && extras[mask].head == 0 && hidden(extras[mask], b, queries, start, stop)) continue;
-      scales_of(left, b, start, stop, signs.data());
-      score_chunk(left, signs.data(), b, start, stop, weights.data(), shift.data(), further.data(), p);
+      scales_of(left, b, start, stop, size.data(), second.data());
+      score_chunk(left, size.data(), second.data(), b, start, stop, weights.data() + first * k.width, shift.data() + first,
+                  further.data() + first, p, scaled.data());
       for (int64_t l = 0; l < lines; l++) {
         float* const s = p + l * room;
         if (offset) for (int64_t j = 0; j < count; j++) s[j] += offset[first + l];
@@ -169,9 +197,9 @@ extern "C" void lorc_attend(const Rows* keys, const Rows* values, int64_t batch,
           for (int64_t j = 0; j < v.width; j++) acc[j] *= less;
         }
       }
-      scales_of(right, b, start, stop, signs.data());
-      sum_chunk(right, signs.data(), b, start, stop, p, scaled.data(), a.acc.data() + first * v.width, a.scales.data() + first,
-                a.further.data() + first);
+      scales_of(right, b, start, stop, size.data(), second.data());
+      sum_chunk(right, size.data(), second.data(), b, start, stop, p, scaled.data(), a.acc.data() + first * v.width,
+                a.scales.data() + first, a.further.data() + first);
     }
   }
   const int64_t each = v.count + v.further;

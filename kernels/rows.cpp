@@ -7,6 +7,7 @@
 // or 8 columns each. What a plane holds is linear in its bytes' fields, so a column of 3 bits is two columns, in two planes,
 // and the caller lays the weights out plane by plane, field by field, each run padded to LANES. A block g of a row is a head
 // where nothing is projected: some bytes of a plane in one of its fields, or all of its bytes in some fields.
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -103,27 +104,43 @@ static inline int64_t padded(int64_t n) { return (n + LANES - 1) / LANES * LANES
 
 template <int KIND> constexpr int size_of = KIND == 0 ? 4 : KIND <= 2 ? 2 : 1;
 
-// Dot products of NT rows with NM weight vectors over one plane of block g.
+// LANES columns (or the last few) of NT rows of a plane, from element j on: of numbers, or as bytes.
+template <int KIND, int NT>
+__attribute__((always_inline)) static inline void take(const uint8_t* const* rows, int64_t at, int64_t c, I* raw, V* x) {
+#pragma GCC unroll 8
+  for (int t = 0; t < NT; t++)
+    if (KIND > 8) raw[t] = bytes<KIND == 16>(rows[t] + at, c); else x[t] = numbers<KIND>(rows[t] + at, c);
+}
+
+// Dot products of NT rows with NM weight vectors over one plane of block g. The sums are copied, so that they stay in
+// registers, and whole vectors are apart from what is left: else GCC 12 keeps the sums on the stack.
 template <int KIND, int NT, int NM>
 static inline void dot_plane(const uint8_t* const* rows, const float* w, int64_t ws, const Plane& p, int64_t g,
-                             V (*sum)[NM]) {
+                             V (*total)[NM]) {
   const int64_t base = p.offset + g % p.beside * p.step, run = padded(p.count), first = g / p.beside * p.fields;
-  for (int64_t j = 0; j < p.count; j += LANES) {
-    const int64_t c = p.count - j < LANES ? p.count - j : LANES;
+  const int64_t fields = KIND <= 2 || KIND == 16 ? 1 : p.fields, count = p.count, whole = count / LANES * LANES;
+  V sum[NT][NM];
+  std::memcpy(sum, total, sizeof(sum));
+  auto part = [&](int64_t j, int64_t c) __attribute__((always_inline)) {
     I raw[NT];
     V x[NT];
-    for (int t = 0; t < NT; t++) {
-      const uint8_t* at = rows[t] + base + j * size_of<KIND>;
-      if (KIND > 8) raw[t] = bytes<KIND == 16>(at, c); else x[t] = numbers<KIND>(at, c);
-    }
-    for (int64_t f = 0; f < p.fields; f++) {
-      if (KIND > 8) for (int t = 0; t < NT; t++) x[t] = field<KIND - 8>(raw[t], first + f);
+    take<KIND, NT>(rows, base + j * size_of<KIND>, c, raw, x);
+    for (int64_t f = 0; f < fields; f++) {
+      if (KIND > 8) {
+#pragma GCC unroll 8
+        for (int t = 0; t < NT; t++) x[t] = field<KIND - 8>(raw[t], first + f);
+      }
+#pragma GCC unroll 4
       for (int m = 0; m < NM; m++) {
         V a; std::memcpy(&a, w + m * ws + p.at + f * run + j, sizeof(V));
+#pragma GCC unroll 8
         for (int t = 0; t < NT; t++) sum[t][m] += a * x[t];
       }
     }
-  }
+  };
+  for (int64_t j = 0; j < whole; j += LANES) part(j, LANES);
+  if (whole < count) part(whole, count - whole);
+  std::memcpy(total, sum, sizeof(sum));
 }
 
 // Over the planes of numbers (or, FIELDS, of fields) of block g: apart, because the sums of both would not fit the registers.
@@ -163,48 +180,64 @@ struct Layout {
 
 constexpr int CHUNK = 64;   // tokens whose rows stay in the first cache while all blocks of them are read
 
-// Scales of up to CHUNK tokens from ``start`` on; 1 where rows have none.
-static inline void scales_of(const Layout& a, int64_t b, int64_t start, int64_t stop, float* s) {
+static inline V constant(float x) { return x - V{}; }   // a loop over lanes becomes LANES masked broadcasts in GCC 12
+static inline V load(const float* p) { V v; std::memcpy(&v, p, sizeof(V)); return v; }
+static inline void store(float* p, V v) { std::memcpy(p, &v, sizeof(V)); }
+
+// Of tokens [start, stop): their scales (1 where rows have none), and 1 for those with the second mean; zeros behind.
+static inline void scales_of(const Layout& a, int64_t b, int64_t start, int64_t stop, float* size, float* second) {
   for (int64_t t = start; t < stop; t++) {
     uint16_t h = 0x3c00;
     if (a.scale >= 0) std::memcpy(&h, a.rows + t * a.stride_t + b * a.stride_b + a.scale, 2);
-    s[t - start] = half_to_float(h);
+    size[t - start] = half_to_float(h & 0x7fff);
+    second[t - start] = h >> 15;
   }
+  for (int64_t i = stop - start; i < padded(stop - start); i++) size[i] = second[i] = 0;
 }
 
-// ``out``: at this token's score of the first weight vector of batch row b.
+// ``w``, ``levels`` and ``exact``: of the first line of batch row b, the latter two at this token.
 template <int NT, int NM>
-static inline void score_some(const Layout& a, const float* scales, int64_t b, int64_t g, int64_t t, int64_t m,
-                              const float* w, const float* shift, const float* further, float* out) {
+static inline void score_some(const Layout& a, int64_t b, int64_t g, int64_t t, int64_t m, const float* w, float* levels,
+                              float* exact) {
   const uint8_t* rows[NT];
   for (int i = 0; i < NT; i++) rows[i] = a.rows + (t + i) * a.stride_t + b * a.stride_b;
-  float q[NM][NT] = {}, e[NM][NT] = {};
-  const int64_t first = (b * a.blocks + g) * a.m + m, line = g * a.m + m;
-  if (a.exact) dots<false, NT, NM>(rows, w + first * a.width, a.width, a.planes, a.n, g, e);
-  if (a.scale >= 0) dots<true, NT, NM>(rows, w + first * a.width, a.width, a.planes, a.n, g, q);
-  for (int k = 0; k < NM; k++) for (int i = 0; i < NT; i++) {
-    const float s = scales[i] < 0 ? -scales[i] : scales[i];
-    out[(line + k) * a.line + i] = e[k][i] + s * (q[k][i] - shift[first + k]) + (scales[i] < 0 ? further[first + k] : 0.0f);
+  float found[NM][NT];
+  const int64_t line = g * a.m + m;
+  if (a.exact) {
+    dots<false, NT, NM>(rows, w + line * a.width, a.width, a.planes, a.n, g, found);
+    for (int k = 0; k < NM; k++) std::memcpy(exact + (line + k) * a.line, found[k], sizeof(found[k]));
+  }
+  if (a.scale >= 0) {
+    dots<true, NT, NM>(rows, w + line * a.width, a.width, a.planes, a.n, g, found);
+    for (int k = 0; k < NM; k++) std::memcpy(levels + (line + k) * a.line, found[k], sizeof(found[k]));
   }
 }
 
 template <int NT>
-static inline void score_all(const Layout& a, const float* s, int64_t b, int64_t g, int64_t t, const float* w,
-                             const float* shift, const float* further, float* out) {
+static inline void score_all(const Layout& a, int64_t b, int64_t g, int64_t t, const float* w, float* levels, float* exact) {
   int64_t m = 0;
-  if (NT <= 4) for (; m + 4 <= a.m; m += 4) score_some<NT, 4>(a, s, b, g, t, m, w, shift, further, out);   // in registers
-  if (NT <= 4) for (; m + 2 <= a.m; m += 2) score_some<NT, 2>(a, s, b, g, t, m, w, shift, further, out);
-  for (; m < a.m; m++) score_some<NT, 1>(a, s, b, g, t, m, w, shift, further, out);
+  if (NT <= 4) for (; m + 4 <= a.m; m += 4) score_some<NT, 4>(a, b, g, t, m, w, levels, exact);   // in registers
+  if (NT <= 4) for (; m + 2 <= a.m; m += 2) score_some<NT, 2>(a, b, g, t, m, w, levels, exact);
+  for (; m < a.m; m++) score_some<NT, 1>(a, b, g, t, m, w, levels, exact);
 }
 
-// All blocks of tokens [start, stop) of batch row b; ``out``: at the first of their scores.
-static inline void score_chunk(const Layout& a, const float* s, int64_t b, int64_t start, int64_t stop, const float* w,
-                               const float* shift, const float* further, float* out) {
+// Scores of all blocks of tokens [start, stop) of batch row b, ``a.line`` apart, into ``out`` (``exact``: as much room).
+// ``w``, ``shift`` and ``further`` are those of batch row b.
+static inline void score_chunk(const Layout& a, const float* size, const float* second, int64_t b, int64_t start, int64_t stop,
+                               const float* w, const float* shift, const float* further, float* out, float* exact) {
+  if (a.scale < 0) exact = out;
   for (int64_t g = 0; g < a.blocks; g++) {
     int64_t t = start;
-    if (a.m == 1) for (; t + 8 <= stop; t += 8) score_all<8>(a, s + (t - start), b, g, t, w, shift, further, out + t - start);
-    for (; t + 4 <= stop; t += 4) score_all<4>(a, s + (t - start), b, g, t, w, shift, further, out + t - start);
-    for (; t < stop; t++) score_all<1>(a, s + (t - start), b, g, t, w, shift, further, out + t - start);
+    if (a.m == 1) for (; t + 8 <= stop; t += 8) score_all<8>(a, b, g, t, w, out + (t - start), exact + (t - start));
+    for (; t + 4 <= stop; t += 4) score_all<4>(a, b, g, t, w, out + (t - start), exact + (t - start));
+    for (; t < stop; t++) score_all<1>(a, b, g, t, w, out + (t - start), exact + (t - start));
+  }
+  if (a.scale < 0) return;
+  for (int64_t l = 0; l < a.blocks * a.m; l++) for (int64_t i = 0; i < stop - start; i += LANES) {
+    float* const at = out + l * a.line + i;
+    V x = load(size + i) * (load(at) - constant(shift[l])) + load(second + i) * constant(further[l]);
+    if (a.exact) x += load(exact + l * a.line + i);
+    store(at, x);
   }
 }
 
@@ -212,15 +245,23 @@ static inline void score_chunk(const Layout& a, const float* s, int64_t b, int64
 extern "C" void lorc_scores(const uint8_t* rows, int64_t tokens, int64_t batch, int64_t stride_t, int64_t stride_b,
                             int64_t scale, const Plane* planes, int64_t n, int64_t blocks, int64_t m, int64_t width,
                             const float* weights, const float* shift, const float* further, float* out, int64_t threads) {
-  const Layout a = {rows, tokens, batch, stride_t, stride_b, scale, planes, n, blocks, m, width, tokens};
-  const int64_t chunks = (tokens + CHUNK - 1) / CHUNK;
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t i = 0; i < chunks; i++) {
-    const int64_t start = i * CHUNK, stop = start + CHUNK < tokens ? start + CHUNK : tokens;
-    float s[CHUNK];
-    for (int64_t b = 0; b < batch; b++) {
-      scales_of(a, b, start, stop, s);
-      score_chunk(a, s, b, start, stop, weights, shift, further, out + b * blocks * m * tokens + start);
+  const Layout a = {rows, tokens, batch, stride_t, stride_b, scale, planes, n, blocks, m, width, CHUNK};
+  const int64_t chunks = (tokens + CHUNK - 1) / CHUNK, each_b = blocks * m;
+#pragma omp parallel num_threads(threads)
+  {
+    float size[CHUNK], second[CHUNK];
+    std::vector<float> found(each_b * CHUNK), exact(each_b * CHUNK);
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < chunks; i++) {
+      const int64_t start = i * CHUNK, stop = start + CHUNK < tokens ? start + CHUNK : tokens;
+      for (int64_t b = 0; b < batch; b++) {
+        const int64_t first = b * each_b;
+        scales_of(a, b, start, stop, size, second);
+        score_chunk(a, size, second, b, start, stop, weights + first * width, shift + first, further + first, found.data(),
+                    exact.data());
+        for (int64_t l = 0; l < each_b; l++)
+          std::memcpy(out + (first + l) * tokens + start, &found[l * CHUNK], 4 * (stop - start));
+      }
     }
   }
 }
@@ -238,19 +279,21 @@ template <int KIND, int NT>
 static inline void sum_plane(const Layout& a, const uint8_t* const* rows, const Plane& p, int64_t g, const float* weight,
                              float* place) {
   const int64_t base = p.offset + g % p.beside * p.step, run = padded(p.count), first = g / p.beside * p.fields;
-  for (int64_t j = 0; j < p.count; j += LANES) {
-    const int64_t c = p.count - j < LANES ? p.count - j : LANES;
+  const int64_t fields = KIND <= 2 || KIND == 16 ? 1 : p.fields, count = p.count, whole = count / LANES * LANES;
+  auto part = [&](int64_t j, int64_t c) __attribute__((always_inline)) {
     I raw[NT];
     V x[NT];
-    for (int i = 0; i < NT; i++) {
-      const uint8_t* at = rows[i] + base + j * size_of<KIND>;
-      if (KIND > 8) raw[i] = bytes<KIND == 16>(at, c); else x[i] = numbers<KIND>(at, c);
-    }
-    for (int64_t f = 0; f < p.fields; f++) {
-      if (KIND > 8) for (int i = 0; i < NT; i++) x[i] = field<KIND - 8>(raw[i], first + f);
+    take<KIND, NT>(rows, base + j * size_of<KIND>, c, raw, x);
+    for (int64_t f = 0; f < fields; f++) {
+      if (KIND > 8) {
+#pragma GCC unroll 8
+        for (int i = 0; i < NT; i++) x[i] = field<KIND - 8>(raw[i], first + f);
+      }
       add<NT>(a, x, weight, place + p.at + f * run + j);
     }
-  }
+  };
+  for (int64_t j = 0; j < whole; j += LANES) part(j, LANES);
+  if (whole < count) part(whole, count - whole);
 }
 
 // Adds NT rows, weighted, to the sums of one block. ``p``: at this token's weight of the first line of batch row b, and the
@@ -273,19 +316,20 @@ static inline void sum_some(const Layout& a, int64_t b, int64_t g, int64_t t, co
   }
 }
 
-// All blocks of tokens [start, stop) of batch row b. ``scaled``: room for as many numbers as ``p`` has, as far apart.
-static inline void sum_chunk(const Layout& a, const float* signs, int64_t b, int64_t start, int64_t stop, const float* p,
-                             float* scaled, float* acc, float* scales, float* further) {
+// All blocks of tokens [start, stop) of batch row b. ``p``: weights, zeros behind; ``scaled``: room for as many numbers, as far
+// apart.
+static inline void sum_chunk(const Layout& a, const float* size, const float* second, int64_t b, int64_t start, int64_t stop,
+                             const float* p, float* scaled, float* acc, float* scales, float* further) {
   for (int64_t l = 0; l < a.blocks * a.m; l++) {
-    float sum = 0, second = 0;
-    for (int64_t i = 0; i < stop - start; i++) {
-      const float s = signs[i], weight = p[l * a.line + i], by = weight * (s < 0 ? -s : s);
-      scaled[l * a.line + i] = by;
+    V sum = {}, others = {};
+    for (int64_t i = 0; i < stop - start; i += LANES) {
+      const V weight = load(p + l * a.line + i), by = weight * load(size + i);
+      store(scaled + l * a.line + i, by);
       sum += by;
-      second += s < 0 ? weight : 0.0f;
+      others += weight * load(second + i);
     }
-    scales[l] += sum;
-    further[l] += second;
+    scales[l] += total(sum);
+    further[l] += total(others);
   }
   for (int64_t g = 0; g < a.blocks; g++) {
     int64_t t = start;
@@ -307,16 +351,18 @@ extern "C" void lorc_sums(const uint8_t* rows, int64_t tokens, int64_t batch, in
     const int64_t each = (tokens + all - 1) / all;
     const int64_t start = me * each, stop = start + each < tokens ? start + each : tokens;
     float *mine = acc + me * lines * width, *s = scales + me * lines, *f = further + me * lines;
-    float signs[CHUNK];
+    float size[CHUNK], second[CHUNK];
     std::vector<float> weights(each_b * CHUNK), scaled(each_b * CHUNK);
     for (int64_t at = start; at < stop; at += CHUNK) {
       const int64_t end = at + CHUNK < stop ? at + CHUNK : stop;
       for (int64_t b = 0; b < batch; b++) {
         const int64_t first = b * each_b;
-        for (int64_t l = 0; l < each_b; l++)
+        for (int64_t l = 0; l < each_b; l++) {
           std::memcpy(&weights[l * CHUNK], p + (first + l) * tokens + at, 4 * (end - at));
-        scales_of(a, b, at, end, signs);
-        sum_chunk(a, signs, b, at, end, weights.data(), scaled.data(), mine + first * width, s + first, f + first);
+          std::fill(&weights[l * CHUNK] + (end - at), &weights[l * CHUNK] + CHUNK, 0.0f);
+        }
+        scales_of(a, b, at, end, size, second);
+        sum_chunk(a, size, second, b, at, end, weights.data(), scaled.data(), mine + first * width, s + first, f + first);
       }
     }
   }
