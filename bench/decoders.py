@@ -132,11 +132,12 @@ def run(model: Any, given: dict[str, torch.Tensor], way: dict[str, Any]) -> Ran:
     return Ran(out.sequences, torch.stack([step.float() for step in out.logits]), held(cache))
 
 
-def compressing(model: Any, ratio: float) -> None:
+def compressing(model: Any, ratio: float, basis: str = "joint") -> None:
     torch._dynamo.reset()
     torch._dynamo.config.recompile_limit = 64  # models with graph breaks: past it, tokens are kept as they are
     lorc_fx.reset(model)
-    model.compile(backend="lorc", options={**lorc_fx.PAPER, "scheduler": "uniform", "ratio": ratio, "inner": "eager"})
+    given = {**lorc_fx.PAPER, "scheduler": "uniform", "ratio": ratio, "basis": basis, "inner": "eager"}
+    model.compile(backend="lorc", options=given)
 
 
 def dense(model: Any) -> None:
@@ -200,7 +201,7 @@ def _replace(model: Any, old: torch.Tensor, new: torch.Tensor) -> bool:
     return False
 
 
-def check(entry: zoo.Entry, ways: Sequence[str] = tuple(WAYS)) -> Row:
+def check(entry: zoo.Entry, ways: Sequence[str] = tuple(WAYS), basis: str = "joint") -> Row:
     """Some ways of running one class."""
     torch.set_num_threads(1)
     row: Row = {"class": entry.cls, "model_type": entry.model_type, "kind": entry.kind, "ways": {}}
@@ -213,7 +214,7 @@ def check(entry: zoo.Entry, ways: Sequence[str] = tuple(WAYS)) -> Row:
     for name in ways if entry.kind != "vision" else ways[:1]:  # text alone: what the causal classes have shown
         if "prefill_chunk_size" in WAYS[name] and model.config.is_encoder_decoder:
             continue  # generate cuts the encoder's mask too
-        row["ways"][name] = compared(model, partial(run, model, given, WAYS[name]), seen)
+        row["ways"][name] = compared(model, partial(run, model, given, WAYS[name]), seen, basis)
     row |= {
         "sites": seen.sites,
         "misses": seen.misses,
@@ -224,15 +225,16 @@ def check(entry: zoo.Entry, ways: Sequence[str] = tuple(WAYS)) -> Row:
     return row
 
 
-def compared(model: Any, go: Callable[[], Ran], seen: Seen) -> Row:
-    """One way of running a model, eager and compiled: at full rank and, where something is coded, at half the bytes."""
+def compared(model: Any, go: Callable[[], Ran], seen: Seen, basis: str = "joint") -> Row:
+    """One way of running a model, eager and compiled: at full rank (or as it is, with ``basis`` "identity") and, where
+    something is coded in a joint basis, at half the bytes."""
     dense(model)
     try:
         want = go()
     except Exception as error:
         return {"eager_fails": said(error)}
     try:
-        compressing(model, 1.0)
+        compressing(model, 1.0, basis)
         with watching(seen):
             got = go()
         found: Row = {
@@ -242,7 +244,7 @@ def compared(model: Any, go: Callable[[], Ran], seen: Seen) -> Row:
             "coded": sum(coded for _, coded in got.parts),
             "dense": [name for name, coded in got.parts if not coded],
         }
-        if found["coded"]:
+        if found["coded"] and basis == "joint":
             found |= _half(model, go)
         return found
     except Exception as error:
@@ -302,10 +304,10 @@ def _worker(work: Callable[[], Row], answers: Any) -> None:
     answers.put(work())
 
 
-def isolated(entry: zoo.Entry, limit: float = LIMIT_S) -> Row:
+def isolated(entry: zoo.Entry, limit: float = LIMIT_S, basis: str = "joint") -> Row:
     """``check`` in a process of its own."""
     died = {"class": entry.cls, "model_type": entry.model_type, "kind": entry.kind, "ways": {}}
-    return apart(partial(check, entry), died, limit)
+    return apart(partial(check, entry, basis=basis), died, limit)
 
 
 def apart(work: Callable[[], Row], died: Row, limit: float = LIMIT_S) -> Row:
@@ -333,6 +335,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Every decoder of transformers, right and coded.")
     parser.add_argument("--only", nargs="+", default=None, help="names of classes or model types")
     parser.add_argument("--show", action="store_true", help="print what was found as JSON and write nothing")
+    parser.add_argument("--basis", default="joint", choices=("joint", "identity"))
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--out", type=Path, default=RESULTS / "decoders.json", help="rows of other classes stay in it")
     parser.add_argument("--docs", type=Path, default=None, help="write a page on the result here")
@@ -347,7 +350,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows = {f"{row['model_type']} {row['class']}": row for row in json.loads(args.out.read_text())["rows"]}
     result: dict[str, Any] = {"machine": here, "tolerance": TOLERANCE, "command": "python -m bench.decoders"}
     with ThreadPoolExecutor(args.jobs) as pool:
-        for entry, row in zip(chosen, pool.map(isolated, chosen), strict=True):
+        for entry, row in zip(chosen, pool.map(partial(isolated, basis=args.basis), chosen), strict=True):
             rows[f"{entry.model_type} {entry.cls}"] = {**row, "date": machine()["date"]}
             print(f"{entry.kind} {entry.cls} ({row.get('seconds', 0):.0f} s): {verdict(row)}", flush=True)
             if not args.show:

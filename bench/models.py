@@ -19,7 +19,7 @@ import torch
 
 VOCAB = 4096
 #: more than the longest case, with room for the steps after it
-POSITIONS = 16384
+POSITIONS = 33792
 
 
 def llama_shaped() -> Any:
@@ -76,12 +76,15 @@ CONFIGS = {"llama": llama_shaped, "gpt2": gpt2_shaped}
 TRAINED = {"mha": 8, "gqa": 2}
 
 
-def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
-    """A model of ``CONFIGS`` in eval mode, the same weights each time."""
+def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0, layers: int | None = None) -> Any:
+    """A model of ``CONFIGS`` in eval mode, the same weights each time. ``layers``: of another depth."""
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(CONFIGS[name](), dtype=dtype, attn_implementation="sdpa").eval()
+    config = CONFIGS[name]()
+    if layers is not None:
+        config.num_hidden_layers = layers
+    return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
 
 
 def twin(model: Any) -> Any:

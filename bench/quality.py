@@ -42,10 +42,11 @@ FIRST = "first prompt"
 METHODS: dict[str, dict[str, Any]] = {
     "LoRC, uniform": {**lorc_fx.PAPER, "scheduler": "uniform"},
     "LoRC, progressive": dict(lorc_fx.PAPER),
-    FIRST: {},
-    f"{FIRST}, auto": {"basis": "auto"},
-    "calibrated": {},
-    "calibrated with gradients": {},
+    FIRST: {"basis": "joint"},
+    f"{FIRST}, as they are": {"basis": "identity"},
+    f"{FIRST}, auto": {},
+    "calibrated": {"basis": "joint"},
+    "calibrated with gradients": {"basis": "joint"},
 }
 
 

@@ -108,7 +108,7 @@ def measure_decode(handles: Sequence[Handle], tokens: int, repeats: int) -> list
             handle.call(token, cache)
         caches.append(cache)
     sizes = [{"held_bytes": cache_bytes(cache), "used_bytes": cache_nbytes(cache, used=True)} for cache in caches]
-    times = _interleaved([lambda h=h, c=c: h.call(token, c) for h, c in zip(handles, caches, strict=True)], repeats)
+    times = interleaved([lambda h=h, c=c: h.call(token, c) for h, c in zip(handles, caches, strict=True)], repeats)
     return [_row(handle, times[i]) | sizes[i] for i, handle in enumerate(handles)]
 
 
@@ -118,13 +118,13 @@ def measure_prefill(handles: Sequence[Handle], tokens: int, repeats: int) -> lis
     runs = [lambda h=h: h.call(ids, h.cache(tokens)) for h in handles]
     for run in runs:
         run()
-    times = _interleaved(runs, repeats)
+    times = interleaved(runs, repeats)
     return [_row(handle, times[i]) for i, handle in enumerate(handles)]
 
 
-def _interleaved(runs: Sequence[Callable[[], tuple[float, float]]], repeats: int) -> list[list[tuple[float, float]]]:
+def interleaved(runs: Sequence[Callable[[], Any]], repeats: int) -> list[list[Any]]:
     """Each run once per repeat, beginning with another one each time."""
-    times: list[list[tuple[float, float]]] = [[] for _ in runs]
+    times: list[list[Any]] = [[] for _ in runs]
     for repeat in range(repeats):
         for k in range(len(runs)):
             i = (k + repeat) % len(runs)

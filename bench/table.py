@@ -44,6 +44,22 @@ def times(result: dict[str, Any]) -> str:
     return markdown(["case", cases.BASE.name, *others, "guards and wrapping, added"], lines)
 
 
+def steps(result: dict[str, Any]) -> str:
+    """Decode steps: milliseconds under inductor with a dynamic cache; how many times faster every other way is."""
+    keyed: dict[tuple[Any, ...], dict[str, float]] = {}
+    for row in result["rows"]:
+        if row.get("layers") is None:
+            case = (row["model"], row["dtype"], row["batch"], row["tokens"])
+            keyed.setdefault(case, {})[row["variant"]] = row["median_s"]
+    names = list(dict.fromkeys(name for found in keyed.values() for name in found if name != cases.BASE.name))
+    lines = []
+    for (model, dtype, batch, tokens), found in keyed.items():
+        base = found[cases.BASE.name]
+        ratios = [f"{base / found[name]:.2f}" if name in found else "–" for name in names]
+        lines.append([f"{model}, {dtype}, batch {batch}, {tokens} tokens", f"{1e3 * base:.1f} ms", *ratios])
+    return markdown(["decode step", cases.BASE.name, *names], lines)
+
+
 def compiles(result: dict[str, Any]) -> str:
     """Cold compile times, where they go, and how many compiles three prompts take."""
     keyed: dict[tuple[str, str], list[dict[str, Any]]] = {}
@@ -148,6 +164,7 @@ def ablation(result: dict[str, Any]) -> str:
 
 TABLES: dict[str, list[Callable[[dict[str, Any]], str]]] = {
     "cpu": [times, compiles],
+    "decode": [steps],
     "memory": [memory],
     "quality": [quality],
     "quality-mha": [quality],
@@ -167,7 +184,7 @@ def rendered(name: str, result: dict[str, Any]) -> str:
         where = next(iter(result["groups"].values()))["machine"]
     cpu = where.get("cpu", where["machine"] if "machine" in where else "")
     told = [cpu, f"{where['threads']} threads", f"torch {where['torch']}", f"transformers {where['transformers']}"]
-    told += [result["dtype"]]
+    told += [result["dtype"]] if "dtype" in result else []
     if "dense_nats" in result:
         told += [f"{result['tokens']} tokens scored, dense {result['dense_nats']:.3f} nats"]
         told += [f"{result['calibration_tokens']} tokens of statistics"]

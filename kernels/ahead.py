@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from lorc_fx.packing import Format
+
+from . import encode, encode_source
 from .attend import Attend
 from .config import LATE, Config
 from .generator import generate
@@ -50,6 +54,33 @@ def build(
     merged = _compiled(module.combine, args, ("rows", "splits", "sink_b", "sink_h", "sink_s"), {}, target)
     binary = made.asm.get("cubin") or made.asm["hsaco"]
     return Built(max(made.metadata.shared, merged.metadata.shared), kernel.source, binary)
+
+
+def build_encode(
+    x: torch.Tensor,
+    matrix: torch.Tensor,
+    shift: torch.Tensor | None,
+    offsets: torch.Tensor | None,
+    spread: torch.Tensor | None,
+    form: Format,
+    target: Any,
+) -> Built:
+    """Compiles the kernels that ``encode.encode`` would run on x [S, B, d]; ``binary`` is that of the one that packs.
+    Raises what Triton raises."""
+    tokens, batch, depth = x.shape
+    width = matrix.shape[0]
+    module = encode.module(form, matrix.dtype, width, shift is not None, spread is not None)
+    splits, each = encode.stretches(depth)
+    parts = torch.empty(splits, tokens * batch, width)
+    sizes = (tokens * batch, batch, each, width, depth, encode.ROWS, encode.COLUMNS, encode.DEPTH)
+    args = [x, matrix, parts, *x.stride(), *matrix.stride(), *sizes]
+    projected = _compiled(module.project, args, encode_source.LATE, {}, target)
+    out = torch.empty(tokens, batch, form.width, dtype=form.storage)
+    args = [*encode.packing(parts, shift, offsets, spread, form, out), tokens * batch, batch, splits, 0]
+    packed = _compiled(module.pack, args, encode_source.LATE, {}, target)
+    binary = packed.asm.get("cubin") or packed.asm["hsaco"]
+    shared = max(projected.metadata.shared, packed.metadata.shared)
+    return Built(shared, Path(module.__file__ or "").read_text(), binary)
 
 
 def _compiled(function: Any, args: list[Any], late: tuple[str, ...], options: dict[str, int], target: Any) -> Any:

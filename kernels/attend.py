@@ -11,7 +11,7 @@ truth for both.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from weakref import WeakValueDictionary
@@ -110,6 +110,10 @@ def known(digest: str) -> Attend:
     return _KNOWN[digest]
 
 
+WATCHERS: list[Callable[[Attend, torch.Tensor, Stored, Stored, tuple[torch.Tensor, ...]], None]] = []
+"""Called with the arguments of every call of the op, as its lowering gets them: a tuner sees readers so."""
+
+
 def attend(
     query: torch.Tensor,
     keys: torch.Tensor,
@@ -131,13 +135,10 @@ def attend(
     run = launch.attend if query.device.type == "cuda" else tiled.attend
     if made.keys.turned:
         query = (query.to(key_codec[-1].dtype) @ key_codec[-1]).to(query.dtype)
-    out = run(
-        made,
-        query,
-        Stored(keys, key_side, tuple(key_codec)),
-        Stored(values, value_side, tuple(value_codec)),
-        tuple(extras),
-    )
+    stored = Stored(keys, key_side, tuple(key_codec)), Stored(values, value_side, tuple(value_codec))
+    for watch in WATCHERS:
+        watch(made, query, *stored, tuple(extras))
+    out = run(made, query, *stored, tuple(extras))
     return (out.to(value_codec[-1].dtype) @ value_codec[-1].T).to(out.dtype) if made.values.turned else out
 
 
@@ -146,10 +147,10 @@ def _fake(query, keys, key_side, key_codec, values, value_side, value_codec, ext
 
 
 # ``torch.library.custom_op`` would do the same and take 16 us a call instead of 5
-_LIBRARY = torch.library.Library("lorc", "FRAGMENT")
-_LIBRARY.define(
+LIBRARY = torch.library.Library("lorc", "FRAGMENT")
+LIBRARY.define(
     "attend(Tensor query, Tensor keys, Tensor? key_side, Tensor[] key_codec, Tensor values, Tensor? value_side, "
     "Tensor[] value_codec, Tensor[] extras, str about) -> Tensor"
 )
-_LIBRARY.impl("attend", attend, "CompositeExplicitAutograd")
-torch.library.register_fake("lorc::attend", _fake, lib=_LIBRARY)
+LIBRARY.impl("attend", attend, "CompositeExplicitAutograd")
+torch.library.register_fake("lorc::attend", _fake, lib=LIBRARY)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -30,6 +31,13 @@ class Config:
 
 
 @dataclass(frozen=True)
+class Tile:
+    """The same on a CPU: ``tokens`` at a time."""
+
+    tokens: int
+
+
+@dataclass(frozen=True)
 class Met:
     """An extra as it comes: which of batch, heads, queries and tokens it differs along, and its kind (``bool``,
     ``float``, ``int``)."""
@@ -52,6 +60,13 @@ class Given:
     keys: tuple[Constant, ...]
     values: tuple[Constant, ...]
     extras: tuple[Met, ...]
+
+    def __hash__(self) -> int:
+        return self._hash  # looked up by several tables in each call
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.heads, self.queries, self.product, self.keys, self.values, self.extras))
 
 
 @dataclass(frozen=True, eq=False)

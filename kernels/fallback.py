@@ -20,7 +20,7 @@ LONGEST = 300
 """Characters of an error that a warning quotes."""
 
 _sites: WeakKeyDictionary[Attend, dict[str, None]] = WeakKeyDictionary()
-_said: set[str] = set()
+_said: set[tuple[str, str]] = set()
 
 
 def used_at(about: Attend, site: str) -> None:
@@ -54,18 +54,18 @@ def of_compiling(error: Exception) -> bool:
     return own or "PassManager::run" in str(error) or too_large(error)
 
 
-def warn(about: Attend, error: Exception, config: Config, source: str | None = None) -> None:
-    """Say that torch runs ``about``, and why, once for each reader. ``config``: the last that was tried; ``source``:
-    the file of its kernel."""
-    if about.digest in _said:
+def warn(about: Attend, error: Exception, config: Config, instead: str, source: str | None) -> None:
+    """Say why there is no kernel, once for each reader and what runs ``instead`` ("": plain torch). ``config``: the
+    last that was tried; ``source``: the file of its kernel."""
+    if (about.digest, instead) in _said:
         return
-    _said.add(about.digest)
+    _said.add((about.digest, instead))
     reader = f"keys of {about.keys.words}; values of {about.values.words}"
-    text = (
-        f"no kernel for attention at {named(about)} ({reader}): {_why(error, config)}. It runs in plain torch, tile by "
-        f"tile: as right, but slower. {_step(error, source)}"
-    )
-    warnings.warn(text, KernelWarning, stacklevel=3)
+    how = "It runs in plain torch, tile by tile: as right, but slower"
+    if instead:
+        how = f"The tuned config is not used, but {instead}"
+    text = f"no kernel for attention at {named(about)} ({reader}): {_why(error, config)}. {how}. {_step(error, source)}"
+    warnings.warn(text, KernelWarning, stacklevel=5)
 
 
 def _why(error: Exception, config: Config) -> str:

@@ -11,12 +11,16 @@ import functools
 import hashlib
 import importlib.util
 import os
+import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
+
+from lorc_fx.logs import show
 
 from . import (
     expressions,
@@ -29,13 +33,15 @@ from . import (
     symbolic,
     terms,
     tiled,
+    tuned,
+    words,
 )
 from .attend import Attend, Operand
 from .config import Config, Given, Kernel, Met, latent
 from .expressions import NotGenerated
 from .generator import generate
 from .numbered import Constant
-from .stored import Stored
+from .stored import Stored, by_head, strides, times
 
 PROGRAMS = 2
 """Programs for each multiprocessor, about: the last wave then leaves few of them idle."""
@@ -48,8 +54,11 @@ BLOCK_BYTES = 65536
 
 _WRITERS = (expressions, fixed_source, generator, numbered, operand_source, row_source, symbolic, terms)
 _Made = tuple[Kernel, ModuleType]
-_made: dict[tuple[Any, ...], _Made | Config | None] = {}
-"""By what a kernel is made for: the kernel, a smaller config where the device has no room for it, or None."""
+_Call = tuple[torch.Tensor, Stored, Stored, tuple[torch.Tensor, ...]]
+_made: dict[tuple[Any, ...], _Made | None] = {}
+_smaller: dict[tuple[Any, ...], Config] = {}
+"""What to take instead of a config that the device has too little room for."""
+_seen: dict[Given, Given] = {}
 
 
 def attend(
@@ -60,32 +69,90 @@ def attend(
     extras: tuple[torch.Tensor, ...],
     config: Config | None = None,
 ) -> torch.Tensor:
-    """The op's result [B, H, S, D_v] in the query's dtype. ``config``: what to use instead of the default.
+    """The op's result [B, H, S, D_v] in the query's dtype. ``config``: what to use instead of what a tuner found best
+    or, where none did, of the default.
 
     Where the device has too little room for a kernel, smaller ones are tried. Warns (``KernelWarning``), once per
     reader, where there is no kernel for it: then ``tiled`` computes it.
     """
     given = given_of(about, query, keys, values, extras)
-    config = config or default(about, given)
+    given = _seen.setdefault(given, given)  # then tables find it by identity
+    tokens, batch, usual = keys.rows.shape[0], query.shape[0], default(about, given)
+    if config is None:
+        here = query.device
+        found = tuned.chosen(
+            about, tokens, batch, (given, here), lambda: (target(here), words.kernel_words(about, given))
+        )
+        config = found if isinstance(found, Config) else usual
+    call = query, keys, values, extras
+    out = _tried(about, given, config, call, "" if config == usual else "the default")
+    if out is None and config != usual:  # an entry of another reader of its kind, say
+        out = _tried(about, given, usual, call, "")
+    return tiled.attend(about, query, keys, values, extras) if out is None else out
+
+
+def _tried(about: Attend, given: Given, config: Config, call: _Call, instead: str) -> torch.Tensor | None:
+    """The result, or None (said once) where neither this config nor a smaller one gives a kernel. ``instead``: what
+    runs then, "" for plain torch."""
     while True:
-        key = (about.digest, given, config, query.device.type)
-        if key not in _made:
-            _made[key] = _make(about, given, config)
-        made = _made[key]
-        if made is None:
-            return tiled.attend(about, query, keys, values, extras)
-        if isinstance(made, Config):
-            config = made
+        key = _key(about, given, config, call[0].device)
+        if key in _smaller:
+            config = replace(_smaller[key], splits=config.splits)
             continue
+        if key in _made and _made[key] is None:
+            return None
         try:
-            with torch.cuda.device(query.device) if query.is_cuda else contextlib.nullcontext():
-                return _run(about, given, config, made, query, keys, values, extras)
+            return _kept(key, about, given, config, *call)
         except Exception as error:  # Triton compiles at the first launch
-            if not fallback.of_compiling(error):
+            if not (isinstance(error, (NotGenerated, ImportError)) or fallback.of_compiling(error)):
                 raise
-            _made[key] = fallback.smaller(config) if fallback.too_large(error) else None
-            if _made[key] is None:
-                fallback.warn(about, error, config, made[1].__file__)
+            less = fallback.smaller(config) if fallback.too_large(error) else None
+            made, _made[key] = _made.get(key), None
+            if less is None:
+                fallback.warn(about, error, config, instead, made[1].__file__ if made else None)
+            else:
+                _smaller[key] = less
+
+
+def exactly(
+    about: Attend,
+    given: Given,
+    config: Config,
+    query: torch.Tensor,
+    keys: Stored,
+    values: Stored,
+    extras: tuple[torch.Tensor, ...],
+) -> torch.Tensor:
+    """The op's result by the kernel of this config and no other. Raises NotGenerated or ImportError where there is
+    none, and what Triton raises (``fallback.of_compiling`` tells) where it does not compile."""
+    return _kept(_key(about, given, config, query.device), about, given, config, query, keys, values, extras)
+
+
+def _kept(
+    key: tuple[Any, ...],
+    about: Attend,
+    given: Given,
+    config: Config,
+    query: torch.Tensor,
+    keys: Stored,
+    values: Stored,
+    extras: tuple[torch.Tensor, ...],
+) -> torch.Tensor:
+    """``exactly``, with a kernel that is made once for ``key``."""
+    made = _made.get(key)
+    if made is None:
+        made = _made[key] = _make(about, given, config)
+    with torch.cuda.device(query.device) if query.is_cuda else contextlib.nullcontext():
+        return _run(about, given, config, made, query, keys, values, extras)
+
+
+def _key(about: Attend, given: Given, config: Config, device: torch.device) -> tuple[Any, ...]:
+    return about.digest, given, _source_of(config), device.type
+
+
+def _source_of(config: Config) -> Config:
+    """What of a config a kernel's source depends on: not the splits."""
+    return replace(config, splits=0) if config.splits else config
 
 
 def given_of(
@@ -143,13 +210,32 @@ def cache_folder() -> Path:
     return (Path(shared).expanduser() if shared else Path.home() / ".cache") / "lorc_fx" / "kernels"
 
 
-def _make(about: Attend, given: Given, config: Config) -> _Made | None:
+def _make(about: Attend, given: Given, config: Config) -> _Made:
+    config = _source_of(config)
+    kernel = generate(about, given, config)
+    show("kernel", f"{words.kernel_words(about, given)}; {about.digest[:12]}", lambda: kernel.source)
+    return kernel, load(kernel.source, source_key(about, given, config))
+
+
+def target(device: torch.device) -> tuned.Target:
+    """What a tuner's entries for kernels on ``device`` are good for. (On a CPU Triton may interpret them; its entries
+    for tiles are of other sources.)"""
+    name = words.device_name(device)
+    return tuned.Target(name if device.type == "cuda" else f"Triton on {name}", _sources(), _triton())
+
+
+@functools.cache
+def _sources() -> str:
+    return words.hashed(Path(str(m.__file__)) for m in (*_WRITERS, sys.modules[__name__]))
+
+
+@functools.cache
+def _triton() -> str:
     try:
-        kernel = generate(about, given, config)
-        return kernel, load(kernel.source, source_key(about, given, config))
-    except (NotGenerated, ImportError) as error:
-        fallback.warn(about, error, config)
-        return None
+        import triton
+    except ImportError:
+        return ""
+    return str(triton.__version__)
 
 
 def source_key(about: Attend, given: Given, config: Config) -> str:
@@ -167,11 +253,11 @@ def _own() -> str:
     return hashlib.sha256(sources).hexdigest()
 
 
-def load(source: str, key: str) -> ModuleType:
+def load(source: str, key: str, kind: str = "attend") -> ModuleType:
     """A module of generated source; its file is written where it is not there yet, and never half."""
     folder = cache_folder()
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    path = folder / f"attend_{key[:32]}.py"
+    path = folder / f"{kind}_{key[:32]}.py"
     if not path.exists() or path.read_text() != source:
         with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".tmp", delete=False) as file:
             file.write(source)
@@ -199,20 +285,20 @@ def _run(
     kernel, module = made
     batch, heads, queries, _ = query.shape
     total, rows = keys.rows.shape[0], batch * heads * queries
-    splits = config.splits or _splits(batch * kernel.groups, total, config.tokens, query.device)
-    split = -(-total // splits)
-    tops, weights = (query.new_empty((splits, rows), dtype=torch.float32) for _ in range(2))
-    sums = query.new_empty((splits, rows, kernel.width), dtype=torch.float32)
+    parts = _splits(batch * kernel.groups, total, config, query.device)
+    split = -(-total // parts)
+    tops, weights = (query.new_empty((parts, rows), dtype=torch.float32) for _ in range(2))
+    sums = query.new_empty((parts, rows, kernel.width), dtype=torch.float32)
     args = [*_queries(about.keys, keys, query), tops, weights, sums, *operands(about, kernel, keys, values, extras)]
     options = {} if interpreted() else {"num_warps": config.warps, "num_stages": config.stages}
-    module.attend[(batch * kernel.groups, splits)](*args, rows, total, split, **options)
+    module.attend[(batch * kernel.groups, parts)](*args, rows, total, split, **options)
     found = query.new_empty((rows, kernel.width), dtype=torch.float32)
     share = query.new_empty((rows,), dtype=torch.float32)
     sink = extras[-1] if about.sink else tops
     sizes = combining(about, given, kernel)
     grid = (rows, -(-kernel.width // sizes[-1]))
-    steps = _strides(sink)[:3] if about.sink else [0, 0, 0]
-    module.combine[grid](tops, weights, sums, sink, found, share, rows, splits, *sizes, *steps)
+    steps = strides(sink)[:3] if about.sink else [0, 0, 0]
+    module.combine[grid](tops, weights, sums, sink, found, share, rows, parts, *sizes, *steps)
     return _finished(about.values, values, found, share, (batch, heads, queries)).to(query.dtype)
 
 
@@ -229,15 +315,22 @@ def operands(
     tables = _on(kernel, keys.rows.device)
     args = [*_operand(about.keys, keys), *tables[0], *_operand(about.values, values), *tables[1]]
     for e in extras[: len(about.extras)]:
-        args += [e.view(torch.uint8) if e.dtype == torch.bool else e, *_strides(e)]
+        args += [e.view(torch.uint8) if e.dtype == torch.bool else e, *strides(e)]
     return args
 
 
-def _splits(programs: int, total: int, tokens: int, device: torch.device) -> int:
-    """Stretches of tokens, so that the device is full but each has a few blocks."""
+def _splits(programs: int, total: int, config: Config, device: torch.device) -> int:
+    """Stretches of tokens: as many as the config says, but none without a block."""
+    if config.splits:
+        return min(config.splits, -(-total // config.tokens))
     if device.type != "cuda":
-        return 2 if total > FEWEST_BLOCKS * tokens else 1
-    wanted = -(-PROGRAMS * _processors(device) // programs)
+        return 2 if total > FEWEST_BLOCKS * config.tokens else 1
+    return splits(programs, total, config.tokens, _processors(device))
+
+
+def splits(programs: int, total: int, tokens: int, processors: int) -> int:
+    """Stretches of tokens, so that the device is full but each has a few blocks."""
+    wanted = -(-PROGRAMS * processors // programs)
     return max(1, min(wanted, total // (FEWEST_BLOCKS * tokens)))
 
 
@@ -253,18 +346,6 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _strides(tensor: torch.Tensor) -> list[int]:
-    """Steps along [B, H, S, T], 0 where a tensor has one for all."""
-    own = [0 if n == 1 else s for n, s in zip(tensor.shape, tensor.stride(), strict=True)]
-    return [0] * (4 - len(own)) + own
-
-
-def _matrix(operand: Operand, source: torch.Tensor) -> torch.Tensor:
-    """[k, n] -> [heads, k, D]."""
-    source = source if operand.columns is None else source[:, list(operand.columns)]
-    return source.unflatten(1, (operand.heads, operand.head_dim)).transpose(0, 1)
-
-
 def _queries(operand: Operand, stored: Stored, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Query rows as the kernel takes them, and what each meets in every score (the mean's part)."""
     batch, heads, queries, dim = query.shape
@@ -272,13 +353,11 @@ def _queries(operand: Operand, stored: Stored, query: torch.Tensor) -> tuple[tor
         return query.contiguous(), query
     decode, mean, _ = stored.parts(operand)
     assert decode is not None
-    per_head = query.reshape(batch, operand.heads, -1, dim).transpose(0, 1).flatten(1, 2)  # [heads, B M, D]
-    matrix = _matrix(operand, decode).to(query.dtype).transpose(1, 2)
-    made = torch.bmm(per_head, matrix).unflatten(1, (batch, -1)).transpose(0, 1).contiguous()
+    grouped = query.reshape(batch, operand.heads, -1, dim)
+    made = times(grouped, by_head(operand, decode).to(query.dtype).transpose(1, 2)).contiguous()
     if mean is None:
         return made, query
-    constant = torch.bmm(per_head.float(), _matrix(operand, mean[None]).float().transpose(1, 2))
-    return made, constant.unflatten(1, (batch, -1)).transpose(0, 1).contiguous()
+    return made, times(grouped.float(), by_head(operand, mean[None]).float().transpose(1, 2)).contiguous()
 
 
 def _operand(operand: Operand, stored: Stored) -> list[Any]:
@@ -286,7 +365,8 @@ def _operand(operand: Operand, stored: Stored) -> list[Any]:
     rows, form = stored.rows, operand.format
     if rows.stride(2) != 1:
         rows = rows.contiguous()
-    args: list[Any] = [rows, rows.stride(0), rows.stride(1)]
+    unit = row_source.unit(form)
+    args: list[Any] = [rows, rows.stride(0) // unit, rows.stride(1) // unit]
     exact = not form.plain and any(s.columns and not s.bits for s in form.segments)
     args.append(rows.view(form.dtype) if exact else rows)
     args.append(rows.view(torch.float16) if form.scaled else rows)
@@ -312,9 +392,8 @@ def _finished(
         return found.view(*sizes, -1)
     decode, mean, _ = stored.parts(operand)
     assert decode is not None
-    per_head = found.view(batch, operand.heads, -1, found.shape[1]).transpose(0, 1).flatten(1, 2).to(decode.dtype)
-    made = torch.bmm(per_head, _matrix(operand, decode)).float()  # [heads, B M, D]
+    found = found.view(batch, operand.heads, -1, found.shape[1]).to(decode.dtype)
+    made = times(found, by_head(operand, decode)).float()
     if mean is not None:
-        weight = share.view(batch, operand.heads, -1, 1).transpose(0, 1).flatten(1, 2)
-        made = made + weight * _matrix(operand, mean[None]).float()
-    return made.unflatten(1, (batch, -1)).transpose(0, 1).reshape(*sizes, -1)
+        made = made + share.view(batch, operand.heads, -1, 1) * by_head(operand, mean[None]).float()
+    return made.reshape(*sizes, -1)

@@ -1,4 +1,4 @@
-"""``rows.cpp`` for torch: built when first used, by the compiler that inductor uses on a CPU."""
+"""``rows.cpp`` and ``attend.cpp`` for torch: built when first used, by the compiler that inductor uses on a CPU."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ import functools
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lorc_fx.compat import compile_cpp
 from lorc_fx.errors import KernelWarning
-from lorc_fx.packing import MODEL, SCALE_BYTES, Format, planes, segment_bytes
+from lorc_fx.packing import MODEL, SCALE_BYTES, Format, level_constants, planes, segment_bytes
+
+if TYPE_CHECKING:
+    from .attend import Operand
 
 LANES = 16
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -22,7 +25,7 @@ _FIELD = 8
 
 
 class _Plane(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int64) for name in ("kind", "offset", "step", "count", "at")]
+    _fields_ = [(n, ctypes.c_int64) for n in ("kind", "offset", "step", "beside", "count", "fields", "at")]
 
 
 @functools.cache
@@ -30,7 +33,7 @@ def library() -> Any:
     """The compiled functions, or None (said once) where nothing compiles them: attention over rows then runs in
     torch."""
     try:
-        made = compile_cpp((Path(__file__).parent / "rows.cpp").read_text())
+        made = compile_cpp("\n".join((Path(__file__).parent / name).read_text() for name in ("rows.cpp", "attend.cpp")))
     except Exception as error:  # whatever the compiler or its absence raises
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         text = (
@@ -44,6 +47,10 @@ def library() -> Any:
     about = [where, *[number] * 5, ctypes.POINTER(_Plane), *[number] * 4]  # rows .. scale, planes, n .. width
     for function in (made.lorc_scores, made.lorc_sums):
         function.argtypes, function.restype = [*about, *[where] * 4, number], None
+    made.lorc_attend.argtypes = [
+        *[where] * 2, *[number] * 3, *[where] * 3, number, where, number, where, *[number] * 2, *[where] * 2, number
+    ]  # fmt: skip
+    made.lorc_attend.restype = None
     return made
 
 
@@ -60,17 +67,19 @@ class Layout:
 
     @functools.cached_property
     def straight(self) -> bool:
-        """Whether the weights of columns lie as the columns do, without a gap."""
+        """Whether the weights of columns lie as the columns do, without a gap, and each is in one plane."""
         places = torch.cat([places for _, _, places, _ in self.pieces])
-        return len(places) == self.width and torch.equal(places, torch.arange(self.width))
+        whole = len(places) == self.width and torch.equal(places, torch.arange(self.width))
+        return whole and all(worth == 1 for *_, worth in self.pieces)
 
 
 @functools.lru_cache(maxsize=256)
 def layout(form: Format, blocks: int) -> Layout | None:
-    """None where ``rows.cpp`` does not know such rows: more than two means, several blocks of fields below a byte."""
+    """None where ``rows.cpp`` does not know such rows: more than two means, several blocks of more than one segment,
+    or blocks that begin within a run of bytes and end in another field."""
     if form.choices > 2 or (form.choices == 2 and not form.scaled) or form.dtype not in _KINDS:
         return None
-    if blocks > 1 and (len(form.segments) > 1 or form.segments[0].bits not in (MODEL, 8)):
+    if blocks > 1 and len(form.segments) > 1:
         return None
     found: list[_Plane] = []
     pieces = []
@@ -82,17 +91,19 @@ def layout(form: Format, blocks: int) -> Layout | None:
         each, weight = columns // blocks, 1.0
         if bits == MODEL:
             size = form.dtype.itemsize
-            found.append(_Plane(_KINDS[form.dtype], offset, each * size, each, at))
+            found.append(_Plane(_KINDS[form.dtype], offset, each * size, blocks, each, 1, at))
             pieces.append((first, first + each, at + torch.arange(each), weight))
             at += _padded(each)
         begin = offset
         for plane in planes(bits) if bits != MODEL else ():
-            fields = 8 // plane
-            count = -(-each // fields)
-            found.append(_Plane(_FIELD + plane, begin, each, count, at))
+            whole = -(-columns * plane // 8)  # bytes of all blocks
+            if whole % each and each % whole:
+                return None
+            count, fields, beside = min(each, whole), -(-each // whole), max(whole // each, 1)
+            found.append(_Plane(_FIELD + plane, begin, each, beside, count, fields, at))
             column = torch.arange(each)
             pieces.append((first, first + each, at + column // count * _padded(count) + column % count, weight))
-            at, begin, weight = at + fields * _padded(count), begin + count, weight * (1 << plane)
+            at, begin, weight = at + fields * _padded(count), begin + whole, weight * (1 << plane)
         offset, first = offset + segment_bytes(columns, bits, form.dtype.itemsize), first + each
     return Layout((_Plane * len(found))(*found), len(found), at, scale, tuple(pieces))
 
@@ -131,7 +142,7 @@ def scores(
     assert rows.shape[1] == batch, f"{rows.shape[1]} rows of a batch for {batch} of queries"
     out = weights.new_empty((batch, blocks, m, rows.shape[0]))
     given = (weights.data_ptr(), shift.data_ptr(), further.data_ptr(), out.data_ptr())
-    _lib().lorc_scores(*_where(rows), *_which(about), blocks, m, width, *given, torch.get_num_threads())
+    loaded().lorc_scores(*_where(rows), *_which(about), blocks, m, width, *given, torch.get_num_threads())
     return out
 
 
@@ -144,12 +155,26 @@ def sums(rows: torch.Tensor, about: Layout, p: torch.Tensor) -> tuple[torch.Tens
     acc = p.new_zeros((threads, batch, blocks, m, about.width))
     few = p.new_zeros((2, threads, batch, blocks, m))
     given = (p.data_ptr(), acc.data_ptr(), few[0].data_ptr(), few[1].data_ptr())
-    _lib().lorc_sums(*_where(rows), *_which(about), blocks, m, about.width, *given, threads)
+    loaded().lorc_sums(*_where(rows), *_which(about), blocks, m, about.width, *given, threads)
     few = few[:, 0] if threads == 1 else few.sum(1)
     return acc[0] if threads == 1 else acc.sum(0), few[0], few[1]
 
 
-def _lib() -> Any:
+@functools.lru_cache(maxsize=256)
+def constants(form: Format) -> tuple[torch.Tensor, torch.Tensor]:
+    """``level_constants`` for levels as ``rows.cpp`` has them: those of a whole byte are less by 128."""
+    step, half = level_constants(form, torch.device("cpu"))
+    bits = torch.cat([torch.full((s.columns,), s.bits) for s in form.segments if s.bits != MODEL])
+    return step, torch.where(bits == 8, half - 128, half)
+
+
+def blocks(operand: Operand) -> int:
+    """Blocks of a row that are read apart: heads, where nothing is projected."""
+    return 1 if operand.decodes else operand.heads
+
+
+def loaded() -> Any:
+    """The library, known to be there."""
     found = library()
     assert found is not None
     return found

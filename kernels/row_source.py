@@ -82,8 +82,8 @@ def _taken(span: int, most: int, least: int) -> int:
 class RowSource:
     """Writes reads of one operand's rows. ``name``: the prefix of its variables (``k`` or ``v``); kernels have
     ``{name}_rows`` (bytes, or the model's dtype where rows are plain), ``{name}_exact`` and ``{name}_half`` (the same
-    memory as the model's dtype and as fp16), strides ``{name}_t`` and ``{name}_b`` in elements of ``{name}_rows``, a
-    block of tokens ``at + i`` that are ``seen``, and the batch row ``b``. A block begins at one 64-bit place; within
+    memory as the model's dtype and as fp16), strides ``{name}_t`` and ``{name}_b`` in units of ``unit``, a block of
+    tokens ``at + i`` that are ``seen``, and the batch row ``b``. A block begins at one 64-bit place; within
     it 32 bits do.
     """
 
@@ -91,13 +91,18 @@ class RowSource:
         self.name, self.form, self.dot = name, form, dot
         self.stretches = stretches(form, columns)
         self.further = form.choices - 1
+        self.unit = unit(form)
         if form.choices > MOST_MEANS:
             raise NotGenerated("rows", f"a codec with {form.choices} means, {MOST_MEANS} at most are taken")
 
     def begin(self) -> list[str]:
         """Lines in the loop over tokens, before chunks: ``{name}_at`` and what a token has once."""
         n, form = self.name, self.form
-        lines = [f"{n}_block = tl.cast(at, tl.int64) * {n}_t + b * {n}_b", f"{n}_at = i * {n}_t"]
+        times = f" * {self.unit}" if self.unit > 1 else ""
+        lines = [
+            f"{n}_block = tl.cast(at, tl.int64) * ({n}_t{times}) + b * ({n}_b{times})",
+            f"{n}_at = i * ({n}_t{times})",
+        ]
         exact = sum(s.columns for s in form.segments if s.bits == MODEL) * form.dtype.itemsize
         if form.scaled:
             where = f"{n}_half + {n}_block // 2 + ({n}_at // 2 + {exact // 2})"
@@ -189,6 +194,12 @@ class RowSource:
             parts.append(f"({part} << {shift})" if shift else part)
             at, shift = at + span, shift + plane
         return [*lines, f"{name} = " + " | ".join(parts)]
+
+
+def unit(form: Format) -> int:
+    """Elements of which all strides of rows are multiples. A kernel that multiplies by it knows so, and loads as many
+    bytes at once."""
+    return 1 if form.plain else form.alignment
 
 
 def form_end(form: Format) -> int:

@@ -5,8 +5,10 @@
 //
 // A row is made of planes (packing.py): numbers of the model's dtype, or whole bytes that hold 8, 4, 2 or 1 bits of 1, 2, 4
 // or 8 columns each. What a plane holds is linear in its bytes' fields, so a column of 3 bits is two columns, in two planes,
-// and the caller lays the weights out plane by plane, field by field, each run padded to LANES. In each block g of a row
-// (a head, where nothing is projected) planes go on where the block before ended.
+// and the caller lays the weights out plane by plane, field by field, each run padded to LANES. A block g of a row is a head
+// where nothing is projected: some bytes of a plane in one of its fields, or all of its bytes in some fields.
+#include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <vector>
@@ -16,14 +18,14 @@
 #endif
 
 constexpr int LANES = 16;
-constexpr int TOKENS = 4;   // rows whose values are in registers at once
 typedef float V __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef int32_t I __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef uint16_t B16 __attribute__((vector_size(2 * LANES), aligned(2)));
 
-// kind: 0 fp32, 1 bf16, 2 fp16, else 8 + the bits of a field; ``offset`` in the row, ``step`` between blocks and ``count`` of
-// elements (bytes of a quantised plane) in a block; ``at``: where its weights begin.
-struct Plane { int64_t kind, offset, step, count, at; };
+// kind: 0 fp32, 1 bf16, 2 fp16, else 8 + the bits of a field; ``offset`` in the row; ``step`` between blocks that lie beside
+// one another, of which there are ``beside``; ``count`` of elements (bytes of a quantised plane) and ``fields`` in a block;
+// ``at``: where its weights begin.
+struct Plane { int64_t kind, offset, step, beside, count, fields, at; };
 
 static inline float half_to_float(uint16_t h) {
   uint32_t sign = uint32_t(h & 0x8000) << 16, mantissa = h & 0x3ff, exponent = (h >> 10) & 31, bits;
@@ -51,28 +53,32 @@ template <int KIND> static inline V numbers(const uint8_t* p, int64_t count) {
   return v;
 }
 
-// ``count`` <= LANES bytes as integers, zeros behind. (GCC 12 widens bytes by __builtin_convertvector one by one.)
-static inline I bytes(const uint8_t* p, int64_t count) {
+// ``count`` <= LANES bytes as integers; CENTRED: less 128, so that sums of levels are small numbers and rounded as such.
+// (GCC 12 widens bytes by __builtin_convertvector one by one.)
+template <bool CENTRED> static inline I bytes(const uint8_t* p, int64_t count) {
   uint8_t few[LANES] = {};
   if (count < LANES) { std::memcpy(few, p, count); p = few; }
 #ifdef __AVX512F__
-  return (I)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
+  const __m128i raw = _mm_loadu_si128((const __m128i*)p);
+  if (CENTRED) return (I)_mm512_cvtepi8_epi32(_mm_xor_si128(raw, _mm_set1_epi8(-128)));
+  return (I)_mm512_cvtepu8_epi32(raw);
 #else
   int32_t wide[LANES];
-  for (int i = 0; i < LANES; i++) wide[i] = p[i];
+  for (int i = 0; i < LANES; i++) wide[i] = int32_t(p[i]) - (CENTRED ? 128 : 0);
   I v; std::memcpy(&v, wide, sizeof(I));
   return v;
 #endif
 }
 
-template <int BITS> static inline V field(I wide, int f) {   // BITS below 1 are never called
+template <int BITS> static inline V field(I wide, int64_t f) {   // BITS below 1 are never called
   constexpr int bits = BITS > 0 ? BITS : 8;
-  return __builtin_convertvector(bits == 8 ? wide : (wide >> (f * bits)) & ((1 << bits) - 1), V);
+  return __builtin_convertvector(bits == 8 ? wide : (wide >> int(f * bits)) & ((1 << bits) - 1), V);
 }
+
+typedef float Q __attribute__((vector_size(LANES), aligned(4)));
 
 static inline float total(V v) {
   typedef float H __attribute__((vector_size(2 * LANES)));
-  typedef float Q __attribute__((vector_size(LANES)));
   H h[2]; std::memcpy(h, &v, sizeof(V));
   h[0] += h[1];
   Q q[2]; std::memcpy(q, h, sizeof(H));
@@ -80,39 +86,67 @@ static inline float total(V v) {
   return (q[0][0] + q[0][1]) + (q[0][2] + q[0][3]);
 }
 
+// The totals of four vectors.
+static inline Q totals(V a, V b, V c, V d) {
+  typedef int32_t J __attribute__((vector_size(4 * LANES)));
+  constexpr J low = {0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29};
+  constexpr J high = {2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31};
+  constexpr J lower = {0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29};
+  constexpr J upper = {2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31};
+  const V ab = __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, high);    // per quarter: a, b, a, b
+  const V cd = __builtin_shuffle(c, d, low) + __builtin_shuffle(c, d, high);
+  const V each = __builtin_shuffle(ab, cd, lower) + __builtin_shuffle(ab, cd, upper);   // per quarter: a, b, c, d
+  Q q[4]; std::memcpy(q, &each, sizeof(V));
+  return (q[0] + q[1]) + (q[2] + q[3]);
+}
+
 static inline int64_t padded(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
 
-// LANES columns of NT rows: of field f of a plane's bytes, or of a plane of numbers.
-template <int KIND> constexpr int fields_of = KIND > 8 ? 8 / (KIND > 8 ? KIND - 8 : 1) : 1;
 template <int KIND> constexpr int size_of = KIND == 0 ? 4 : KIND <= 2 ? 2 : 1;
 
-// Dot products of NT rows with NM weight vectors over one plane of block g.
+// LANES columns (or the last few) of NT rows of a plane, from element j on: of numbers, or as bytes.
+template <int KIND, int NT>
+__attribute__((always_inline)) static inline void take(const uint8_t* const* rows, int64_t at, int64_t c, I* raw, V* x) {
+#pragma GCC unroll 8
+  for (int t = 0; t < NT; t++)
+    if (KIND > 8) raw[t] = bytes<KIND == 16>(rows[t] + at, c); else x[t] = numbers<KIND>(rows[t] + at, c);
+}
+
+// Dot products of NT rows with NM weight vectors over one plane of block g. The sums are copied, so that they stay in
+// registers, and whole vectors are apart from what is left: else GCC 12 keeps the sums on the stack.
 template <int KIND, int NT, int NM>
 static inline void dot_plane(const uint8_t* const* rows, const float* w, int64_t ws, const Plane& p, int64_t g,
-                             V (*sum)[NM]) {
-  const int64_t base = p.offset + g * p.step, run = padded(p.count);
-  for (int64_t j = 0; j < p.count; j += LANES) {
-    const int64_t c = p.count - j < LANES ? p.count - j : LANES;
+                             V (*total)[NM]) {
+  const int64_t base = p.offset + g % p.beside * p.step, run = padded(p.count), first = g / p.beside * p.fields;
+  const int64_t fields = KIND <= 2 || KIND == 16 ? 1 : p.fields, count = p.count, whole = count / LANES * LANES;
+  V sum[NT][NM];
+  std::memcpy(sum, total, sizeof(sum));
+  auto part = [&](int64_t j, int64_t c) __attribute__((always_inline)) {
     I raw[NT];
     V x[NT];
-    for (int t = 0; t < NT; t++) {
-      const uint8_t* at = rows[t] + base + j * size_of<KIND>;
-      if (KIND > 8) raw[t] = bytes(at, c); else x[t] = numbers<KIND>(at, c);
-    }
-    for (int f = 0; f < fields_of<KIND>; f++) {
-      if (KIND > 8) for (int t = 0; t < NT; t++) x[t] = field<KIND - 8>(raw[t], f);
+    take<KIND, NT>(rows, base + j * size_of<KIND>, c, raw, x);
+    for (int64_t f = 0; f < fields; f++) {
+      if (KIND > 8) {
+#pragma GCC unroll 8
+        for (int t = 0; t < NT; t++) x[t] = field<KIND - 8>(raw[t], first + f);
+      }
+#pragma GCC unroll 4
       for (int m = 0; m < NM; m++) {
         V a; std::memcpy(&a, w + m * ws + p.at + f * run + j, sizeof(V));
+#pragma GCC unroll 8
         for (int t = 0; t < NT; t++) sum[t][m] += a * x[t];
       }
     }
-  }
+  };
+  for (int64_t j = 0; j < whole; j += LANES) part(j, LANES);
+  if (whole < count) part(whole, count - whole);
+  std::memcpy(total, sum, sizeof(sum));
 }
 
 // Over the planes of numbers (or, FIELDS, of fields) of block g: apart, because the sums of both would not fit the registers.
 template <bool FIELDS, int NT, int NM>
 static inline void dots(const uint8_t* const* rows, const float* w, int64_t ws, const Plane* planes, int64_t n, int64_t g,
-                        float (*out)[NM]) {
+                        float (*out)[NT]) {
   V sum[NT][NM] = {};
   for (int64_t k = 0; k < n; k++) {
     const Plane& p = planes[k];
@@ -127,74 +161,106 @@ static inline void dots(const uint8_t* const* rows, const float* w, int64_t ws, 
       case 2: dot_plane<2, NT, NM>(rows, w, ws, p, g, sum); break;
     }
   }
-  for (int t = 0; t < NT; t++) for (int m = 0; m < NM; m++) out[t][m] = total(sum[t][m]);
+  for (int m = 0; m < NM; m++) {
+    if (NT < 4) for (int t = 0; t < NT; t++) out[m][t] = total(sum[t][m]);
+    else for (int t = 0; t + 3 < NT; t += 4) {
+      const Q four = totals(sum[t][m], sum[t + 1][m], sum[t + 2][m], sum[t + 3][m]);
+      std::memcpy(out[m] + t, &four, sizeof(Q));
+    }
+  }
 }
 
 struct Layout {
   const uint8_t* rows; int64_t tokens, batch, stride_t, stride_b;      // strides in bytes
   int64_t scale;                                                       // offset of the fp16 scale, -1 where there is none
   const Plane* planes; int64_t n, blocks, m, width;                    // m weight vectors of ``width`` floats per block
+  int64_t line;                                                        // between the scores of two weight vectors
   bool exact = n > 0 && planes[0].kind <= 2;                           // planes of numbers come first
 };
 
 constexpr int CHUNK = 64;   // tokens whose rows stay in the first cache while all blocks of them are read
 
-// Scales of up to CHUNK tokens from ``start`` on; 1 where rows have none.
-static inline void scales_of(const Layout& a, int64_t b, int64_t start, int64_t stop, float* s) {
+static inline V constant(float x) { return x - V{}; }   // a loop over lanes becomes LANES masked broadcasts in GCC 12
+static inline V load(const float* p) { V v; std::memcpy(&v, p, sizeof(V)); return v; }
+static inline void store(float* p, V v) { std::memcpy(p, &v, sizeof(V)); }
+
+// Of tokens [start, stop): their scales (1 where rows have none), and 1 for those with the second mean; zeros behind.
+static inline void scales_of(const Layout& a, int64_t b, int64_t start, int64_t stop, float* size, float* second) {
   for (int64_t t = start; t < stop; t++) {
     uint16_t h = 0x3c00;
     if (a.scale >= 0) std::memcpy(&h, a.rows + t * a.stride_t + b * a.stride_b + a.scale, 2);
-    s[t - start] = half_to_float(h);
+    size[t - start] = half_to_float(h & 0x7fff);
+    second[t - start] = h >> 15;
   }
+  for (int64_t i = stop - start; i < padded(stop - start); i++) size[i] = second[i] = 0;
 }
 
+// ``w``, ``levels`` and ``exact``: of the first line of batch row b, the latter two at this token.
 template <int NT, int NM>
-static inline void score_some(const Layout& a, const float* scales, int64_t b, int64_t g, int64_t t, int64_t m,
-                              const float* w, const float* shift, const float* further, float* out) {
+static inline void score_some(const Layout& a, int64_t b, int64_t g, int64_t t, int64_t m, const float* w, float* levels,
+                              float* exact) {
   const uint8_t* rows[NT];
   for (int i = 0; i < NT; i++) rows[i] = a.rows + (t + i) * a.stride_t + b * a.stride_b;
-  float q[NT][NM] = {}, e[NT][NM] = {};
-  const int64_t first = (b * a.blocks + g) * a.m + m;
-  if (a.exact) dots<false, NT, NM>(rows, w + first * a.width, a.width, a.planes, a.n, g, e);
-  if (a.scale >= 0) dots<true, NT, NM>(rows, w + first * a.width, a.width, a.planes, a.n, g, q);
-  for (int i = 0; i < NT; i++) {
-    const bool other = scales[i] < 0;
-    const float s = other ? -scales[i] : scales[i];
-    for (int k = 0; k < NM; k++) {
-      float found = e[i][k];
-      if (a.scale >= 0) found += s * (q[i][k] - shift[first + k]);
-      if (other) found += further[first + k];
-      out[(first + k) * a.tokens + t + i] = found;
-    }
+  float found[NM][NT];
+  const int64_t line = g * a.m + m;
+  if (a.exact) {
+    dots<false, NT, NM>(rows, w + line * a.width, a.width, a.planes, a.n, g, found);
+    for (int k = 0; k < NM; k++) std::memcpy(exact + (line + k) * a.line, found[k], sizeof(found[k]));
+  }
+  if (a.scale >= 0) {
+    dots<true, NT, NM>(rows, w + line * a.width, a.width, a.planes, a.n, g, found);
+    for (int k = 0; k < NM; k++) std::memcpy(levels + (line + k) * a.line, found[k], sizeof(found[k]));
   }
 }
 
 template <int NT>
-static inline void score_all(const Layout& a, const float* s, int64_t b, int64_t g, int64_t t, const float* w,
-                             const float* shift, const float* further, float* out) {
+static inline void score_all(const Layout& a, int64_t b, int64_t g, int64_t t, const float* w, float* levels, float* exact) {
   int64_t m = 0;
-  for (; m + 4 <= a.m; m += 4) score_some<NT, 4>(a, s, b, g, t, m, w, shift, further, out);
-  for (; m + 2 <= a.m; m += 2) score_some<NT, 2>(a, s, b, g, t, m, w, shift, further, out);
-  for (; m < a.m; m++) score_some<NT, 1>(a, s, b, g, t, m, w, shift, further, out);
+  if (NT <= 4) for (; m + 4 <= a.m; m += 4) score_some<NT, 4>(a, b, g, t, m, w, levels, exact);   // in registers
+  if (NT <= 4) for (; m + 2 <= a.m; m += 2) score_some<NT, 2>(a, b, g, t, m, w, levels, exact);
+  for (; m < a.m; m++) score_some<NT, 1>(a, b, g, t, m, w, levels, exact);
+}
+
+// Scores of all blocks of tokens [start, stop) of batch row b, ``a.line`` apart, into ``out`` (``exact``: as much room).
+// ``w``, ``shift`` and ``further`` are those of batch row b.
+static inline void score_chunk(const Layout& a, const float* size, const float* second, int64_t b, int64_t start, int64_t stop,
+                               const float* w, const float* shift, const float* further, float* out, float* exact) {
+  if (a.scale < 0) exact = out;
+  for (int64_t g = 0; g < a.blocks; g++) {
+    int64_t t = start;
+    if (a.m == 1) for (; t + 8 <= stop; t += 8) score_all<8>(a, b, g, t, w, out + (t - start), exact + (t - start));
+    for (; t + 4 <= stop; t += 4) score_all<4>(a, b, g, t, w, out + (t - start), exact + (t - start));
+    for (; t < stop; t++) score_all<1>(a, b, g, t, w, out + (t - start), exact + (t - start));
+  }
+  if (a.scale < 0) return;
+  for (int64_t l = 0; l < a.blocks * a.m; l++) for (int64_t i = 0; i < stop - start; i += LANES) {
+    float* const at = out + l * a.line + i;
+    V x = load(size + i) * (load(at) - constant(shift[l])) + load(second + i) * constant(further[l]);
+    if (a.exact) x += load(exact + l * a.line + i);
+    store(at, x);
+  }
 }
 
 // weights [B, blocks, m, width], shift and further [B, blocks, m] -> out [B, blocks, m, T]
 extern "C" void lorc_scores(const uint8_t* rows, int64_t tokens, int64_t batch, int64_t stride_t, int64_t stride_b,
                             int64_t scale, const Plane* planes, int64_t n, int64_t blocks, int64_t m, int64_t width,
                             const float* weights, const float* shift, const float* further, float* out, int64_t threads) {
-  const Layout a = {rows, tokens, batch, stride_t, stride_b, scale, planes, n, blocks, m, width};
-  const int64_t chunks = (tokens + CHUNK - 1) / CHUNK;
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t i = 0; i < chunks; i++) {
-    const int64_t start = i * CHUNK, stop = start + CHUNK < tokens ? start + CHUNK : tokens;
-    float s[CHUNK];
-    for (int64_t b = 0; b < batch; b++) {
-      scales_of(a, b, start, stop, s);
-      for (int64_t g = 0; g < blocks; g++) {
-        int64_t t = start;
-        for (; t + TOKENS <= stop; t += TOKENS)
-          score_all<TOKENS>(a, s + (t - start), b, g, t, weights, shift, further, out);
-        for (; t < stop; t++) score_all<1>(a, s + (t - start), b, g, t, weights, shift, further, out);
+  const Layout a = {rows, tokens, batch, stride_t, stride_b, scale, planes, n, blocks, m, width, CHUNK};
+  const int64_t chunks = (tokens + CHUNK - 1) / CHUNK, each_b = blocks * m;
+#pragma omp parallel num_threads(threads)
+  {
+    float size[CHUNK], second[CHUNK];
+    std::vector<float> found(each_b * CHUNK), exact(each_b * CHUNK);
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < chunks; i++) {
+      const int64_t start = i * CHUNK, stop = start + CHUNK < tokens ? start + CHUNK : tokens;
+      for (int64_t b = 0; b < batch; b++) {
+        const int64_t first = b * each_b;
+        scales_of(a, b, start, stop, size, second);
+        score_chunk(a, size, second, b, start, stop, weights + first * width, shift + first, further + first, found.data(),
+                    exact.data());
+        for (int64_t l = 0; l < each_b; l++)
+          std::memcpy(out + (first + l) * tokens + start, &found[l * CHUNK], 4 * (stop - start));
       }
     }
   }
@@ -202,7 +268,7 @@ extern "C" void lorc_scores(const uint8_t* rows, int64_t tokens, int64_t batch, 
 
 template <int NT>
 static inline void add(const Layout& a, const V* x, const float* weight, float* place) {
-  for (int64_t m = 0; m < a.m; m++, weight += a.tokens, place += a.width) {
+  for (int64_t m = 0; m < a.m; m++, weight += a.line, place += a.width) {
     V sum; std::memcpy(&sum, place, sizeof(V));
     for (int i = 0; i < NT; i++) sum += x[i] * weight[i];
     std::memcpy(place, &sum, sizeof(V));
@@ -210,52 +276,65 @@ static inline void add(const Layout& a, const V* x, const float* weight, float* 
 }
 
 template <int KIND, int NT>
-static inline void sum_plane(const Layout& a, const uint8_t* const* rows, const float* s, const Plane& p, int64_t g,
-                             const float* weight, float* place) {
-  const int64_t base = p.offset + g * p.step, run = padded(p.count);
-  for (int64_t j = 0; j < p.count; j += LANES) {
-    const int64_t c = p.count - j < LANES ? p.count - j : LANES;
+static inline void sum_plane(const Layout& a, const uint8_t* const* rows, const Plane& p, int64_t g, const float* weight,
+                             float* place) {
+  const int64_t base = p.offset + g % p.beside * p.step, run = padded(p.count), first = g / p.beside * p.fields;
+  const int64_t fields = KIND <= 2 || KIND == 16 ? 1 : p.fields, count = p.count, whole = count / LANES * LANES;
+  auto part = [&](int64_t j, int64_t c) __attribute__((always_inline)) {
     I raw[NT];
     V x[NT];
-    for (int i = 0; i < NT; i++) {
-      const uint8_t* at = rows[i] + base + j * size_of<KIND>;
-      if (KIND > 8) raw[i] = bytes(at, c); else x[i] = numbers<KIND>(at, c);
-    }
-    for (int f = 0; f < fields_of<KIND>; f++) {
-      if (KIND > 8) for (int i = 0; i < NT; i++) x[i] = field<KIND - 8>(raw[i], f) * s[i];
+    take<KIND, NT>(rows, base + j * size_of<KIND>, c, raw, x);
+    for (int64_t f = 0; f < fields; f++) {
+      if (KIND > 8) {
+#pragma GCC unroll 8
+        for (int i = 0; i < NT; i++) x[i] = field<KIND - 8>(raw[i], first + f);
+      }
       add<NT>(a, x, weight, place + p.at + f * run + j);
     }
+  };
+  for (int64_t j = 0; j < whole; j += LANES) part(j, LANES);
+  if (whole < count) part(whole, count - whole);
+}
+
+// Adds NT rows, weighted, to the sums of one block. ``p``: at this token's weight of the first line of batch row b, and the
+// sums are those of batch row b; ``scaled``: the same times the token's scale.
+template <int NT>
+static inline void sum_some(const Layout& a, int64_t b, int64_t g, int64_t t, const float* p, const float* scaled,
+                            float* acc) {
+  const uint8_t* rows[NT];
+  for (int i = 0; i < NT; i++) rows[i] = a.rows + (t + i) * a.stride_t + b * a.stride_b;
+  const float *exact = p + g * a.m * a.line, *levels = scaled + g * a.m * a.line;
+  float* place = acc + g * a.m * a.width;
+  for (int64_t k = 0; k < a.n; k++) switch (a.planes[k].kind) {
+    case 16: sum_plane<16, NT>(a, rows, a.planes[k], g, levels, place); break;
+    case 12: sum_plane<12, NT>(a, rows, a.planes[k], g, levels, place); break;
+    case 10: sum_plane<10, NT>(a, rows, a.planes[k], g, levels, place); break;
+    case 9: sum_plane<9, NT>(a, rows, a.planes[k], g, levels, place); break;
+    case 0: sum_plane<0, NT>(a, rows, a.planes[k], g, exact, place); break;
+    case 1: sum_plane<1, NT>(a, rows, a.planes[k], g, exact, place); break;
+    case 2: sum_plane<2, NT>(a, rows, a.planes[k], g, exact, place); break;
   }
 }
 
-// Adds NT rows, weighted, to the sums of one block.
-template <int NT>
-static inline void sum_some(const Layout& a, const float* signs, int64_t b, int64_t g, int64_t t, const float* p, float* acc,
-                            float* scales, float* further) {
-  const uint8_t* rows[NT];
-  float s[NT];
-  bool other[NT];
-  for (int i = 0; i < NT; i++) {
-    rows[i] = a.rows + (t + i) * a.stride_t + b * a.stride_b;
-    other[i] = signs[i] < 0;
-    s[i] = other[i] ? -signs[i] : signs[i];
+// All blocks of tokens [start, stop) of batch row b. ``p``: weights, zeros behind; ``scaled``: room for as many numbers, as far
+// apart.
+static inline void sum_chunk(const Layout& a, const float* size, const float* second, int64_t b, int64_t start, int64_t stop,
+                             const float* p, float* scaled, float* acc, float* scales, float* further) {
+  for (int64_t l = 0; l < a.blocks * a.m; l++) {
+    V sum = {}, others = {};
+    for (int64_t i = 0; i < stop - start; i += LANES) {
+      const V weight = load(p + l * a.line + i), by = weight * load(size + i);
+      store(scaled + l * a.line + i, by);
+      sum += by;
+      others += weight * load(second + i);
+    }
+    scales[l] += total(sum);
+    further[l] += total(others);
   }
-  const int64_t first = (b * a.blocks + g) * a.m;
-  for (int64_t m = 0; m < a.m; m++) for (int i = 0; i < NT; i++) {
-    const float weight = p[(first + m) * a.tokens + t + i];
-    scales[first + m] += weight * s[i];
-    if (other[i]) further[first + m] += weight;
-  }
-  const float* weight = p + first * a.tokens + t;
-  float* place = acc + first * a.width;
-  for (int64_t k = 0; k < a.n; k++) switch (a.planes[k].kind) {
-    case 16: sum_plane<16, NT>(a, rows, s, a.planes[k], g, weight, place); break;
-    case 12: sum_plane<12, NT>(a, rows, s, a.planes[k], g, weight, place); break;
-    case 10: sum_plane<10, NT>(a, rows, s, a.planes[k], g, weight, place); break;
-    case 9: sum_plane<9, NT>(a, rows, s, a.planes[k], g, weight, place); break;
-    case 0: sum_plane<0, NT>(a, rows, s, a.planes[k], g, weight, place); break;
-    case 1: sum_plane<1, NT>(a, rows, s, a.planes[k], g, weight, place); break;
-    case 2: sum_plane<2, NT>(a, rows, s, a.planes[k], g, weight, place); break;
+  for (int64_t g = 0; g < a.blocks; g++) {
+    int64_t t = start;
+    for (; t + 8 <= stop; t += 8) sum_some<8>(a, b, g, t, p + (t - start), scaled + (t - start), acc);
+    for (; t < stop; t++) sum_some<1>(a, b, g, t, p + (t - start), scaled + (t - start), acc);
   }
 }
 
@@ -264,24 +343,26 @@ static inline void sum_some(const Layout& a, const float* signs, int64_t b, int6
 extern "C" void lorc_sums(const uint8_t* rows, int64_t tokens, int64_t batch, int64_t stride_t, int64_t stride_b,
                           int64_t scale, const Plane* planes, int64_t n, int64_t blocks, int64_t m, int64_t width,
                           const float* p, float* acc, float* scales, float* further, int64_t threads) {
-  const Layout a = {rows, tokens, batch, stride_t, stride_b, scale, planes, n, blocks, m, width};
-  const int64_t lines = batch * blocks * m;
+  const Layout a = {rows, tokens, batch, stride_t, stride_b, scale, planes, n, blocks, m, width, CHUNK};
+  const int64_t each_b = blocks * m, lines = batch * each_b;
 #pragma omp parallel num_threads(threads)
   {
     const int64_t me = omp_get_thread_num(), all = omp_get_num_threads();
     const int64_t each = (tokens + all - 1) / all;
     const int64_t start = me * each, stop = start + each < tokens ? start + each : tokens;
     float *mine = acc + me * lines * width, *s = scales + me * lines, *f = further + me * lines;
-    float signs[CHUNK];
+    float size[CHUNK], second[CHUNK];
+    std::vector<float> weights(each_b * CHUNK), scaled(each_b * CHUNK);
     for (int64_t at = start; at < stop; at += CHUNK) {
       const int64_t end = at + CHUNK < stop ? at + CHUNK : stop;
       for (int64_t b = 0; b < batch; b++) {
-        scales_of(a, b, at, end, signs);
-        for (int64_t g = 0; g < blocks; g++) {
-          int64_t t = at;
-          for (; t + 8 <= end; t += 8) sum_some<8>(a, signs + (t - at), b, g, t, p, mine, s, f);
-          for (; t < end; t++) sum_some<1>(a, signs + (t - at), b, g, t, p, mine, s, f);
+        const int64_t first = b * each_b;
+        for (int64_t l = 0; l < each_b; l++) {
+          std::memcpy(&weights[l * CHUNK], p + (first + l) * tokens + at, 4 * (end - at));
+          std::fill(&weights[l * CHUNK] + (end - at), &weights[l * CHUNK] + CHUNK, 0.0f);
         }
+        scales_of(a, b, at, end, size, second);
+        sum_chunk(a, size, second, b, at, end, weights.data(), scaled.data(), mine + first * width, s + first, f + first);
       }
     }
   }

@@ -11,6 +11,24 @@ if TYPE_CHECKING:
     from .attend import Operand
 
 
+def by_head(operand: Operand, source: torch.Tensor) -> torch.Tensor:
+    """A codec's matrix or mean as the operand's heads see it: [k, n] -> [heads, k, D]."""
+    source = source if operand.columns is None else source[:, list(operand.columns)]
+    return source.unflatten(1, (operand.heads, operand.head_dim)).transpose(0, 1)
+
+
+def times(x: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
+    """x [B, heads, M, a] times one matrix [heads, a, b] per head -> [B, heads, M, b]; a matrix is never copied for each
+    row of the batch."""
+    return torch.bmm(x.transpose(0, 1).flatten(1, 2), matrices).unflatten(1, (x.shape[0], -1)).transpose(0, 1)
+
+
+def strides(tensor: torch.Tensor) -> list[int]:
+    """Steps along [B, H, S, T] of what is broadcast to that, 0 where a tensor has one for all."""
+    own = [0 if n == 1 else s for n, s in zip(tensor.shape, tensor.stride(), strict=True)]
+    return [0] * (4 - len(own)) + own
+
+
 @dataclass(frozen=True)
 class Stored:
     """rows [T, B, width], what is stored beside them [T, B, ...] or None, and the codec's tensors in the op's order."""

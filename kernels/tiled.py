@@ -21,10 +21,11 @@ import torch
 
 from lorc_fx.packing import Parts, level_constants, parts_of
 
-from . import native
+from . import fused, native, tuned, words
 from .attend import Attend, Operand
+from .config import Tile
 from .reference import features
-from .stored import Stored
+from .stored import Stored, by_head
 
 TILE_NUMBERS = 1 << 19
 """Numbers in a tile: 2 MiB of fp32, so that a tile of keys and one of values stay in a core's cache between their
@@ -45,12 +46,19 @@ def attend(
     extras: tuple[torch.Tensor, ...],
     tile: int | None = None,
 ) -> torch.Tensor:
-    """The op's result [B, H, S, D_v] in the query's dtype. ``tile``: tokens at a time."""
+    """The op's result [B, H, S, D_v] in the query's dtype. ``tile``: tokens at a time; None for what a tuner found
+    best, else for ``default_tile``."""
     batch, heads, queries, _ = query.shape
     total = keys.rows.shape[0]
-    left, right = _reader(about.keys, keys), _reader(about.values, values)
-    most = min(reader.tile(batch, heads * queries) for reader in (left, right))
-    tile = tile or max(TILE_LEAST, most)
+    kinds, ways = _ways(about, keys, values)
+    if tile is None and query.device.type == "cpu":
+        about_tile = (heads, queries, *ways, torch.get_num_threads())
+        found = tuned.chosen(about, total, batch, about_tile, lambda: problem(about, query, keys, values))
+        tile = found.tokens if isinstance(found, Tile) else None
+    if ways == (fused.WAY, fused.WAY):
+        return fused.attend(about, query, keys, values, extras, tile)
+    left, right = kinds[0](about.keys, keys), kinds[1](about.values, values)
+    tile = tile or _default(left, right, batch, heads * queries)
     score, sum_up = left.scores(query.float()), right.sums(batch, heads, queries)
     sink = extras[-1].float() if about.sink else None
     extras = extras[: len(about.extras)]
@@ -79,6 +87,25 @@ def attend(
     return _divided(summed, weight, about.blind).to(query.dtype)
 
 
+def default_tile(about: Attend, query: torch.Tensor, keys: Stored, values: Stored) -> int:
+    """Tokens at a time where no tuner has found anything."""
+    batch, heads, queries, _ = query.shape
+    kinds, ways = _ways(about, keys, values)
+    if ways == (fused.WAY, fused.WAY):
+        return fused.CHUNK
+    return _default(kinds[0](about.keys, keys), kinds[1](about.values, values), batch, heads * queries)
+
+
+def _default(left: _Absorbed | _Decoded, right: _Absorbed | _Decoded, batch: int, lines: int) -> int:
+    return max(TILE_LEAST, min(reader.tile(batch, lines) for reader in (left, right)))
+
+
+def problem(about: Attend, query: torch.Tensor, keys: Stored, values: Stored) -> tuple[tuned.Target, str]:
+    """What a tuner's database has such a call under."""
+    _, ways = _ways(about, keys, values)
+    return words.tiled_target(), words.tiled_words(about, ways, query.shape[1], query.shape[2])
+
+
 def _divided(total: torch.Tensor, weight: torch.Tensor, blind: bool) -> torch.Tensor:
     """Sums over their weights; a query that sees nothing gives 0 or NaN."""
     return total / (weight.masked_fill(weight == 0, 1.0) if blind else weight)
@@ -100,37 +127,41 @@ def _tiles(about: Attend, extras: tuple[torch.Tensor, ...], total: int, tile: in
 # -- one operand ------------------------------------------------------------------------------------------------------
 
 
-def _reader(operand: Operand, stored: Stored) -> _Absorbed | _Decoded:
+Kind = type["_Absorbed"] | type["_Decoded"]
+
+
+def _ways(about: Attend, keys: Stored, values: Stored) -> tuple[tuple[Kind, Kind], tuple[str, str]]:
+    """What reads keys and values, and its name: both by one call where that can be."""
+    kinds = _kind(about.keys, keys), _kind(about.values, values)
+    if kinds == (_Native, _Native) and fused.chain(about) is not None:
+        return kinds, (fused.WAY, fused.WAY)
+    return kinds, (kinds[0].way, kinds[1].way)
+
+
+def _kind(operand: Operand, stored: Stored) -> Kind:
     form = operand.format
-    one_kind = all(s.bits == form.segments[0].bits for s in form.segments) and form.choices == 1
+    one_kind = form.choices == 1 and (operand.decodes or all(s.bits == form.segments[0].bits for s in form.segments))
     if not operand.absorbed or not (operand.decodes or (one_kind and operand.columns is None)):
-        return _Decoded(operand, stored)
-    if stored.rows.device.type == "cpu" and stored.rows.stride(2) == 1 and native.library() is not None:
-        about = native.layout(form, 1 if operand.decodes else operand.heads)
-        if about is not None:
-            return _Native(operand, stored, about)
-    return _Absorbed(operand, stored)
+        return _Decoded
+    readable = stored.rows.device.type == "cpu" and stored.rows.stride(2) == 1 and native.library() is not None
+    return _Native if readable and native.layout(form, native.blocks(operand)) is not None else _Absorbed
 
 
 class _Absorbed:
     """Products with what rows hold. ``blocks``: 1 where all heads read all columns (through S), else one per head."""
 
+    way = "torch"
+
     def __init__(self, operand: Operand, stored: Stored) -> None:
         self.operand, self.rows, self.form = operand, stored.rows, operand.format
         decode, mean, _ = stored.parts(operand)
         self.width = operand.latent_width
-        self.blocks = 1 if operand.decodes else operand.heads
+        self.blocks = native.blocks(operand)
         self.exact = self.form.columns if self.form.plain else sum(s.columns for s in self.form.segments if not s.bits)
         if self.form.scaled:
             self.step, self.half = level_constants(self.form, stored.rows.device)
-        self.matrix = None if decode is None else self._heads(decode.float())  # [heads, k, D]
-        self.mean = None if mean is None else self._heads(mean.float()[None])  # [heads, 1, D]
-
-    def _heads(self, source: torch.Tensor) -> torch.Tensor:
-        """[.., n] -> [heads, .., D]."""
-        o = self.operand
-        source = source if o.columns is None else source[..., list(o.columns)]
-        return source.unflatten(-1, (o.heads, o.head_dim)).movedim(-2, 0)
+        self.matrix = None if decode is None else by_head(operand, decode.float())  # [heads, k, D]
+        self.mean = None if mean is None else by_head(operand, mean.float()[None])  # [heads, 1, D]
 
     def tile(self, batch: int, lines: int) -> int:
         """Tokens that a tile should have; ``lines``: queries of all heads."""
@@ -201,9 +232,15 @@ class _Absorbed:
 class _Native(_Absorbed):
     """The same by ``rows.cpp``, which never has a tile's numbers in memory."""
 
-    def __init__(self, operand: Operand, stored: Stored, about: native.Layout) -> None:
+    way = "rows.cpp"
+
+    def __init__(self, operand: Operand, stored: Stored) -> None:
         super().__init__(operand, stored)
+        about = native.layout(operand.format, self.blocks)
+        assert about is not None
         self.about = about
+        if self.form.scaled:
+            self.step, self.half = native.constants(self.form)
 
     def tile(self, batch: int, lines: int) -> int:
         return TILE_SCORES // (batch * lines)
@@ -229,6 +266,8 @@ class _Native(_Absorbed):
 
 class _Decoded:
     """Tiles of decoded tokens."""
+
+    way = "tiles"
 
     def __init__(self, operand: Operand, stored: Stored) -> None:
         self.operand, self.stored = operand, stored

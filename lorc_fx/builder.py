@@ -19,10 +19,11 @@ from .codec import Codec, flat_basis, identity_codec, prior_basis, through
 from .errors import BadCalibration, BadPlan, QualityWarning
 from .factors import gram, spectrum
 from .gather import Sums, Walker
+from .logs import show
 from .options import CODEC_OPTIONS, FIRST_PROMPT, FIRST_PROMPT_TOKENS, Options
 from .passes.check import check_rewritten
 from .passes.epilogue import effective_weight
-from .passes.interface import Sharing
+from .passes.interface import Rewritten, Sharing
 from .passes.normalise import placeholders
 from .passes.plan import make_plan
 from .passes.rewrite import rewrite, writes_to
@@ -318,9 +319,22 @@ class Builder:
         with timed("rewrite_s"):
             made = rewrite(self.canonical, self.matched, dict(zip(self.matched.sites, codecs, strict=True)), sharing)
             check_rewritten(made)
+        self._show(made, codecs)
         mode = compat.fake_mode_of([n.meta["val"] for n in placeholders(self.canonical)])
         examples = [compat.to_fake(n.meta["val"], mode) for n in placeholders(made.module)]
         sizes = size_reader(self.canonical, made)
         with compat.tracing_context(mode):
             inner = compile_inner(made.module, examples, self.options)
         return Binding(inner, made, sizes, joined)
+
+    def _show(self, made: Rewritten, codecs: Sequence[Codec]) -> None:
+        """The rewritten graph for ``TORCH_LOGS`` and ``LORC_DUMP``, below a head that says what its sites store."""
+
+        def text() -> str:
+            lines = [f"# {s.name}: rows {c.format.spec}, {made.lowerings.get(s.name, 'decoding')}" for s, c in named]
+            lines += [f"# {a.digest}: keys {a.keys.words}; values {a.values.words}" for a in made.attends]
+            return "\n".join([*lines, "", made.module.print_readable(print_output=False)])
+
+        named = list(zip(self.matched.sites, codecs, strict=True))
+        about = f"{named[0][0].name} to {named[-1][0].name}" if named else "no new site"
+        show("graph", f"{about}, {len(made.inputs)} inputs", text)

@@ -1,4 +1,5 @@
-"""The command line: ``lorc demo``, ``explain``, ``calibrate``, ``eval``, ``lm-eval``, ``plan`` and ``bench device``.
+"""The command line: ``lorc demo``, ``explain``, ``calibrate``, ``eval``, ``lm-eval``, ``plan``, ``autotune`` and
+``bench device``.
 
 Results go to stdout, progress to stderr. Exit codes: 0 done, 1 a model or file that cannot be used, 2 an option that is
 refused, 130 Ctrl-C. Typed errors are one red message without a traceback.
@@ -250,6 +251,70 @@ def plan(
         out.print(str(path), soft_wrap=True)
 
 
+# --------------------------------------------------------------------------------------------------------- autotune
+
+
+MOST_TOKENS, MOST_BATCH = 1 << 20, 1 << 10
+
+
+@app.command()
+def autotune(
+    model: Annotated[Path | None, typer.Option(help="Local checkpoint: a folder, or a GGUF file.")] = None,
+    plan: Annotated[Path | None, typer.Option(help="The model's plan, from `lorc plan`: tunes what it reads.")] = None,
+    ratio: Annotated[float | None, typer.Option(help="Cache bytes kept, as a fraction of the dense cache.")] = None,
+    bytes_per_token: Annotated[int | None, typer.Option(help="The same budget in bytes, instead of --ratio.")] = None,
+    calibration: Calibrated = None,
+    precision: Annotated[str | None, typer.Option(help="model (LoRC), int8, int4, auto.")] = None,
+    basis: Annotated[str | None, typer.Option(help="joint, identity, auto.")] = None,
+    dtype: Annotated[DType, typer.Option(help="What the model runs in.")] = DType.bf16,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    tokens: Annotated[str, typer.Option(help="Cached tokens to tune for, with commas between.")] = "2048,8192",
+    batch: Annotated[str, typer.Option(help="Batch rows to tune for, with commas between.")] = "1",
+    again: Annotated[bool, typer.Option("--again", help="Also time what is in the database already.")] = False,
+    output: Annotated[Path | None, typer.Option(help="The database to write (default: the one that is read).")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures to this file.")] = None,
+) -> None:
+    """Time how attention over the model's stored rows runs fastest here; later runs use it. Interrupted, it goes on
+    where it stopped."""
+    with reported():
+        lengths, rows = _numbers("tokens", tokens, int, "2048,8192"), _numbers("batch", batch, int, "1")
+        with Show() as show:
+            show.stage("Importing torch and transformers")
+            from lorc_fx import autotune as tuner
+            from lorc_fx.models import load_model
+            from lorc_fx.options import Options
+
+            lengths, rows = tuner.sizes("tokens", lengths, MOST_TOKENS), tuner.sizes("batch", rows, MOST_BATCH)
+            where = _device(device)
+            knobs = {"ratio": ratio, "bytes_per_token": bytes_per_token, "calibration": calibration, "basis": basis}
+            knobs |= {"precision": precision, "plan": None if plan is None else str(plan)}
+            options = {name: value for name, value in knobs.items() if value is not None}
+            Options.parse(options)
+            loaded, _ = load_model(model, dtype.torch(), show.stage)
+            show.stage("Finding what reads stored rows in a decode step")
+            problems = tuner.readers(loaded.to(where), options, rows)
+            result = tuner.run(show, tuner.jobs(problems, lengths, rows), output, again)
+        if json_file and result:
+            write_json(json_file, result.json())
+    if result is None:
+        out.print("Nothing to tune: with these options no attention of a decode step reads stored rows.")
+        return
+    wide().print(tuner.table(result))
+    out.print(str(result.file), soft_wrap=True)
+
+
+def _device(name: str) -> Any:
+    """Raises BadOption for a device that is not there."""
+    import torch
+
+    try:
+        chosen = torch.device(name)
+        torch.empty(1, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise BadOption("device", name, "a device that torch has here", "cpu") from error
+    return chosen
+
+
 # ------------------------------------------------------------------------------------------------------------ bench
 
 
@@ -266,15 +331,9 @@ def bench_device(
     with reported():
         with Show() as show:
             show.stage("Importing torch")
-            import torch
-
             from lorc_fx.device import measured
 
-            try:
-                chosen = torch.device(device)
-                torch.empty(1, device=chosen)
-            except (RuntimeError, AssertionError) as error:
-                raise BadOption("device", device, "a device that torch has here", "cpu") from error
+            chosen = _device(device)
             show.stage("Measuring")
             found = measured(chosen)
         if json_file:

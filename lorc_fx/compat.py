@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -27,6 +28,15 @@ def example_value(node: Node) -> Any:
 def recompile_limit() -> int:
     """How many graphs Dynamo makes of one piece of code before it gives up."""
     return int(torch._dynamo.config.recompile_limit)
+
+
+def compile_limits(limit: int) -> dict[str, int]:
+    """Keywords for ``torch.compile`` under which Dynamo makes up to ``limit`` graphs of one piece of code. torch 2.11
+    has none: there the limit of all that is compiled is raised to that."""
+    if "recompile_limit" in inspect.signature(torch.compile).parameters:
+        return {"recompile_limit": limit}
+    torch._dynamo.config.recompile_limit = max(limit, recompile_limit())
+    return {}
 
 
 _OPERATORS = frozenset(
@@ -218,9 +228,13 @@ def building() -> Any:
 
 
 def to_fake(value: Any, mode: FakeTensorMode) -> Any:
-    """A real codec tensor as a fake of static shape; fakes and ints as they are."""
+    """A real codec tensor as a fake of static shape; fakes as they are. A symbolic int by the symbol that it was found
+    to be equal to: inductor takes inputs by the symbol that they had at first, and finds the other one in a tensor's
+    size, which a graph over rows may not have."""
     if isinstance(value, torch.Tensor) and not isinstance(value, FakeTensor):
         return mode.from_tensor(value, static_shapes=True)
+    if isinstance(value, torch.SymInt) and value.node.expr != value.node._expr:
+        return value.node.shape_env.create_symintnode(value.node.expr, hint=value.node.hint)
     return value
 
 
@@ -290,4 +304,5 @@ def compile_cpp(source: str) -> Any:
     # inductor's own flags forbid to fuse a product and a sum, and to reorder sums: both are what these loops are made
     # of
     fast = ("-ffp-contract=fast", "-fassociative-math", "-fno-signed-zeros", "-ftree-loop-vectorize")
-    return CppCodeCache.load(source, extra_flags=fast, needs_vec_isa=True)
+    asked = "needs_vec_isa" in inspect.signature(CppCodeCache.load_async).parameters  # torch 2.11 always takes it
+    return CppCodeCache.load(source, extra_flags=fast, **({"needs_vec_isa": True} if asked else {}))

@@ -19,6 +19,7 @@ from rich.table import Table
 
 from lorc_fx.calibrate import calibrate
 from lorc_fx.calibration import Calibration
+from lorc_fx.compat import compile_limits
 from lorc_fx.errors import BadModel, QualityWarning
 from lorc_fx.evaluate import (
     RECOMPILE_LIMIT,
@@ -132,7 +133,7 @@ def _compile(model: Any, backend: str, options: dict[str, Any] | None = None) ->
     """Compile in place, forgetting what was compiled before."""
     torch.compiler.reset()
     extra = {"options": options} if options is not None else {}
-    model.compile(backend=backend, recompile_limit=RECOMPILE_LIMIT, **extra)
+    model.compile(backend=backend, **compile_limits(RECOMPILE_LIMIT), **extra)
 
 
 def _loss(show: Show, model: Any, ids: list[int], name: str) -> dict[str, Any]:

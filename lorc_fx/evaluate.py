@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from lorc_fx.compat import compile_limits
 from lorc_fx.latent import LatentKV
 from lorc_fx.store import reset
 
@@ -138,7 +139,7 @@ def compress(model: Any, options: Mapping[str, Any]) -> None:
     """Compile ``model`` in place with ``backend="lorc"``, without codecs or compiled code of before."""
     torch.compiler.reset()
     reset(model)
-    model.compile(backend="lorc", options=dict(options), recompile_limit=RECOMPILE_LIMIT)
+    model.compile(backend="lorc", options=dict(options), **compile_limits(RECOMPILE_LIMIT))
 
 
 @contextlib.contextmanager

@@ -92,7 +92,7 @@ class Options:
     protect_first: int = 0
     protect_last: int = 0
     mode: str | None = None
-    basis: str | tuple[str, str] = "joint"
+    basis: str | tuple[str, str] = "auto"
     group_size: int | None = None
     objective: str = "balanced"
     calibration: Any = FIRST_PROMPT

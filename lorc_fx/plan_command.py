@@ -14,6 +14,7 @@ from torch.fx import GraphModule
 
 from . import plan_plot
 from .backend import plans
+from .compat import compile_limits
 from .errors import BadModel, BadOption, ConflictingOptions, QualityWarning
 from .evaluate import RECOMPILE_LIMIT, Show, chunked_loss
 from .options import Options
@@ -77,7 +78,7 @@ def measured(show: Show, model: Any, rows: Sequence[torch.Tensor], plan: Plan | 
     if plan is not None:
         known = {} if plan.bases else {"calibration": options.calibration}
         given = {"plan": plan, "inner": "eager", **known}
-        model.compile(backend="lorc", options=given, recompile_limit=RECOMPILE_LIMIT)
+        model.compile(backend="lorc", options=given, **compile_limits(RECOMPILE_LIMIT))
     nats, tokens = 0.0, 0
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", QualityWarning)  # the table says it in numbers

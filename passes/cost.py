@@ -64,6 +64,16 @@ class Device:
     source: str
 
 
+TYPICAL = {"cpu": 5.0}
+"""FLOPs of products that a device of a kind does in the time of reading a byte, about; others 100. Plans go by these
+and not by a measurement, so that the same options give the same plan each time. (GPUs in datasheets: 150 to 300.)"""
+
+
+def typical(kind: str) -> Device:
+    """A device that reads one byte a second, by ``torch.device.type``: good for comparing lowerings."""
+    return Device(kind, 1.0, TYPICAL.get(kind, 100.0), "TYPICAL")
+
+
 SYMBOLS = (B, T, S, H, D, n, k, w, e)
 _NUMBERS = {name: sympy.lambdify(SYMBOLS, (c.bytes, c.flops), modules="math") for name, c in LOWERINGS.items()}
 

@@ -3,15 +3,18 @@ what is kept of each token beside them."""
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.fx import Node
 
 from lorc_fx.codec import Codec
+from lorc_fx.kernels import encode
 from lorc_fx.packing import pack
 
 from .axes import Axes, shape
+from .facts import static_size
 from .sides import width
 from .sites import Site
 
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
     from .rewrite import Rewriter
 
 aten = torch.ops.aten
+_encode = torch.ops.lorc.encode
 
 
 def encoded(r: Rewriter, index: int, site: Site) -> Node:
@@ -26,17 +30,31 @@ def encoded(r: Rewriter, index: int, site: Site) -> Node:
     codec, owner = r.codecs[site], ("site", index)
     if site.unprojected:
         return _stored(r, site, codec, owner)
-    weight = r.codec_tensor(owner, "encode", codec.encode)
-    shift = [] if codec.shift is None else [r.codec_tensor(owner, "shift", codec.shift)]
     x, form = r.env_value(site.rows.x), codec.format
+    own = {n: None if t is None else r.codec_tensor(owner, n, t) for n, t in _encoding(codec).items()}
+    if not form.plain and _by_op(site.rows.x):
+        columns, bits = zip(*form.spec, strict=True)
+        codes = r.call(_encode.default, x, *own.values(), list(columns), list(bits), form.choices, form.dtype)
+        return _token_major(r, codes, site.rows.x_axes, *_extent(r, site), [form.width])
     if codec.encode.dtype != form.dtype:
         x = r.call(aten.to.dtype, x, codec.encode.dtype)
-    codes = r.call(aten.linear.default, x, weight, *shift)
+    codes = r.call(aten.linear.default, x, own["encode"], *([] if own["shift"] is None else [own["shift"]]))
     if not form.plain:
-        offsets = None if codec.offsets is None else r.codec_tensor(owner, "offsets", codec.offsets)
-        spread = None if codec.spread is None else r.codec_tensor(owner, "spread", codec.spread)
-        codes = r.call(pack, codes, offsets, spread, form.spec, form.choices, form.dtype)
+        codes = r.call(pack, codes, own["offsets"], own["spread"], form.spec, form.choices, form.dtype)
     return _token_major(r, codes, site.rows.x_axes, *_extent(r, site), [form.width])
+
+
+def _encoding(codec: Codec) -> dict[str, torch.Tensor | None]:
+    """The codec's tensors that write rows, in the order in which the op takes them."""
+    return {"encode": codec.encode, "shift": codec.shift, "offsets": codec.offsets, "spread": codec.spread}
+
+
+def _by_op(x: Node) -> bool:
+    """Whether new rows of x [.., d] are made by one op: few of them, on a device where that is wanted."""
+    value = x.meta["val"]
+    sizes = [static_size(size) for size in value.shape[:-1]]
+    few = None not in sizes and math.prod(sizes) <= encode.FEW
+    return few and value.device.type in encode.WIRED
 
 
 def _stored(r: Rewriter, site: Site, codec: Codec, owner: tuple[str, int]) -> Node:

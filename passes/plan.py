@@ -17,7 +17,7 @@ from lorc_fx.schedulers import depths, schedule
 
 from .caches import Group
 from .sites import Site
-from .unprojected import AUTO
+from .unprojected import AUTO, BITS_AS_IT_IS
 
 POSITION_BYTES = 4
 """One int32 per token, once for all sites whose epilogues need it and that keep the same tokens."""
@@ -27,12 +27,6 @@ LEVELS: dict[str, tuple[int, ...]] = {"model": (MODEL,), "int8": (8,), "int4": (
 
 SAFE = 4
 """The fewest bits of a column where the data is not known: then nobody can tell which columns may have less."""
-
-
-SAFE_AS_IT_IS = 8
-"""The fewest bits of rotated keys that are kept as they are, where nobody asked for that: some channels are many times
-larger than others, and all share a scale (Gemma 3 270M at ratio 0.45: +0.97 % of loss where they may have 6 or 5
-bits)."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +67,8 @@ def candidate(site: Site, factors: Factors, basis: Basis, keeps_positions: bool,
     droppable = (paper or basis.informed) and not site.unprojected
     levels = LEVELS[str(options.precision)] + ((DROPPED,) if droppable else ())
     if not basis.informed or site.unprojected:
-        safe = SAFE_AS_IT_IS if site.unprojected and options.basis_for(site.kind) == AUTO else SAFE
+        chosen = site.unprojected and options.basis_for(site.kind) == AUTO
+        safe = BITS_AS_IT_IS[site.kind] if chosen else SAFE
         levels = tuple(b for b in levels if b in (MODEL, DROPPED) or b >= safe)
     block = width if site.unprojected else 1 if only_model else BLOCK
     columns = Columns(tuple(share), levels, element, len(basis.means), block)

@@ -14,7 +14,7 @@ from torch.fx import symbolic_trace
 from helpers import assert_close
 from lorc_fx.decoder import POSITION, Decoder
 from lorc_fx.errors import KernelWarning
-from lorc_fx.kernels import native, reference, tiled
+from lorc_fx.kernels import fused, native, reference, tiled
 from lorc_fx.kernels.attend import Attend, Extra, Operand
 from lorc_fx.kernels.stored import Stored
 from lorc_fx.packing import Format, Segment, pack
@@ -134,6 +134,8 @@ TABLE = {
     "plain fp16": Case(segments=((13, 0),), dtype=F16),
     "8 4 2 1": Case(segments=((9, 8), (7, 4), (5, 2), (4, 1))),
     "6 5 3": Case(segments=((8, 6), (9, 5), (8, 3))),
+    "6, no gaps": Case(segments=((128, 6),)),
+    "3, no gaps": Case(segments=((128, 3),)),
     "exact and levels": Case(segments=((3, 0), (20, 8))),
     "exact bf16 and levels": Case(segments=((3, 0), (20, 8)), dtype=BF16),
     "two means": Case(choices=2),
@@ -146,6 +148,12 @@ TABLE = {
     "sink": Case(mask="flags", sink=True),
     "identity": Case(form="identity"),
     "identity 4": Case(form="identity", segments=((16, 4),)),
+    "identity 6": Case(form="identity", segments=((16, 6),)),
+    "identity 5, four heads": Case(form="identity", heads=4, segments=((16, 5),)),
+    "identity 2, two heads": Case(form="identity", segments=((16, 2),)),
+    "identity 3, eight heads": Case(form="identity", heads=8, each=1, segments=((16, 3),)),
+    "identity 4, three heads": Case(form="identity", heads=3, segments=((16, 4),)),
+    "long runs": Case(form="identity", tokens=300, dim=100, segments=((16, 8),)),
     "identity plain": Case(form="identity", segments=((16, 0),)),
     "identity bf16": Case(form="identity", dtype=BF16, each=3),
     "rotary": Case(form="rotary"),
@@ -153,13 +161,16 @@ TABLE = {
 }
 
 
-@pytest.fixture(params=["rows.cpp", "torch"])
+@pytest.fixture(params=["attend.cpp", "rows.cpp", "torch"])
 def way(request, monkeypatch):
-    """Products with rows by the compiled library, or by torch ops as where nothing compiles it."""
+    """All in one compiled call where that can be, products with rows by the compiled library, or all by torch ops as
+    where nothing compiles it."""
     if request.param == "torch":
         monkeypatch.setattr(native, "library", lambda: None)
     else:
         assert native.library() is not None, "inductor needs a C++ compiler on a CPU, and so does this test"
+    if request.param == "rows.cpp":
+        monkeypatch.setattr(fused, "chain", lambda about: None)
     return request.param
 
 
@@ -205,6 +216,72 @@ def test_any_shape(case, seed):
     about, query, keys, values, extras = problem(case, seed)
     got = tiled.attend(about, query, keys, values, extras, 16)
     assert_close("out", got.double(), reference.attend(about, query, keys, values, extras), 2e-5)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_threads_share_the_tokens(threads):
+    about, query, keys, values, extras = problem(Case(tokens=333, mask="flags", sink=True, form="identity"))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        got = fused.attend(about, query, keys, values, extras, 16)
+    finally:
+        torch.set_num_threads(before)
+    assert_close("out", got.double(), reference.attend(about, query, keys, values, extras), 1e-5)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    sharp=st.sampled_from([1e-3, 1.0, 10.0, 100.0, 1e4]),
+    mask=st.sampled_from(["none", "capped"]),
+    seed=st.integers(0, 99),
+)
+def test_scores_of_any_size(sharp, mask, seed):
+    """The library has exponentials and hyperbolic tangents of its own."""
+    about, query, keys, values, extras = problem(Case(tokens=90, mask=mask, form="identity", mean=False), seed)
+    got = fused.attend(about, query * sharp, keys, values, extras)
+    want = reference.attend(about, query * sharp, keys, values, extras)
+    rounding = 3e-7 * sharp * 16 if mask == "none" else 2e-5  # of a score, in fp32
+    assert_close("out", got.double(), want, 1e-5 + rounding)
+
+
+def test_numbers_that_are_none():
+    """NaN in a query gives NaN there and nowhere else."""
+    about, query, keys, values, extras = problem(Case(form="identity"))
+    query[0, 0, 0, 0] = math.nan
+    got = fused.attend(about, query, keys, values, extras)
+    assert bool(got[0, 0].isnan().all()) and not bool(got[:, 1:].isnan().any())
+
+
+CHAINS = {
+    "scaled": (lambda s, e: s * 0.5, True),
+    "from the left": (lambda s, e: 0.5 * s + e, True),
+    "less": (lambda s, e: (s - 1.5) / 3 + e, True),
+    "capped": (lambda s, e: torch.tanh(s / 20) * 20, True),
+    "a number less": (lambda s, e: 1.5 - s, False),
+    "a number over": (lambda s, e: 1.5 / s, False),
+    "twice": (lambda s, e: s * s, False),
+    "an extra changed": (lambda s, e: s + torch.exp(e), False),
+    "less an extra": (lambda s, e: s - e, False),
+    "another function": (lambda s, e: torch.sigmoid(s), False),
+    "a choice of two": (lambda s, e: torch.where(e > 0, s, s * 2), False),
+}
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_what_is_a_chain(name):
+    """What is no chain takes the way of tiles, and is right as well."""
+    function, simple = CHAINS[name]
+
+    def program(scores, extra0):
+        return function(scores, extra0)
+
+    about, query, keys, values, extras = problem(Case(form="identity", mask="added"))
+    about = replace(about, scores=symbolic_trace(program))
+    extras = (torch.randn(extras[0].shape, generator=torch.Generator().manual_seed(5)),)
+    assert (fused.chain(about) is not None) == simple
+    want = reference.attend(about, query, keys, values, extras)
+    assert_close("out", tiled.attend(about, query, keys, values, extras).double(), want, 1e-5)
 
 
 def test_a_query_that_sees_nothing(way):

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
+import torch
 from typer.testing import CliRunner
 
-from lorc_fx import cli, demo, models
+from lorc_fx import autotune, cli, demo, make_plan, models
 from lorc_fx.errors import BadOption
+from lorc_fx.kernels import tune
 
 runner = CliRunner(env={"COLUMNS": "200"})
 
@@ -31,7 +35,9 @@ def run(*arguments: str) -> tuple[int, str]:
     return result.exit_code, result.output
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["demo", "--help"], ["explain", "--help"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["demo", "--help"], ["explain", "--help"], ["autotune", "--help"]], ids=" ".join
+)
 def test_help(arguments: list[str]) -> None:
     code, text = run(*arguments)
     assert code == 0
@@ -59,6 +65,13 @@ def test_help_lists_what_the_demo_takes() -> None:
         (["demo", "--sweep", "half"], "sweep='half'"),
         (["demo", "--sweep", "0.5,2"], "ratio=2.0"),
         (["no-such-command"], "No such command"),
+        (["autotune", "--again", "--tokns", "9"], "--tokens"),
+        (["autotune", "--tokens", "many"], "tokens='many'"),
+        (["autotune", "--tokens", "0"], "tokens='0' is not allowed"),
+        (["autotune", "--batch", ""], "batch=''"),
+        (["autotune", "--device", "abacus"], "device='abacus'"),
+        (["autotune", "--plan", "/nowhere.json"], "/nowhere.json"),
+        (["autotune", "--basis", "jiont"], "jiont"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else "",
 )
@@ -76,7 +89,7 @@ def test_refused_options_exit_2_before_anything_is_loaded(
     assert "Traceback" not in text
 
 
-@pytest.mark.parametrize("command", ["demo", "explain"])
+@pytest.mark.parametrize("command", ["demo", "explain", "autotune"])
 def test_missing_model_exits_1(command: str) -> None:
     code, text = run(command, "--model", "/nowhere")
     assert code == 1
@@ -148,3 +161,75 @@ def test_demo_on_a_local_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
     assert [len(side["texts"]) for side in (dense, lorc)] == [1, 1]
     for word in ("dense", "lorc", "tokens/s", "bytes per token", "added loss", "the sea"):
         assert word in text
+
+
+QUICK = ("--dtype", "fp32", "--calibration", "none", "--precision", "int8", "--tokens", "256")
+
+
+def test_autotune_goes_on_where_it_was_interrupted(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LORC_CACHE", str(tmp_path))
+    asked = ("autotune", "--model", str(checkpoint), "--basis", "identity", *QUICK)
+    inner = tune.clock
+    rounds: list[int] = []
+
+    def clock(device: Any, calls: Any, repeats: int) -> list[float]:
+        rounds.append(len(calls))
+        if len(rounds) == 2:
+            raise KeyboardInterrupt
+        return inner(device, calls, 1)
+
+    monkeypatch.setattr(autotune, "run", partial(autotune.run, timer=clock))
+    found: list[Any] = []
+    looked = autotune.readers
+
+    def readers(*given: Any) -> Any:  # the model is compiled once: the same readers in all runs
+        if not found:
+            found.append(looked(*given))
+        return found[0]
+
+    monkeypatch.setattr(autotune, "readers", readers)
+    code, text = run(*asked, "--batch", "1,3")
+    assert code == 130 and "Interrupted." in text
+    (file,) = (tmp_path / "tuned").iterdir()
+    assert [e["done"] for e in json.loads(file.read_text())["entries"]] == [False]
+    code, text = run(*asked, "--batch", "1,3", "--json", str(tmp_path / "out.json"))
+    assert code == 0, text
+    entries = json.loads(file.read_text())["entries"]
+    assert [e["done"] for e in entries] == [True] * 4, "with a mask and without, one row and three"
+    assert all("8 query heads, 1 queries; keys 8 x 8 of 64 columns packed" in e["reader"] for e in entries)
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert result["file"] == str(file) and len(result["entries"]) == 4
+    assert file.name in text and "the default" in text
+    done, before = len(rounds), file.read_text()
+    both = ("--batch", "1,3")
+    assert run(*asked, *both)[0] == 0 and len(rounds) == done and file.read_text() == before, "nothing is timed twice"
+    assert run(*asked, *both, "--again")[0] == 0 and len(rounds) > done
+
+
+def test_autotune_without_a_reader_or_a_place_to_write(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LORC_CACHE", str(tmp_path))
+    monkeypatch.setattr(autotune, "run", partial(autotune.run, timer=lambda device, calls, repeats: [1.0] * len(calls)))
+    asked = ("autotune", "--model", str(checkpoint), *QUICK)
+    code, text = run(*asked)
+    assert code == 0 and "Nothing to tune" in text, "rotated keys are decoded as a whole"
+    code, text = run(*asked, "--basis", "identity", "--output", "/proc/none/tuned.json")
+    assert code == 2 and "output='/proc/none/tuned.json' is not allowed" in text
+    own = tmp_path / "own.json"
+    code, text = run(*asked, "--basis", "identity", "--output", str(own))
+    assert code == 0 and json.loads(own.read_text())["entries"] and str(own) in text
+
+
+def test_autotune_reads_a_plan(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORC_CACHE", str(tmp_path))
+    monkeypatch.setattr(autotune, "run", partial(autotune.run, timer=lambda device, calls, repeats: [1.0] * len(calls)))
+    plan = tmp_path / "plan.json"
+    model, _ = models.load_model(checkpoint, torch.float32)
+    known = {"basis": "identity", "calibration": "none", "precision": "int8"}
+    make_plan(model, torch.arange(16)[None], options=known).save(plan)
+    asked = ("autotune", "--model", str(checkpoint), "--plan", str(plan), "--dtype", "fp32", "--tokens", "256")
+    code, text = run(*asked, "--calibration", "none")
+    assert code == 0 and "64 columns packed" in " ".join(text.split()), text

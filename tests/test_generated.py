@@ -18,7 +18,7 @@ import torch
 from bench.attention_cases import Case, build, decoder_of
 from bench.kernel_runs import BUILDS, SHARED, TARGETS, TOLERANCE, VALUES
 from lorc_fx.errors import KernelWarning
-from lorc_fx.kernels import launch, tiled
+from lorc_fx.kernels import launch, row_source, tiled
 from lorc_fx.kernels.config import Config
 from lorc_fx.kernels.expressions import NotGenerated
 from lorc_fx.kernels.generator import generate
@@ -26,7 +26,7 @@ from lorc_fx.kernels.numbered import Constant
 from lorc_fx.kernels.symbolic import epilogue_of
 
 needs_triton = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="Triton is not installed (the extra `gpu`)"
+    importlib.util.find_spec("triton") is None, reason="Triton is not installed: it is for Linux on x86_64"
 )
 QUICK = [("sm_90", "rotary"), ("gfx942", "mixed bits")]
 """Builds of the default run; the others are slow."""
@@ -146,6 +146,18 @@ def test_sources_are_the_same_for_equal_readers_and_say_what_they_are():
     assert first != source(queries=4)
     assert "keys: 1 heads of 64, rows ((32, 8), (16, 4)), decoded" in first
     compile(first, "generated", "exec")
+
+
+def test_strides_are_known_to_be_multiples_of_a_formats_alignment():
+    def source(*segments: tuple[int, int]) -> str:
+        about, query, keys, values, extras = build(Case(keys=segments, values=segments))
+        made = generate(about, launch.given_of(about, query, keys, values, extras), Config())
+        stride = launch.operands(about, made, keys, values, extras)[1]
+        assert stride * row_source.unit(about.keys.format) == keys.rows.stride(0)
+        return made.source
+
+    assert "k_at = i * (k_t * 2)" in source((33, 8)) and "v_at = i * (v_t * 4)" in source((3, 0), (33, 8))
+    assert "k_at = i * (k_t)" in source((32, 0))
 
 
 def test_only_masks_bring_conditions_and_wide_queries_are_loaded_block_by_block():

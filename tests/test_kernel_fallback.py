@@ -19,17 +19,23 @@ from unittest import mock
 
 import pytest
 import torch
+from families import FAMILIES
 
 from bench.attention_cases import Case, build
 from bench.kernel_runs import difference
+from helpers import compiled, generate, new_cache, prompt
 from lorc_fx.errors import KernelWarning
 from lorc_fx.kernels import fallback, launch, native, reference, tiled
 from lorc_fx.kernels.config import Config
 from lorc_fx.kernels.expressions import NotGenerated
+from lorc_fx.packing import Segment
+from lorc_fx.passes import attention
+from lorc_fx.records import Plan, PlannedSite
 
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed (the extra `gpu`)"
 )
+KINDS = ("key", "value")
 DIMS, RANKS = (1, 3, 48, 100, 257, 512), (1, 7, 33, 65)
 SIZES = {
     f"heads of {dim}, rank {rank}, {bits} bits": Case(
@@ -63,6 +69,7 @@ def nothing_known(monkeypatch, tmp_path):
     """No reader was met before, and kernels are kept elsewhere."""
     monkeypatch.setenv("LORC_KERNEL_CACHE", str(tmp_path))
     monkeypatch.setattr(launch, "_made", {})
+    monkeypatch.setattr(launch, "_smaller", {})
     monkeypatch.setattr(fallback, "_said", set())
 
 
@@ -162,6 +169,29 @@ def test_what_is_no_matter_of_compiling_is_raised():
     failing = Device(lambda config: RuntimeError("CUDA error: an illegal memory access was encountered"))
     with failing.installed(), pytest.raises(RuntimeError, match="illegal memory access"):
         launch.attend(*given)
+
+
+def test_a_models_layers_are_named(clean, monkeypatch):
+    """Two kinds of layers, three of one and one of another: two readers, each said once with the sites it has."""
+    real = tiled.attend
+
+    def on_a_gpu(*given):
+        with mock.patch.object(tiled, "attend", real):
+            return launch.attend(*given)
+
+    monkeypatch.setattr(tiled, "attend", on_a_gpu)
+    monkeypatch.setattr(attention, "PLAIN", True)
+    model = FAMILIES["gpt2"].build(layers=4)
+    sites = [PlannedSite(i, k, 32, (Segment(8 if i else 9, 0),), 1, 0, 0, None, 1.0) for i in range(4) for k in KINDS]
+    compiled(model, plan=Plan(tuple(sites)))
+    ids, mask = prompt(2, 7, 0)
+    with not_generated(), warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        generate(model, ids, mask, new_cache(model, "dynamic", 10), new=3)
+    found = sorted(str(w.message).split(" (", 1)[0] for w in said if w.category is KernelWarning)
+    start = "no kernel for attention at layer"
+    assert found == [f"{start} 0 key and layer 0 value", f"{start} 1 key and layer 1 value"]
+    assert sum("(and 2 more like it)" in str(w.message) for w in said) == 1
 
 
 # -- smaller kernels first --------------------------------------------------------------------------------------------

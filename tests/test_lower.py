@@ -138,7 +138,7 @@ def test_explain_says_how(name, attn, clean, lowering):
     model = build(name, attn)
     ids, mask = prompt(2, TOKENS)
     given = {"attention_mask": mask, cache_name(model): new_cache(model), "use_cache": True}
-    report = examined(model, (ids,), given, Options(ratio=0.5, scheduler="uniform"))
+    report = examined(model, (ids,), given, Options(ratio=0.5, scheduler="uniform", basis="joint"))
     assert {s.kind: s.lowering for s in report.sites} == {
         kind: "latent" if kind in CASES[name, attn] else how for kind in ("key", "value")
     }

@@ -36,8 +36,9 @@ def test_defaults_learn_from_the_first_prompt():
     assert (options.calibration, options.scheduler, options.precision) == ("first-prompt", "loss", "auto")
     paper = Options.parse(PAPER)
     assert {name: getattr(paper, name) for name in PAPER} == dict(PAPER)
-    assert paper == Options(calibration="none"), "without data the defaults are the paper's"
-    assert options.inner == "inductor" and options.objective == "balanced" and options.strict is False
+    assert paper == Options(calibration="none", basis="joint"), "without data the defaults are the paper's"
+    assert (options.basis, options.objective) == ("auto", "balanced")
+    assert options.inner == "inductor" and options.strict is False
 
 
 def backend(gm, inputs):

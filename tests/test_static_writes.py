@@ -108,3 +108,19 @@ def test_a_write_that_is_not_understood_is_right_and_said(name: str) -> None:
         assert_close(kind, whole[:, :, :9], truth[:, :, :9], 1e-5)  # rows that nothing has written are masked
     coded = all(isinstance(t, LatentKV) and t.tail is None for t in cache)
     assert coded or [w for w in caught if issubclass(w.category, LorcWarning)], "it became dense in silence"
+
+
+@pytest.mark.parametrize("basis", ["joint", "identity"])
+def test_caches_of_several_lengths_under_inductor(basis: str) -> None:
+    """A length that varies is a symbol, found to be equal to others; none of those may be in the rewritten graph."""
+    model = FAMILIES["llama-gqa"].build(layers=1)
+    plain, ids = copy.deepcopy(model), prompt(1, 12)[0]
+    compiled(model, ratio=1.0, precision="model", basis=basis, calibration="none", inner="inductor")
+    with torch._inductor.config.patch(force_disable_caches=True):
+        for room in (20, 33, 47):
+            cache = new_cache(model, "static", room)
+            got = piecewise(model, ids, cache, [9, 10, 12])
+            assert_close(
+                f"room for {room}", got, piecewise(plain, ids, new_cache(plain, "static", room), [9, 10, 12]), 1e-4
+            )
+            latents(cache)
