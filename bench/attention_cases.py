@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -100,6 +101,7 @@ ROTARY: dict[str, Callable[..., torch.Tensor]] = {
 NORMS: dict[str, Callable[..., torch.Tensor]] = {"rms": rms, "layer": layer_norm, "l2": l2}
 
 
+@functools.cache
 def decoder_of(rotary: str | None, norm: str | None, heads: int, dim: int, dtype: torch.dtype) -> tuple[Decoder, tuple]:
     """The decoder and its constants."""
     consts = []
