@@ -13,7 +13,6 @@ import importlib.util
 import os
 import sys
 import tempfile
-import warnings
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -21,11 +20,11 @@ from typing import Any
 
 import torch
 
-from lorc_fx.errors import KernelWarning
 from lorc_fx.logs import show
 
 from . import (
     expressions,
+    fallback,
     fixed_source,
     generator,
     numbered,
@@ -56,7 +55,8 @@ BLOCK_BYTES = 65536
 _WRITERS = (expressions, fixed_source, generator, numbered, operand_source, row_source, symbolic, terms)
 _Made = tuple[Kernel, ModuleType]
 _Call = tuple[torch.Tensor, Stored, Stored, tuple[torch.Tensor, ...]]
-_made: dict[tuple[Any, ...], _Made | None] = {}
+_made: dict[tuple[Any, ...], _Made | Config | None] = {}
+"""By what a kernel is made for: the kernel, a smaller config where the device has no room for it, or None."""
 _seen: dict[Given, Given] = {}
 
 
@@ -71,7 +71,8 @@ def attend(
     """The op's result [B, H, S, D_v] in the query's dtype. ``config``: what to use instead of what a tuner found best
     or, where none did, of the default.
 
-    Warns (``KernelWarning``), once per reader, where there is no kernel for it: then ``tiled`` computes it.
+    Where the device has too little room for a kernel, smaller ones are tried. Warns (``KernelWarning``), once per
+    reader, where there is no kernel for it: then ``tiled`` computes it.
     """
     given = given_of(about, query, keys, values, extras)
     given = _seen.setdefault(given, given)  # then tables find it by identity
@@ -90,20 +91,31 @@ def attend(
 
 
 def _tried(about: Attend, given: Given, config: Config, call: _Call, instead: str) -> torch.Tensor | None:
-    """The result, or None (said once) where this config gives no kernel. ``instead``: what runs then."""
-    key = _key(about, given, config, call[0].device)
-    if key not in _made or _made[key] is not None:
+    """The result by this config, or a smaller one where the device has no room for it; None (said once) where there is
+    no kernel. ``instead``: what runs then."""
+    while True:
+        key = _key(about, given, config, call[0].device)
+        if key in _made and _made[key] is None:
+            return None
+        known = _made.get(key)
+        if isinstance(known, Config):
+            config = known
+            continue
         try:
             return _kept(key, about, given, config, *call)
         except (NotGenerated, ImportError) as error:
             _made[key] = None
-            _warn(about, str(error), instead)
+            fallback.warn(about, error, config, None, instead)
+            return None
         except Exception as error:  # Triton compiles at the first launch
-            if not of_compiling(error):
+            if not fallback.of_compiling(error):
                 raise
-            _made[key] = None
-            _warn(about, f"it does not compile ({type(error).__name__}: {error})", instead)
-    return None
+            made = _made.get(key)
+            source = made[1].__file__ if isinstance(made, tuple) else None
+            _made[key] = fallback.smaller(config) if fallback.too_large(error) else None
+            if _made[key] is None:
+                fallback.warn(about, error, config, source, instead)
+                return None
 
 
 def exactly(
@@ -116,7 +128,7 @@ def exactly(
     extras: tuple[torch.Tensor, ...],
 ) -> torch.Tensor:
     """The op's result by the kernel of this config and no other. Raises NotGenerated or ImportError where there is
-    none, and what Triton raises (``of_compiling`` tells) where it does not compile."""
+    none, and what Triton raises (``fallback.of_compiling`` tells) where it does not compile."""
     return _kept(_key(about, given, config, query.device), about, given, config, query, keys, values, extras)
 
 
@@ -132,7 +144,7 @@ def _kept(
 ) -> torch.Tensor:
     """``exactly``, with a kernel that is made once for ``key``."""
     made = _made.get(key)
-    if made is None:
+    if not isinstance(made, tuple):
         made = _made[key] = _make(about, given, config)
     with torch.cuda.device(query.device) if query.is_cuda else contextlib.nullcontext():
         return _run(about, given, config, made, query, keys, values, extras)
@@ -259,17 +271,6 @@ def load(source: str, key: str, kind: str = "attend") -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def of_compiling(error: Exception) -> bool:
-    """Whether a launch failed before it began: one of Triton's own errors, or a pass of its compiler."""
-    return type(error).__module__.split(".")[0] == "triton" or "PassManager::run" in str(error)
-
-
-def _warn(about: Attend, why: str, instead: str) -> None:
-    reader = f"keys of {about.keys.words}; values of {about.values.words}"
-    how = f"The tuned config is not used, but {instead}" if instead else "It runs in plain torch, tile by tile"
-    warnings.warn(f"no kernel for attention over {reader}: {why}. {how}.", KernelWarning, stacklevel=5)
 
 
 # -- a launch ---------------------------------------------------------------------------------------------------------

@@ -36,7 +36,11 @@ def library() -> Any:
         made = compile_cpp("\n".join((Path(__file__).parent / name).read_text() for name in ("rows.cpp", "attend.cpp")))
     except Exception as error:  # whatever the compiler or its absence raises
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-        text = f"rows.cpp does not compile ({reason}); attention over stored rows runs in torch ops, which is slower"
+        text = (
+            f"rows.cpp does not compile ({reason}); attention over stored rows runs in torch ops, all of it: as right, "
+            "but slower. Any C++ compiler that inductor takes will do: install g++ or clang++, or set CXX, and start "
+            "again."
+        )
         warnings.warn(text, KernelWarning, stacklevel=2)
         return None
     number, where = ctypes.c_int64, ctypes.c_void_p

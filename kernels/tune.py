@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from . import launch, tiled, tuned, words
+from . import fallback, launch, tiled, tuned, words
 from .attend import WATCHERS, Attend
 from .config import Config, Given, Kernel, Tile, latent
 from .expressions import NotGenerated
@@ -343,6 +343,6 @@ def _timed(side: Side, configs: Sequence[Any], repeats: int, timer: Clock) -> li
     except (NotGenerated, ImportError):
         return None
     except Exception as error:
-        if not launch.of_compiling(error):
+        if not fallback.of_compiling(error):
             raise
         return None

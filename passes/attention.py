@@ -21,6 +21,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from lorc_fx.codec import Codec
+from lorc_fx.kernels import fallback
 from lorc_fx.kernels.attend import CODEC_TENSORS, Attend, Extra, Operand, intern
 
 from .axes import Axes, arg, shape
@@ -54,9 +55,11 @@ _CASTS = {aten.to.dtype, aten._to_copy.default, aten.clone.default, aten.contigu
 
 @dataclass(frozen=True)
 class Reading:
-    """An attention to emit over rows: what it is, its operands, and the nodes that scores meet."""
+    """An attention to emit over rows: what it is, which sites it reads, its operands, and the nodes that scores
+    meet."""
 
     about: Attend
+    name: str
     query: Node
     key: Seen
     value: Seen
@@ -66,6 +69,7 @@ class Reading:
         keys, values = (self._stored(r, seen, o) for seen, o in zip(self.seen, self.operands, strict=True))
         extras = [r.env_value(n) for n in self.extras]
         r.attends.append(self.about)
+        fallback.used_at(self.about, self.name)
         query = r.env_value(self.query)
         made = r.call(torch.ops.lorc.attend.default, query, *keys, *values, extras, self.about.digest)
         kind = node.meta["val"].dtype
@@ -128,7 +132,9 @@ def find_attention(
         return None
     sinks = tuple(n for n in [more.pop("sink_node", None)] if n is not None)
     about = intern(Attend(key, value, program, tuple(Extra(t) for _, t in extras), **more))
-    return Reading(about, query, seen[0], seen[1], (*(n for n, _ in extras), *sinks))
+    read = {s.group for s in seen if s is not None}
+    name = " and ".join(s.name for s in matched.sites if s.group.find() in read) or f"`{node.name}`"
+    return Reading(about, name, query, seen[0], seen[1], (*(n for n, _ in extras), *sinks))
 
 
 Operands = tuple[tuple[Node, Axes], tuple[Node, Axes]]
