@@ -219,6 +219,20 @@ def test_what_fits_is_found_without_a_word_and_remembered(fits):
     assert len({*device.tried}) == tried - 1, "no config is tried twice before it"
 
 
+def test_a_tuner_gets_the_config_that_it_asks_for_or_an_error():
+    """... also where the launcher has gone on to a smaller one; and splits are those of the config at hand."""
+    given = build(CASE)
+    device = Device(lambda config: LARGE if config.stages > 1 else None)
+    large = Config(tokens=32, stages=2)
+    with device.installed():
+        for splits in (3, 5):
+            launch.attend(*given, config=replace(large, splits=splits))
+            assert device.tried[-1] == replace(large, stages=1, splits=splits)
+        with pytest.raises(OutOfResources):
+            launch.exactly(given[0], launch.given_of(*given), large, *given[1:])
+    assert device.tried[-1] == large
+
+
 def test_a_smaller_kernel_that_does_not_compile_is_given_up():
     device = Device(lambda config: BROKEN if config.stages == 1 else LARGE)
     given = build(CASE)
