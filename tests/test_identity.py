@@ -163,7 +163,9 @@ def test_it_is_the_oracle(name, clean, many_shapes):
         ("balanced", 0.45, (True, False)),
         ("bytes", 0.45, (False, False)),
         ("time", 0.45, (True, True)),
-        ("time", 0.25, (True, False)),  # two scales more than a quarter of fp32
+        ("time", 0.25, (True, True)),  # two scales more than a quarter of fp32: values have six bits
+        ("time", 0.22, (True, False)),
+        ("time", 0.2, (False, False)),
     ],
 )
 def test_objectives(objective, ratio, kept, clean):
