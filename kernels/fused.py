@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import operator
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -67,15 +68,34 @@ MULTIPLY, ADD, TANH, ADD_EXTRA, MULTIPLY_EXTRA, KEEP_WHERE, KEEP_UNLESS = range(
 
 # -- what scores pass through ------------------------------------------------------------------------------------------
 
-_CHAINS: WeakKeyDictionary[Attend, Any] = WeakKeyDictionary()
+
+@dataclass(frozen=True)
+class Chain:
+    """A program as ``attend.cpp`` takes it. steps: an array of ``count``. flags: the extras that steps take as flags;
+    they take the others as fp32."""
+
+    steps: Any
+    count: int
+    flags: frozenset[int]
 
 
-def chain(about: Attend) -> Any:
-    """The program as an array of steps and how many there are, or None where it is more than a chain."""
+_CHAINS: WeakKeyDictionary[Attend, Chain | None] = WeakKeyDictionary()
+
+
+def chain(about: Attend) -> Chain | None:
+    """The program of scores, or None where it is more than a chain, or one extra is taken both as flags and as
+    numbers."""
     if about not in _CHAINS:
-        found = _chain(about.scores, len(about.extras))
-        _CHAINS[about] = None if found is None else ((_Step * max(len(found), 1))(*found), len(found))
+        steps = _chain(about.scores, len(about.extras))
+        _CHAINS[about] = None if steps is None else _laid_out(steps)
     return _CHAINS[about]
+
+
+def _laid_out(steps: list[_Step]) -> Chain | None:
+    flags = frozenset(s.extra for s in steps if s.kind in (KEEP_WHERE, KEEP_UNLESS))
+    if any(s.kind in (ADD_EXTRA, MULTIPLY_EXTRA) and s.extra in flags for s in steps):
+        return None
+    return Chain((_Step * max(len(steps), 1))(*steps), len(steps), flags)
 
 
 def _chain(program: GraphModule, extras: int) -> list[_Step] | None:
@@ -118,7 +138,7 @@ def _step(node: Node, now: Node, extras: dict[Node, int]) -> _Step | None:
     if args[0] is not now or not _number(other):
         return None
     if target in (operator.truediv, torch.div, aten.div.Tensor, aten.div.Scalar):
-        return _Step(MULTIPLY, 0, 1 / other)
+        return _Step(MULTIPLY, 0, 1 / other) if other else None
     if target in (operator.sub, torch.sub, aten.sub.Tensor, aten.sub.Scalar):
         return _Step(ADD, 0, -other)
     return None
@@ -189,12 +209,14 @@ def attend(
 ) -> torch.Tensor:
     """The op's result [B, H, S, D_v] in the query's dtype. The caller has seen that the scores' program is a ``chain``
     and that ``native`` reads both operands' rows. ``chunk``: tokens at a time."""
-    program, steps = chain(about)
+    program = chain(about)
+    assert program is not None
     batch, heads, queries, _ = query.shape
-    assert keys.rows.shape[1] == values.rows.shape[1] == batch, f"{keys.rows.shape[1]} rows for {batch} of queries"
+    total = keys.rows.shape[0]
+    assert keys.rows.shape[:2] == values.rows.shape[:2] == (total, batch), "keys, values and queries of other sizes"
     q, offset = _asked(about.keys, keys, query)
-    held = [e if e.dtype in (torch.bool, torch.float32) else e.float() for e in extras]
-    met = (_Extra * max(len(held), 1))(*(_extra(e) for e in held))
+    held = [e.to(torch.bool if i in program.flags else torch.float32) for i, e in enumerate(extras)]
+    met = (_Extra * max(len(held), 1))(*(_extra(e, (batch, heads, queries, total)) for e in held))
     sink = ctypes.byref(met, (len(held) - 1) * ctypes.sizeof(_Extra)) if about.sink else None
     left = _rows(keys, about.keys.format, native.blocks(about.keys))
     right = _rows(values, about.values.format, native.blocks(about.values))
@@ -208,8 +230,8 @@ def attend(
         queries,
         q.data_ptr(),
         None if offset is None else offset.data_ptr(),
-        program,
-        steps,
+        program.steps,
+        program.count,
         met,
         -1 if about.masks is None else about.masks,
         sink,
@@ -222,7 +244,10 @@ def attend(
     return _answered(about.values, values, out, share, (batch, heads, queries)).to(query.dtype)
 
 
-def _extra(tensor: torch.Tensor) -> _Extra:
+def _extra(tensor: torch.Tensor, sizes: tuple[int, ...]) -> _Extra:
+    own = tensor.shape
+    fits = all(n in (1, most) for n, most in zip(own, sizes[4 - len(own) :], strict=True))
+    assert fits, f"{tuple(own)} is not broadcast to {sizes}"  # it would be read where it is not
     return _Extra(tensor.data_ptr(), tensor.dtype == torch.bool, *strides(tensor))
 
 

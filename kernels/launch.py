@@ -102,7 +102,7 @@ def _tried(about: Attend, given: Given, config: Config, call: _Call, instead: st
         if key in _made and _made[key] is None:
             return None
         try:
-            return _kept(key, about, given, config, *call)
+            return _kept(key, about, given, config, call)
         except Exception as error:  # Triton compiles at the first launch
             if not (isinstance(error, (NotGenerated, ImportError)) or fallback.of_compiling(error)):
                 raise
@@ -125,25 +125,17 @@ def exactly(
 ) -> torch.Tensor:
     """The op's result by the kernel of this config and no other. Raises NotGenerated or ImportError where there is
     none, and what Triton raises (``fallback.of_compiling`` tells) where it does not compile."""
-    return _kept(_key(about, given, config, query.device), about, given, config, query, keys, values, extras)
+    key = _key(about, given, config, query.device)
+    return _kept(key, about, given, config, (query, keys, values, extras))
 
 
-def _kept(
-    key: tuple[Any, ...],
-    about: Attend,
-    given: Given,
-    config: Config,
-    query: torch.Tensor,
-    keys: Stored,
-    values: Stored,
-    extras: tuple[torch.Tensor, ...],
-) -> torch.Tensor:
+def _kept(key: tuple[Any, ...], about: Attend, given: Given, config: Config, call: _Call) -> torch.Tensor:
     """``exactly``, with a kernel that is made once for ``key``."""
-    made = _made.get(key)
+    query, made = call[0], _made.get(key)
     if made is None:
         made = _made[key] = _make(about, given, config)
     with torch.cuda.device(query.device) if query.is_cuda else contextlib.nullcontext():
-        return _run(about, given, config, made, query, keys, values, extras)
+        return _run(about, given, config, made, *call)
 
 
 def _key(about: Attend, given: Given, config: Config, device: torch.device) -> tuple[Any, ...]:

@@ -195,6 +195,45 @@ def test_what_is_a_chain(name):
     assert_close("out", tiled.attend(about, query, keys, values, extras).double(), want, 1e-5)
 
 
+def test_a_quotient_by_zero_is_no_chain():
+    about, *_ = build(case(form="identity", scores="add"))
+    assert fused.chain(replace(about, scores=symbolic_trace(lambda scores, extra0: scores / 0 + extra0))) is None
+
+
+TAKEN = {
+    "flags as a number": (lambda s, e: s + e, torch.bool, True),
+    "flags as a factor": (lambda s, e: s * e, torch.bool, True),
+    "whole numbers": (lambda s, e: s * 0.5 + e, torch.int64, True),
+    "bytes as flags": (lambda s, e: torch.where(e, s, -50.0), torch.uint8, True),
+    "as both": (lambda s, e: torch.where(e, s, -50.0) + e, torch.bool, False),
+}
+
+
+@pytest.mark.filterwarnings("ignore:where received a uint8 condition")
+@pytest.mark.parametrize("name", TAKEN)
+def test_extras_are_taken_as_the_program_takes_them(name):
+    """Whatever dtype they come in: read as another one they would be other numbers, or memory that is not theirs."""
+    function, dtype, simple = TAKEN[name]
+
+    def program(scores, extra0):
+        return function(scores, extra0)
+
+    about, query, keys, values, extras = build(case(form="identity", scores="add"))
+    about = replace(about, scores=symbolic_trace(program))
+    extras = (torch.randint(0, 2, extras[0].shape, generator=torch.Generator().manual_seed(5)).to(dtype),)
+    assert (fused.chain(about) is not None) == simple
+    want = reference.attend(about, query, keys, values, extras)
+    assert_close("out", tiled.attend(about, query, keys, values, extras).double(), want, 1e-5)
+
+
+def test_what_does_not_fit_is_not_read():
+    about, query, keys, values, extras = build(case(form="identity", scores="bool"))
+    with pytest.raises(AssertionError, match="is not broadcast to"):
+        fused.attend(about, query, keys, values, (extras[0][..., :-1],))
+    with pytest.raises(AssertionError, match="of other sizes"):
+        fused.attend(about, query, keys, replace(values, rows=values.rows[:-1]), extras)
+
+
 def test_a_query_that_sees_nothing(way):
     """SDPA gives zeros, a softmax of nothing but -inf NaN."""
     about, query, keys, values, extras = build(case(scores="bool", batch=2))
