@@ -2,7 +2,7 @@
 
     python -m bench.plots [--out docs/figures]
 
-Reads ``bench/results/decode*.json``; a figure has a panel per model. The commands that made the files are in them.
+Reads ``decode.json`` and ``decode-*.json`` in ``bench/results``; a figure has a panel per model. The commands that made the files are in them.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ FIGURES: dict[str, tuple[Callable[[Row], float], str, Callable[[Row], bool]]] = 
 
 
 def rows(folder: Path = RESULTS) -> list[Row]:
-    """All rows; of a case that was measured twice the one of the file that comes first by name."""
+    """All rows; of a case that was measured twice the one of the file that comes first."""
     found: dict[tuple[Any, ...], Row] = {}
-    for path in sorted(folder.glob("decode*.json")):
+    for path in (folder / "decode.json", *sorted(folder.glob("decode-*.json"))):
         for row in json.loads(path.read_text())["rows"]:
             case = tuple(row[k] for k in ("model", "dtype", "layers", "batch", "tokens", "variant"))
             found.setdefault(case, row)
