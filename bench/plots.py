@@ -2,7 +2,8 @@
 
     python -m bench.plots [--out docs/figures]
 
-Reads ``decode.json`` and ``decode-*.json`` in ``bench/results``; a figure has a panel per model. The commands that made the files are in them.
+Reads ``decode.json`` and ``decode-*.json`` in ``bench/results``; a figure has a panel per model. The commands that made
+the files are in them.
 """
 
 from __future__ import annotations
