@@ -5,6 +5,7 @@ from .bases import register_basis
 from .cache_file import load_cache, save_cache
 from .calibrate import calibrate
 from .calibration import Calibration
+from .certify import Certificate, certify
 from .errors import LorcError, LorcWarning
 from .latent import LatentKV, cache_nbytes
 from .options import PAPER, Options
@@ -21,6 +22,7 @@ __version__ = "0.1.0"
 __all__ = [
     "PAPER",
     "Calibration",
+    "Certificate",
     "Fidelity",
     "LatentKV",
     "LorcError",
@@ -32,6 +34,7 @@ __all__ = [
     "Report",
     "cache_nbytes",
     "calibrate",
+    "certify",
     "explain",
     "fidelity",
     "load_cache",

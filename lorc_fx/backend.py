@@ -97,7 +97,7 @@ def make_codecs(gm: GraphModule, example_inputs: Sequence[Any], options: Options
     if not any(map(_may_hold_tokens, map(compat.example_value, placeholders(gm)))):
         return
     try:
-        canonical, matched, arguments = _read(gm, example_inputs, options)
+        canonical, matched, arguments = read_graph(gm, example_inputs, options)
     except LorcError:
         raise
     except Exception:
@@ -105,7 +105,7 @@ def make_codecs(gm: GraphModule, example_inputs: Sequence[Any], options: Options
     Builder(canonical, matched, options).codecs(arguments)
 
 
-def _read(
+def read_graph(
     gm: GraphModule, example_inputs: Sequence[Any], options: Options
 ) -> tuple[GraphModule, Matched, Sequence[Any]]:
     """The canonical graph, what matching found in it, and the arguments that it takes."""
@@ -135,7 +135,7 @@ def examine(
     gm: GraphModule, example_inputs: Sequence[Any], options: Options
 ) -> tuple[list[dict[str, Any]], tuple[Miss, ...], Plan]:
     """The same steps up to the codecs, for reports: one dict per site (fields of ``report.SiteReport``)."""
-    canonical, matched, example_inputs = _read(gm, example_inputs, options)
+    canonical, matched, example_inputs = read_graph(gm, example_inputs, options)
     builder = Builder(canonical, matched, options)
     prepared, plan = builder.planned(matched.sites, example_inputs)
     codecs = builder.made(prepared, plan, example_inputs)
@@ -173,7 +173,7 @@ def examine(
 def plans(gm: GraphModule, example_inputs: Sequence[Any], many: Sequence[Options]) -> list[Plan]:
     """A plan for each of ``many`` options that differ in how bytes are given and spent only: weights are factorised
     once. Raises what planning raises."""
-    canonical, matched, example_inputs = _read(gm, example_inputs, many[0])
+    canonical, matched, example_inputs = read_graph(gm, example_inputs, many[0])
     builder = Builder(canonical, matched, many[0])
     prepared = builder.prepared(matched.sites, example_inputs)
     return [complete(prepared, builder.plan(prepared, options)) for options in many]

@@ -79,19 +79,19 @@ def calibrate(
     better, and as dear as training on the text. Raises BadCalibration for no text, no sites, or activations that are
     not finite.
     """
-    from .report import _uncompiled, check_loaded
+    from .report import check_loaded, uncompiled
 
     check_loaded(model)
     gatherer = Gatherer(gradients)
     torch._dynamo.reset()
-    compiled = torch.compile(_uncompiled(model), backend=gatherer)
+    compiled = torch.compile(uncompiled(model), backend=gatherer)
     items = _self_written(model) if isinstance(batches, str) and batches == "self" else batches
     if isinstance(items, str) or not isinstance(items, Iterable):
         raise BadCalibration(repr(batches), "it is neither an iterable of inputs nor 'self'")
     seen = 0
     with _shown(progress) as advance, torch.set_grad_enabled(gradients):
         for batch in items:
-            inputs = _inputs(batch, model)
+            inputs = inputs_of(batch, model)
             mask = inputs.get("attention_mask")
             gatherer.real = mask.bool().cpu() if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
             out = compiled(**inputs)
@@ -116,7 +116,7 @@ def calibrate(
     return found
 
 
-def _inputs(batch: Any, model: Any) -> dict[str, Any]:
+def inputs_of(batch: Any, model: Any) -> dict[str, Any]:
     """Keyword arguments of one call. Raises BadCalibration for token ids that the model does not have."""
     if isinstance(batch, torch.Tensor):
         ids = batch.reshape(1, -1) if batch.dim() == 1 else batch

@@ -105,6 +105,17 @@ class BadCalibration(LorcError, ValueError):
         )
 
 
+class BadCertificate(LorcError, ValueError):
+    """A model that ``certify`` cannot say anything about."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        super().__init__(
+            f"This model cannot be certified: {reason}. Allowed: a decoder that fills a cache, traced in one graph, "
+            "whose logits come from it; lorc_fx.explain(model, ...) says what is found in it, and where graphs break."
+        )
+
+
 # ------------------------------------------------------------------------------------------- budget and schedule
 
 

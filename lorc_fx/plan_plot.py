@@ -64,13 +64,19 @@ def draw(result: dict[str, Any], path: Path, unit: str) -> tuple[Path, Path]:
         bottom.set_xlabel(f"cache bytes per token, % of dense ({result['dense_bytes']:,} bytes)")
         figure.align_ylabels()
         figure.tight_layout()
-        png, svg = paths(path)
-        for target, kind in ((png, "png"), (svg, "svg")):
-            with replaced(target) as partial:
-                about = {"Date": None} if kind == "svg" else None  # equal figures give equal files
-                figure.savefig(partial, format=kind, dpi=DPI, facecolor="white", metadata=about)
-        pyplot.close(figure)
-    return png, svg
+        return save(figure, paths(path))
+
+
+def save(figure: Any, targets: tuple[Path, Path]) -> tuple[Path, Path]:
+    """Write a figure as ``targets`` (PNG and SVG), each replaced whole, and close it. Raises OSError."""
+    from matplotlib import pyplot
+
+    for target, kind in zip(targets, ("png", "svg"), strict=True):
+        with replaced(target) as partial:
+            about = {"Date": None} if kind == "svg" else None  # equal figures give equal files
+            figure.savefig(partial, format=kind, dpi=DPI, facecolor="white", metadata=about)
+    pyplot.close(figure)
+    return targets
 
 
 def _line(axis: Any, x: Sequence[float], y: Sequence[float], colour: str, marker: str, label: str) -> None:

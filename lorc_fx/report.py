@@ -227,7 +227,7 @@ def traced(
             failed.append(error)
         return gm.forward
 
-    compiled = torch.compile(_uncompiled(model), backend=record)
+    compiled = torch.compile(uncompiled(model), backend=record)
     with torch.no_grad():
         compiled(*args, **kwargs)
     if failed:
@@ -241,7 +241,7 @@ def check_loaded(model: torch.nn.Module) -> None:
         raise UnloadedWeights(unloaded)
 
 
-def _uncompiled(model: torch.nn.Module) -> Any:
+def uncompiled(model: torch.nn.Module) -> Any:
     """The model's own forward, whether or not it was compiled in place."""
     module = getattr(model, "_orig_mod", model)
 

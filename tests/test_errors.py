@@ -21,6 +21,10 @@ CASES = {
         errors.UnknownBackend("inductr", ["inductor", "eager"]),
         ["'inductr'", "Did you mean 'inductor'?", "eager, inductor"],
     ),
+    "BadCertificate": (
+        errors.BadCertificate("it is traced in several graphs"),
+        ["several graphs", "traced in one graph", "lorc_fx.explain"],
+    ),
     "BadCalibration": (
         errors.BadCalibration("a.safetensors", "it is too old"),
         ["a.safetensors", "too old", "lorc_fx.calibrate"],

@@ -1,0 +1,122 @@
+"""Bounds on attention: from errors of keys to errors of scores, of weights, and of what is summed.
+
+Letters: H heads, S queries, T cached tokens, D head dim. All in fp64 and vectorised over leading dims.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .roundoff import SLACK
+
+
+def score_error(
+    query: torch.Tensor, key_error: torch.Tensor, scale: float, query_error: torch.Tensor | None = None,
+    key: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """|s' - s| for s = scale q k^T: [.., S, T] from ``query`` [.., S, D] and |k' - k| ``key_error`` [.., T].
+
+    Statement. |s' - s| <= scale (|q| |dk| + |dq| |k| + |dq| |dk|); the last two where ``query_error`` [.., S] (|q'
+    - q|) and ``key`` [.., T, D] are given. Proof. Expand q' k' - q k, Cauchy and Schwarz. Rotary embedding
+    multiplies q and k by orthogonal matrices (one per position): norms, so this bound, are the same before and
+    after it (``isometry``)."""
+    size = query.double().norm(dim=-1)
+    bound = size[..., :, None] * key_error[..., None, :]
+    if query_error is not None:
+        assert key is not None
+        bound = bound + query_error[..., :, None] * (key.double().norm(dim=-1) + key_error)[..., None, :]
+    return bound * abs(scale) * (1 + SLACK)
+
+
+def isometry(matrices: torch.Tensor) -> torch.Tensor:
+    """|M|_2 of each of ``matrices`` [.., D, D], at most: 1 where M is a rotation. [..]
+
+    Proof. |M|_2^2 = |M^T M|_2 <= the largest sum of absolute values in a row of M^T M (Gershgorin), which is sharp
+    where M^T M is diagonal, as for rotations of any form, partial or scaled."""
+    gram = matrices.transpose(-1, -2) @ matrices
+    return gram.abs().sum(-1).amax(-1).sqrt() * (1 + SLACK)
+
+
+def softcap_error(scores: torch.Tensor, error: torch.Tensor, cap: float) -> torch.Tensor:
+    """|cap tanh(s'/cap) - cap tanh(s/cap)| for |s' - s| <= ``error``, both [..]. Never more than ``error``.
+
+    Proof. tanh rises, so the ends of the interval are the extremes; its slope is at most 1.
+    """
+    here = cap * torch.tanh(scores / cap)
+    low, high = (cap * torch.tanh((scores + sign * error) / cap) for sign in (-1, 1))
+    return torch.maximum(high - here, here - low) * (1 + SLACK)
+
+
+def total_variation(error: torch.Tensor) -> torch.Tensor:
+    """Half the sum of |p' - p| of softmax weights whose scores [.., T] move by at most ``error`` [.., T]: [..].
+
+    Statement. TV <= tanh(max |ds| / 2). Proof. Let A be the tokens that gain, e = max |ds|, p = p(A). Then
+    p'(A) / (1 - p'(A)) <= exp(2 e) p / (1 - p), and p'(A) - p is largest at p = 1 / (1 + exp(e)), where it is
+    (exp(e) - 1) / (exp(e) + 1). What is the same in all scores of a query (a bias) does not count.
+    """
+    return torch.tanh(error.amax(-1) / 2) * (1 + SLACK)
+
+
+def weight_error(scores: torch.Tensor, error: torch.Tensor) -> torch.Tensor:
+    """|p'_j - p_j| of each softmax weight, [.., T], for ``scores`` [.., T] that move by at most ``error`` [.., T]
+    each.
+
+    Statement. p'_j is between p_j e^-d_j / (p_j e^-d_j + sum_{i != j} p_i e^d_i) and the same with signs turned, d
+    the errors. Proof. p'_j rises with s'_j and falls with every other score, so it is extreme at a corner.
+    Attained for each j on its own, and never more than ``total_variation``."""
+    logs = torch.log_softmax(scores.double(), -1)
+    up, down = logs + error, logs - error
+    bounds = []
+    for own, others in ((up, down), (down, up)):
+        total = torch.logsumexp(others, -1, keepdim=True)
+        rest = total + torch.log1p(-torch.exp((others - total).clamp_max(0)).clamp_max(1))
+        bounds.append(torch.exp(own - torch.logaddexp(own, rest)))
+    here = logs.exp()
+    worst = torch.maximum(bounds[0] - here, here - bounds[1])
+    worst = torch.where(torch.isnan(worst), 1.0, worst).clamp(0, 1) + 1e-13
+    worst = torch.where(torch.isneginf(logs), 0.0, worst)
+    return torch.minimum(worst, total_variation(error)[..., None] + 1e-13) * (1 + SLACK)
+
+
+def output_error(
+    weights: torch.Tensor, values: torch.Tensor, weight_errors: torch.Tensor, value_error: torch.Tensor
+) -> torch.Tensor:
+    """|o' - o| of o = p V: [.., S] from ``weights`` p [.., S, T], ``values`` V [.., T, D], ``weight_errors`` [..,
+    S, T] (|p'_j - p_j| at most) and ``value_error`` [.., T] (|v'_j - v_j|).
+
+    Statement. |o' - o| <= sum_j min(1, p_j + w_j) |dv_j| + sum_j w_j |v_j - o|: values move, and weights move
+    among values that are spread around o. Proof. o' - o = sum p'_j dv_j + sum (p'_j - p_j) v_j; as the differences
+    of weights sum to zero, any vector may be taken off all v_j in the second sum, and o is the one that makes it
+    small."""
+    moved = (weights + weight_errors).clamp_max(1.0) @ value_error[..., None]
+    return (moved[..., 0] + (weight_errors * distances(values, weights @ values)).sum(-1)) * (1 + SLACK)
+
+
+def linearised_output_error(
+    weights: torch.Tensor, values: torch.Tensor, change: torch.Tensor, value_change: torch.Tensor
+) -> torch.Tensor:
+    """|o' - o| where the errors themselves are known and not only their sizes: [.., S] from ``weights`` p [.., S,
+    T], ``values`` V [.., T, D], ``change`` [.., S, T] (s' - s, up to a constant per query) and ``value_change``
+    [.., T, D].
+
+    Statement. With a = ds - sum p ds, m = max |a| and z = exp(m) sum p a^2 / 2: |o' - o| <= |sum p_j (dv_j + a_j
+    (v_j - o))| + sum p_j r_j |v_j - o| + sum p_j (|a_j| + r_j) |dv_j|, where r_j = |e^a_j - 1 - a_j| + z e^a_j.
+    The first term is linear in the errors; what remains is of second order, so for small errors this is sharp.
+    Proof. p'_j = p_j e^a_j / Z with 1 <= Z = sum p e^a <= 1 + z (Jensen; Taylor with remainder), so p'_j = p_j (1
+    + a_j + e_j) with |e_j| <= r_j, and o' - o = sum p'_j dv_j + sum (p'_j - p_j)(v_j - o)."""
+    out = weights @ values
+    here = weights > 0
+    a = torch.where(here, change, 0.0)
+    a = torch.where(here, a - (weights * a).sum(-1, keepdim=True), 0.0)
+    steep = a.abs().amax(-1, keepdim=True).exp()
+    z = steep * (weights * a.square()).sum(-1, keepdim=True) / 2
+    rest = (torch.expm1(a) - a).abs() + z * a.exp()
+    first = weights @ value_change + (weights * a) @ values - (weights * a).sum(-1, keepdim=True) * out
+    spread, moved = distances(values, out), value_change.norm(dim=-1)
+    second = (weights * rest * spread).sum(-1) + (weights * (a.abs() + rest) * moved[..., None, :]).sum(-1)
+    return (first.norm(dim=-1) + second) * (1 + SLACK)
+
+
+def distances(values: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
+    """|v_j - o_s| for ``values`` [.., T, D] and ``centres`` [.., S, D]: [.., S, T]."""
+    return torch.cdist(centres, values, compute_mode="donot_use_mm_for_euclid_dist")

@@ -1,0 +1,232 @@
+"""Bounds on codecs: how far the y that is read back can be from y = W x + b, per token.
+
+    y' - y  =  (S E - W) x + constants     dropped columns, for this x exactly
+             + S (Q(c) - c)                rounding of what is stored, by its steps
+             + S E (x' - x)                what the input has already lost
+
+with E, S the codec's ``encode`` and ``decode`` as they are stored (so their own rounding is in the first line).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from lorc_fx.codec import Codec
+from lorc_fx.packing import CLIPS, MODEL, SNAP, STEPS, TINY
+
+from .matrices import spectral_norm
+from .roundoff import SLACK, unit
+
+HALF_ULP = 2.0**-11
+"""Unit roundoff of a row's scale, which is in fp16; ``SUBNORMAL`` where it is below the normal range."""
+SUBNORMAL = 2.0**-25
+FP32 = 2.0**-20
+"""Rounding of the few fp32 operations between a column and its level, and back."""
+
+
+@dataclass(frozen=True)
+class CodecError:
+    """Bounds of |y' - y| in parts that add up: [N, groups + 1] each, over the features of each group (heads, as a
+    rule), then over all of them; and ``each`` [N, n], feature by feature. ``dropped``: by columns that are not
+    stored. ``rounded``: by quantisation. ``stored``: by the model's dtype, in which columns are stored and read.
+    ``carried``: by the error of x."""
+
+    dropped: torch.Tensor
+    rounded: torch.Tensor
+    stored: torch.Tensor
+    carried: torch.Tensor
+    each: torch.Tensor
+
+    @property
+    def total(self) -> torch.Tensor:
+        """[N, groups + 1]"""
+        return (self.dropped + self.rounded + self.stored + self.carried) * (1 + SLACK)
+
+    @property
+    def heads(self) -> torch.Tensor:
+        """Of each group: [N, groups]"""
+        return self.total[..., :-1]
+
+    @property
+    def whole(self) -> torch.Tensor:
+        """Over all features: [N, 1]"""
+        return self.total[..., -1:]
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """What quantised columns lose: ``each`` [N, q] column by column, and ``total`` [N, 1], the root of the sum of
+    (error * weight)^2."""
+
+    each: torch.Tensor
+    total: torch.Tensor
+
+
+def quantisation_error(
+    low: torch.Tensor, high: torch.Tensor, segments: Sequence[tuple[int, int]], weights: torch.Tensor
+) -> Rounding:
+    """What ``packing.quantise`` loses of columns whose absolute values are between ``low`` and ``high`` [N, q], which
+    weighs errors by ``weights`` [q].
+
+    Statement. A row takes, of a ladder of scales, the one with the least weighted squares. With the first, which
+    clips nothing, a column loses half a step, and what rounding the scale to fp16 clips; so the weighted squares
+    sum to no more than those. A scale whose clipped excess alone sums to more is not taken; with any other, a
+    column loses half of its (smaller) step, or its excess. Proof. Levels are at odd multiples of half a step from
+    -(2^b - 1) / 2 to (2^b - 1) / 2 steps: within that and half a step more, the nearest is half a step away at
+    most."""
+    spec = [(columns, bits) for columns, bits in segments if bits != MODEL and columns]
+    step = torch.cat([torch.full((n,), STEPS[bits], dtype=torch.float64) for n, bits in spec])
+    half = torch.cat([torch.full((n,), 2.0 ** (bits - 1), dtype=torch.float64) for n, bits in spec])
+    most, least = ((v / (step * half)).amax(-1, keepdim=True) for v in (high, low))
+    each, first = torch.zeros_like(high), None
+    for clip in CLIPS:
+        scale = (most * clip * (1 + HALF_ULP) + SUBNORMAL).clamp(TINY, 65504.0)
+        smallest = (least * clip * (1 - HALF_ULP) - SUBNORMAL).clamp(TINY, 65504.0)
+        lost = torch.maximum(step * scale / 2, high - step * (half - 0.5) * smallest) * (1 + FP32)
+        if first is None:
+            # Values are at most 2^(bits-1) steps of the unrounded scale: whatever ``low`` is, no more is clipped.
+            rounding = most * HALF_ULP + SUBNORMAL + (most - 65504.0).clamp_min(0)
+            lost = torch.minimum(lost, step * (scale / 2 + half * rounding) * (1 + FP32))
+            first = (lost * weights).norm(dim=-1, keepdim=True)
+        clipped = ((low - step * half * scale).clamp_min(0) * weights).norm(dim=-1, keepdim=True)
+        each = torch.where(clipped <= first * (1 + FP32), torch.maximum(each, lost), each)
+    assert first is not None
+    each = torch.minimum(each, first / weights)
+    return Rounding(each, torch.minimum(first, (each * weights).norm(dim=-1, keepdim=True)))
+
+
+def codec_error(
+    codec: Codec,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    x: torch.Tensor,
+    radius: torch.Tensor | None = None,
+    groups: int = 1,
+) -> CodecError:
+    """Bounds for a projected site. ``weight`` [n, d] and ``bias`` [n]: the effective ones; ``x`` [N, d]: tokens as
+    the dense model has them; ``radius`` [N, 1]: |x' - x| at most (None: none); ``groups``: heads of n.
+
+    Proof. As above, per group of features (rows of S E and of S). Where there are several means, a token may take any
+    whose nearness, with the error of x, can be the largest: the worst of these counts.
+    """
+    form, n = codec.format, weight.shape[0]
+    x = x.double()
+    tables = _Tables(codec, weight.double(), groups)
+    radius = x.new_zeros((len(x), 1)) if radius is None else radius.double()
+    away = x @ tables.miss.T - (0.0 if bias is None else bias.double()) + tables.constant
+    carried = radius * tables.gains
+    carried_each = radius * tables.through.norm(dim=-1)
+    each, sums = None, None
+    for choice, possible in _choices(codec, x, radius, tables):
+        gap = tables.gaps[choice]
+        code = tables.coded(x, choice)
+        rounded, stored = _rounding(codec, code, radius, tables)
+        dropped = _norms(away + gap, groups)
+        parts = [dropped, rounded * tables.read, stored * tables.read]
+        entry = (away + gap).abs() + (rounded + stored) * tables.read_each
+        masked = [torch.where(possible, p, 0.0) for p in parts]
+        entry = torch.where(possible, entry, 0.0)
+        each = entry if each is None else torch.maximum(each, entry)
+        sums = masked if sums is None else [torch.maximum(a, b) for a, b in zip(sums, masked, strict=True)]
+    assert each is not None and sums is not None
+    assert form.columns <= n
+    dropped, rounded, stored = sums
+    return CodecError(dropped, rounded, stored, carried, (each + carried_each) * (1 + SLACK) + 1e-13)
+
+
+class _Tables:
+    """What does not depend on the token."""
+
+    def __init__(self, codec: Codec, weight: torch.Tensor, groups: int) -> None:
+        n, r = weight.shape[0], codec.format.columns
+        encode = codec.encode.double()
+        decode = torch.eye(n, dtype=torch.float64) if codec.decode is None else codec.decode.double()
+        shift = encode.new_zeros(len(encode)) if codec.shift is None else codec.shift.double()
+        self.encode, self.shift, self.decode = encode, shift, decode
+        self.offsets = encode.new_zeros((1, r)) if codec.offsets is None else codec.offsets.double()
+        self.spread = encode.new_ones(r) if codec.spread is None else codec.spread.double()
+        self.through = decode[:r].T @ encode[:r]  # S E [n, d]
+        self.miss = self.through - weight
+        self.constant = decode[:r].T @ shift[:r] + (0.0 if codec.mean is None else codec.mean.double())
+        # A token of mean j has offsets_j taken off its columns and mu_j - mu_0 put on, in the model's dtype.
+        gaps = torch.cat([decode.new_zeros((1, n)), decode[r:]])
+        self.gaps = gaps - self.offsets @ decode[:r]
+        self.gains = _group_norms(self.through, groups)
+        self.columns = decode[:r] / self.spread[:, None]
+        self.read = _group_norms(self.columns.T, groups)
+        self.read_each = self.columns.norm(dim=0)
+
+    def coded(self, x: torch.Tensor, choice: int) -> torch.Tensor:
+        """Columns [N, r] before they are rounded."""
+        r = len(self.spread)
+        return x @ self.encode[:r].T + self.shift[:r] - self.offsets[choice]
+
+
+def _norms(rows: torch.Tensor, groups: int) -> torch.Tensor:
+    """Norms of the features [N, n] of each group, then of all: [N, groups + 1]."""
+    return torch.cat([rows.unflatten(-1, (groups, -1)).norm(dim=-1), rows.norm(dim=-1, keepdim=True)], -1)
+
+
+def _group_norms(matrix: torch.Tensor, groups: int) -> torch.Tensor:
+    """Spectral norms of the rows [n, .] of each group, then of all: [groups + 1]."""
+    parts = [*matrix.unflatten(0, (groups, -1)), matrix]
+    return torch.tensor([spectral_norm(part) for part in parts], dtype=torch.float64)
+
+
+def _choices(codec: Codec, x: torch.Tensor, radius: torch.Tensor, t: _Tables) -> list[tuple[int, torch.Tensor]]:
+    """(mean, [N, 1] whether a token may take it)."""
+    r = codec.format.columns
+    if codec.format.choices == 1:
+        return [(0, torch.ones((len(x), 1), dtype=torch.bool))]
+    rows = t.encode[r:]
+    near = torch.cat([x.new_zeros((len(x), 1)), x @ rows.T + t.shift[r:]], -1)
+    moves = radius * torch.cat([x.new_zeros(1), rows.norm(dim=1)])
+    size = torch.cat([x.new_zeros((len(x), 1)), x.abs() @ rows.abs().T + t.shift[r:].abs()], -1)
+    moves = moves + 1e-5 * size  # nearness is computed in fp32 or the model's dtype
+    possible = near + moves >= (near - moves).amax(-1, keepdim=True)
+    return [(j, possible[:, j : j + 1]) for j in range(codec.format.choices)]
+
+
+def _rounding(codec: Codec, code: torch.Tensor, radius: torch.Tensor, t: _Tables) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weighted norms of what quantised columns and those in the model's dtype lose, [N, 1] each. Weights:
+    ``spread``."""
+    form = codec.format
+    exact = sum(s.columns for s in form.segments if s.bits == MODEL)
+    moves = radius * t.encode[: code.shape[-1]].norm(dim=1)
+    size = code.abs()
+    coarse = code.new_zeros((len(code), 1))
+    if form.scaled:
+        low, high = ((size + sign * moves).clamp_min(0)[:, exact:] for sign in (-1, 1))
+        coarse = quantisation_error(low, high, form.spec, t.spread[exact:]).total
+    noise = code.new_zeros((len(code), 1))
+    if form.choices > 1:  # a token this near to its mean lies on it
+        away = (t.offsets * t.spread).norm(dim=-1).max()
+        noise = (SNAP * torch.finfo(form.dtype).eps * away).expand_as(noise)
+    held = ((size + moves) * t.spread).norm(dim=-1, keepdim=True)
+    return coarse, noise + (unit(form.dtype) + (0.0 if form.plain else FP32)) * (held + coarse + noise)
+
+
+def unprojected_error(
+    codec: Codec, value: torch.Tensor, radius: torch.Tensor | None = None, groups: int = 1
+) -> CodecError:
+    """The same for a site that is cached as it is: ``value`` [N, n], |value' - value| at most ``radius`` [N, 1]
+    (of which nothing is ``carried``: it is the caller's own). Each head is turned (orthonormally), rounded and
+    turned back."""
+    form = codec.format
+    turn = codec.consts[0].double() if codec.consts else value.new_ones((1, 1), dtype=torch.float64)
+    heads = value.double().unflatten(-1, (-1, len(turn)))
+    radius = heads.new_zeros((len(heads), 1)) if radius is None else radius.double()
+    size = (heads @ turn).flatten(-2).abs()
+    coarse = torch.zeros_like(size)
+    if form.scaled:
+        low, high = (size - radius).clamp_min(0), size + radius
+        coarse = quantisation_error(low, high, form.spec, torch.ones(size.shape[-1], dtype=torch.float64)).each
+    stored = (unit(form.dtype) + (0.0 if form.plain else 2 * FP32)) * (size + radius + coarse)
+    lost = (coarse + stored).unflatten(-1, (-1, len(turn)))
+    each = torch.minimum(lost @ turn.abs().T, lost.norm(dim=-1, keepdim=True)).flatten(-2) * (1 + SLACK)
+    rounded, held = (_norms(part, groups) for part in (coarse, stored))
+    nothing = torch.zeros_like(rounded)
+    return CodecError(nothing, rounded, held, nothing, each)

@@ -1,0 +1,306 @@
+"""``certify``: how far a compressed model can be from the dense one on a prompt, site by site and layer by layer,
+up to the logits; beside how far it is."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+from torch.fx import GraphModule, Node
+
+from .backend import read_graph
+from .builder import Builder
+from .calibrate import inputs_of
+from .errors import BadCertificate, UnreadableGraph
+from .options import Options
+from .passes.sites import Site
+from .propagate import Coding, Known, Track, Walker
+from .report import check_loaded, uncompiled
+
+
+@dataclass(frozen=True)
+class Bound:
+    """``bound`` and ``measured`` [N] fp64 norms of one value's errors: per token, or per token and head."""
+
+    bound: torch.Tensor
+    measured: torch.Tensor
+
+    @property
+    def slack(self) -> float:
+        """The median of bound / measured over what has an error (1.0 where nothing has one)."""
+        there = self.measured > 1e-12
+        return float((self.bound[there] / self.measured[there]).median()) if bool(there.any()) else 1.0
+
+    @property
+    def holds(self) -> bool:
+        """Whether nothing measured is above its bound (by more than fp64 rounds)."""
+        return bool((self.measured <= self.bound * (1 + 1e-9) + 1e-10).all())
+
+    def line(self) -> dict[str, float]:
+        """Medians over tokens, and what they say of one another."""
+        return {
+            "bound": float(self.bound.median()),
+            "measured": float(self.measured.median()),
+            "slack": self.slack,
+            "holds": self.holds,
+        }
+
+
+@dataclass(frozen=True)
+class SiteBound:
+    """What a key or value projection gives (or what is cached, where it is stored as it is), as it is read back,
+    per token over all heads; with all that is below dense."""
+
+    layer: int
+    kind: str
+    error: Bound
+
+    @property
+    def name(self) -> str:
+        return f"layer {self.layer} {self.kind}"
+
+
+@dataclass(frozen=True)
+class LayerBound:
+    """The result of a layer's attention. ``alone``: with this layer's cache coded and all others dense, from the
+    sizes of errors of keys and values; ``linearised``: the same from these errors themselves, to first order and
+    with what that leaves out (None where attention is not spelled as a product); ``network``: with all layers
+    coded."""
+
+    layer: int
+    alone: Bound
+    linearised: Bound | None
+    network: Bound
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What ``certify`` found. Per position of the prompt [T]: ``bound`` and ``measured``, the largest error of a
+    logit; ``margin``, how far the greedy token's logit is above the next; ``proven``, whether no error within the
+    bounds changes the greedy token; ``kept``, whether it did not change. All of batch row 0. ``unbounded``: ops
+    that have no rule, behind which bounds are infinite."""
+
+    sites: tuple[SiteBound, ...]
+    layers: tuple[LayerBound, ...]
+    bound: torch.Tensor
+    measured: torch.Tensor
+    margin: torch.Tensor
+    proven: torch.Tensor
+    kept: torch.Tensor
+    unbounded: tuple[str, ...]
+
+    @property
+    def sound(self) -> bool:
+        """Whether every bound held. False is a bug in lorc_fx: please report it."""
+        each = [s.error for s in self.sites] + [b for x in self.layers for b in (x.alone, x.linearised, x.network)]
+        return all(b is None or b.holds for b in each) and bool(
+            (self.measured <= self.bound * (1 + 1e-9) + 1e-10).all()
+        )
+
+    def __rich__(self) -> Group:
+        table = Table(title="bounds and measured errors, medians over tokens")
+        for name in ("layer", "value", "bound", "measured", "bound / measured"):
+            table.add_column(name, justify="left" if name == "value" else "right")
+        for site in self.sites:
+            _row(table, site.layer, f"{site.kind} as read", site.error)
+        for layer in self.layers:
+            _row(table, layer.layer, "attention, this layer coded", layer.alone)
+            if layer.linearised is not None:
+                _row(table, layer.layer, "the same, errors known", layer.linearised)
+            _row(table, layer.layer, "attention, all coded", layer.network)
+        return Group(table, Text(self._summary()))
+
+    def _summary(self) -> str:
+        lines = [
+            f"logits: within {float(self.bound.median()):.3g} of the dense model's, measured "
+            f"{float(self.measured.median()):.3g} (medians of the largest per token).",
+            f"greedy token: proven unchanged at {int(self.proven.sum())} of {len(self.proven)} positions, unchanged at "
+            f"{int(self.kept.sum())}.",
+        ]
+        if self.unbounded:
+            lines.append(f"no bound behind: {', '.join(self.unbounded)} (no rule for these ops).")
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        out = io.StringIO()
+        Console(file=out, width=120).print(self)
+        return out.getvalue()
+
+    def json(self) -> dict[str, Any]:
+        """All of it as plain data, in medians over tokens."""
+        return {
+            "sites": [{"layer": s.layer, "kind": s.kind, **s.error.line()} for s in self.sites],
+            "layers": [
+                {
+                    "layer": x.layer,
+                    "alone": x.alone.line(),
+                    "linearised": None if x.linearised is None else x.linearised.line(),
+                    "network": x.network.line(),
+                }
+                for x in self.layers
+            ],
+            "logits": {
+                "bound": float(self.bound.median()),
+                "measured": float(self.measured.median()),
+                "margin": float(self.margin.median()),
+                "positions": len(self.proven),
+                "proven": int(self.proven.sum()),
+                "kept": int(self.kept.sum()),
+            },
+            "unbounded": list(self.unbounded),
+            "sound": self.sound,
+        }
+
+    def plot(self, path: str | Path) -> tuple[Path, Path]:
+        """Bounds and errors by layer, as PNG and SVG beside one another. Raises MissingExtra without matplotlib."""
+        from .certificate_plot import draw
+
+        return draw(self, Path(path))
+
+
+def _row(table: Table, layer: int, what: str, error: Bound) -> None:
+    line = error.line()
+    table.add_row(str(layer), what, f"{line['bound']:.3g}", f"{line['measured']:.3g}", f"{line['slack']:.3g}")
+
+
+def certify(model: torch.nn.Module, prompt: Any, *, options: Mapping[str, Any] | None = None) -> Certificate:
+    """Bounds for ``model`` under backend="lorc" with ``options`` on ``prompt``: token ids [T] or [B, T], or a
+    mapping of the model's inputs.
+
+    Both models are run side by side in fp64, op by op, so memory is that of the prompt's activations in fp64; what
+    is said is of both in exact arithmetic, with the codecs' own rounding. The codecs are those that the compiled
+    model has (with ``calibration="first-prompt"`` and none there yet, this is the first prompt). Raises
+    BadCertificate where there is nothing to certify, and what ``explain`` raises."""
+    check_loaded(model)
+    seen: list[Certified] = []
+    failed: list[Exception] = []
+
+    def record(gm: GraphModule, examples: Sequence[Any]) -> Any:
+        try:
+            found = Certified.of(gm, examples, Options.parse(options))
+            seen.extend([found] if found is not None else [])
+        except Exception as error:  # raised again below, as its own class instead of torch's wrapper
+            failed.append(error)
+        return gm.forward
+
+    torch._dynamo.reset()
+    compiled: Any = torch.compile(uncompiled(model), backend=record)
+    with torch.no_grad():
+        out = compiled(**inputs_of(prompt, model))
+        torch._dynamo.reset()
+        if failed:
+            raise failed[0]
+        if len(seen) != 1:
+            why = "it is traced in several graphs" if seen else "no cached key or value comes from a projection of it"
+            raise BadCertificate(why)
+        return seen[0].certificate(out.logits if hasattr(out, "logits") else out[0])
+
+
+class Certified:
+    """One graph with what is to be coded in it."""
+
+    def __init__(self, gm: GraphModule, codings: Sequence[Coding], arguments: Sequence[Any]) -> None:
+        self.gm, self.codings = gm, codings
+        self.walker = Walker(gm, codings, arguments)
+        self.main = Track({c.site.node: c for c in codings})
+        self.reads = _reads(gm, codings)
+        self.alone = {
+            layer: Track({c.site.node: c for c in codings if c.site.layer == layer}, until=node)
+            for layer, node in self.reads.items()
+        }
+        self.sites: dict[Site, SiteBound] = {}
+        self.layers: dict[int, LayerBound] = {}
+
+    @classmethod
+    def of(cls, gm: GraphModule, examples: Sequence[Any], options: Options) -> Certified | None:
+        """None for a graph without sites."""
+        try:
+            canonical, matched, arguments = read_graph(gm, examples, options)
+        except RuntimeError as error:
+            raise UnreadableGraph(f"{type(error).__name__}: {error}") from error
+        if not matched.sites:
+            return None
+        builder = Builder(canonical, matched, options)
+        if builder.informs():
+            builder.inform(arguments)
+        codecs = builder.codecs(arguments)
+        pairs = zip(matched.sites, codecs, strict=True)
+        return cls(canonical, [Coding(s, c.itself, *builder.effective(s, arguments)) for s, c in pairs], arguments)
+
+    def certificate(self, logits: torch.Tensor) -> Certificate:
+        """Walk the graph. ``logits`` [B, T, V]: what the model returned, by which they are found in it."""
+        outputs = [n for n in self.gm.graph.output_node().all_input_nodes if _like(n, logits)]
+        self.walker.run([self.main, *self.alone.values()], self._visit, keep=outputs)
+        if not outputs:
+            raise BadCertificate("its logits are not an output of its graph")
+        node = min(outputs, key=lambda n: float((self.walker.dense[n] - logits.double()).abs().max()))
+        dense = self.walker.dense[node][0]
+        made = self.main.known.get(node, Known(self.walker.dense[node]))
+        each = torch.zeros_like(dense) if made.each is None else made.each[0]
+        moved = self.main.values.get(node, self.walker.dense[node])[0]
+        first = dense.argmax(-1, keepdim=True)
+        top, floor = dense.gather(-1, first), (dense - each).gather(-1, first)
+        others = torch.full_like(top, -torch.inf)
+        rest, ceiling = (t.scatter(-1, first, others).amax(-1) for t in (dense, dense + each))
+        return Certificate(
+            tuple(self.sites[c.site] for c in self.codings if c.site in self.sites),
+            tuple(self.layers[layer] for layer in sorted(self.layers)),
+            each.amax(-1),
+            (moved - dense).abs().amax(-1),
+            top[..., 0] - rest,
+            floor[..., 0] > ceiling,
+            moved.argmax(-1) == first[..., 0],
+            tuple(dict.fromkeys(self.main.unbounded)),
+        )
+
+    def _visit(self, node: Node, walker: Walker) -> None:
+        for layer, track in self.alone.items():
+            coding = track.codings.get(node)
+            if coding is not None:
+                site = coding.site
+                self.sites[site] = SiteBound(layer, site.kind, Bound(*track.sites[node]))
+            if track.until is node:
+                alone, sharp = _bound(track, node, walker), walker.linearised(track, node)
+                known = (
+                    None
+                    if sharp is None
+                    else Bound(sharp.expand_as(_errors(track, node, walker)).flatten(), alone.measured)
+                )
+                self.layers[layer] = LayerBound(layer, alone, known, _bound(self.main, node, walker))
+                track.known.clear()
+                track.values.clear()
+
+
+def _like(node: Node, logits: torch.Tensor) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.is_floating_point() and tuple(value.shape) == tuple(logits.shape)
+
+
+def _reads(gm: GraphModule, codings: Sequence[Coding]) -> dict[int, Node]:
+    """The node with each layer's attention: the last product that reads its sites."""
+    order = {n: i for i, n in enumerate(gm.graph.nodes)}
+    found: dict[int, Node] = {}
+    for c in codings:
+        reader = c.site.reader
+        if reader is not None:
+            last = found.get(c.site.layer, reader.node)
+            found[c.site.layer] = max(last, reader.node, key=order.__getitem__)
+    return found
+
+
+def _errors(track: Track, node: Node, walker: Walker) -> torch.Tensor:
+    """Measured, along the last axis: [.., 1]."""
+    return track.measured(node, walker.dense[node]).norm(dim=-1, keepdim=True)
+
+
+def _bound(track: Track, node: Node, walker: Walker) -> Bound:
+    """Of a node, along its last axis."""
+    made, moved = track.known.get(node, Known(walker.dense[node])), _errors(track, node, walker)
+    return Bound(made.along(-1).expand(moved.shape).flatten(), moved.flatten())

@@ -1,0 +1,136 @@
+"""Where errors begin: sites, whose value the compressed model writes to its cache and reads again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from lorc_fx import bounds
+from lorc_fx.bounds.codecs import CodecError
+from lorc_fx.codec import Codec
+from lorc_fx.packing import pack
+from lorc_fx.passes.axes import Axes
+from lorc_fx.passes.sites import Site
+
+from .known import Known, known
+
+
+@dataclass(frozen=True)
+class Coding:
+    """A site with its codec and the effective ``weight`` [n, d] and ``bias`` [n] of its projection."""
+
+    site: Site
+    codec: Codec
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+
+def flat(value: torch.Tensor, axes: Axes) -> torch.Tensor:
+    """A value with its tokens in rows: [N, features]."""
+    assert axes.token is not None
+    if axes.batch is None or axes.batch == axes.token:
+        return value.movedim(axes.token, 0).flatten(1)
+    return value.movedim((axes.batch, axes.token), (0, 1)).flatten(2).flatten(0, 1)
+
+
+def unflat(rows: torch.Tensor, like: torch.Tensor, axes: Axes) -> torch.Tensor:
+    """The inverse: rows [N, features] in the layout of ``like``."""
+    assert axes.token is not None
+    if axes.batch is None or axes.batch == axes.token:
+        rest = [n for i, n in enumerate(like.shape) if i != axes.token]
+        return rows.reshape(like.shape[axes.token], *rest).movedim(0, axes.token)
+    rest = [n for i, n in enumerate(like.shape) if i not in (axes.batch, axes.token)]
+    whole = rows.reshape(like.shape[axes.batch], like.shape[axes.token], *rest)
+    return whole.movedim((0, 1), (axes.batch, axes.token))
+
+
+def projected(c: Coding, x: Known, y: Known) -> tuple[Known, CodecError]:
+    """y as it is read back, from x; in the layout of ``y``, the uncoded value."""
+    rows, heads = c.site.rows, _heads(c.site)
+    radius = None if x.exact else flat_norm(x, rows.x_axes)
+    error = bounds.codec_error(c.codec, c.weight, c.bias, flat(x.value, rows.x_axes), radius, heads)
+    each = error.each
+    if rows.features is not None:  # the others pass as they are, and nothing reads them
+        zero = torch.zeros_like(y.value) if y.each is None else y.each
+        each = flat(zero, rows.y_axes).index_copy(-1, torch.tensor(rows.features), each)
+        return known(y.value, unflat(each, y.value, rows.y_axes)), error
+    return _by_head(y.value, each, error.heads, rows.y_axes), error
+
+
+def _by_head(value: torch.Tensor, each: torch.Tensor, norms: torch.Tensor, axes: Axes) -> Known:
+    """Norms [N, heads] in the layout of the value, where its last axis is that of a head's (or all) features."""
+    whole = norms[..., None].expand(*norms.shape, each.shape[-1] // norms.shape[-1])
+    along = unflat(whole.flatten(-2), value, axes)[..., :1]
+    made = known(value, unflat(each, value, axes))
+    features = value.shape[-1]
+    if features == each.shape[-1] // norms.shape[-1]:
+        return known(value, unflat(each, value, axes), along)
+    if features == each.shape[-1]:
+        joined = norms.square().sum(-1, keepdim=True).sqrt().expand(-1, each.shape[-1])
+        return known(value, unflat(each, value, axes), unflat(joined, value, axes)[..., :1])
+    return made
+
+
+def _heads(site: Site) -> int:
+    return site.decoder.width // site.head if site.head > 1 and not site.decoder.width % site.head else 1
+
+
+def flat_norm(x: Known, axes: Axes) -> torch.Tensor:
+    """|dx| of each token, [N, 1]."""
+    assert x.each is not None
+    norm = flat(x.each, axes).norm(dim=-1, keepdim=True)
+    if x.norm is not None and x.axis == -1 and x.norm.numel() == len(norm):
+        norm = torch.minimum(norm, flat(x.norm, axes))
+    return norm
+
+
+def read_back(codec: Codec, x: torch.Tensor) -> torch.Tensor:
+    """y' [N, n] of tokens x [N, d] fp64: projected, stored and read, products in fp64."""
+    form = codec.format
+    latent = x @ codec.encode.double().T
+    if codec.shift is not None:
+        latent = latent + codec.shift.double()
+    if not form.plain:
+        latent = codec.latents(pack(latent.float(), codec.offsets, codec.spread, form.spec, form.choices, form.dtype))
+    latent = latent.to(form.dtype).double()
+    y = latent if codec.decode is None else latent @ codec.decode.double()
+    return y if codec.mean is None else y + codec.mean.double()
+
+
+def projected_value(c: Coding, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """What the compressed model reads where it would have ``y``."""
+    rows = c.site.rows
+    made = read_back(c.codec, flat(x, rows.x_axes))
+    if rows.features is not None:
+        made = flat(y, rows.y_axes).index_copy(-1, torch.tensor(rows.features), made)
+    return unflat(made, y, rows.y_axes)
+
+
+def unprojected(c: Coding, value: Known) -> tuple[Known, CodecError]:
+    """A cached value that is stored as it is, in the layout of ``value``."""
+    axes = cache_axes(c.site)
+    radius = None if value.exact else flat_norm(value, axes)
+    error = bounds.unprojected_error(c.codec, flat(value.value, axes), radius, _heads(c.site))
+    made = _by_head(value.value, error.each, error.heads, axes)
+    if value.each is None:
+        return made, error
+    assert made.each is not None and made.norm is not None
+    norm = made.norm + value.along(-1) if made.axis == -1 else None
+    return known(value.value, made.each + value.each, norm), error
+
+
+def unprojected_value(c: Coding, value: torch.Tensor) -> torch.Tensor:
+    """What the compressed model reads back of ``value``."""
+    axes, form = cache_axes(c.site), c.codec.format
+    turn = c.codec.consts[0].double() if c.codec.consts else torch.ones((1, 1), dtype=torch.float64)
+    turned = (flat(value, axes).unflatten(-1, (-1, len(turn))) @ turn).flatten(-2)
+    stored = turned.to(form.dtype) if form.plain else pack(turned.float(), None, None, form.spec, 1, form.dtype)
+    read = c.codec.latents(stored).double().unflatten(-1, (-1, len(turn))) @ turn.T
+    return unflat(read.flatten(-2), value, axes)
+
+
+def cache_axes(site: Site) -> Axes:
+    """Batch and token axes of the cached value."""
+    layout = site.decoder.layout
+    return Axes(layout.index("B") if "B" in layout else None, layout.index("T"))
