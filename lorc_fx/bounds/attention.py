@@ -79,17 +79,29 @@ def weight_error(scores: torch.Tensor, error: torch.Tensor) -> torch.Tensor:
 
 
 def output_error(
-    weights: torch.Tensor, values: torch.Tensor, weight_errors: torch.Tensor, value_error: torch.Tensor
+    weights: torch.Tensor,
+    values: torch.Tensor,
+    weight_errors: torch.Tensor,
+    value_error: torch.Tensor,
+    varied: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """|o' - o| of o = p V: [.., S] from ``weights`` p [.., S, T], ``values`` V [.., T, D], ``weight_errors`` [..,
-    S, T] (|p'_j - p_j| at most) and ``value_error`` [.., T] (|v'_j - v_j|).
+    """|o' - o| of o = p V: [.., S] from ``weights`` p [.., S, T], ``values`` V [.., T, D], ``weight_errors`` w
+    [.., S, T] (|p'_j - p_j| at most), ``value_error`` [.., T] (|v'_j - v_j|) and, where it is known, ``varied``
+    [.., S] (the total variation at most).
 
-    Statement. |o' - o| <= sum_j min(1, p_j + w_j) |dv_j| + sum_j w_j |v_j - o|: values move, and weights move
-    among values that are spread around o. Proof. o' - o = sum p'_j dv_j + sum (p'_j - p_j) v_j; as the differences
-    of weights sum to zero, any vector may be taken off all v_j in the second sum, and o is the one that makes it
-    small."""
-    moved = (weights + weight_errors).clamp_max(1.0) @ value_error[..., None]
-    return (moved[..., 0] + (weight_errors * distances(values, weights @ values)).sum(-1)) * (1 + SLACK)
+    Statement. |o' - o| <= sum_j min(1, p_j + w_j) |dv_j| + max sum_j u_j |v_j - o| over u_j <= w_j that sum to no
+    more than 2 ``varied``: values move, and weights move among values that are spread around o. Proof. o' - o =
+    sum p'_j dv_j + sum (p'_j - p_j) v_j; as the differences of weights sum to zero, any vector may be taken off
+    all v_j in the second sum, and o is the one that makes it small. The maximum is that of a knapsack: the
+    farthest values first. """
+    moved = ((weights + weight_errors).clamp_max(1.0) @ value_error[..., None])[..., 0]
+    away = distances(values, weights @ values)
+    if varied is None:
+        return (moved + (weight_errors * away).sum(-1)) * (1 + SLACK)
+    away, order = away.sort(-1, descending=True)
+    most = weight_errors.expand(away.shape).gather(-1, order)
+    left = (2 * varied[..., None] - (most.cumsum(-1) - most)).clamp_min(0)
+    return (moved + (torch.minimum(most, left) * away).sum(-1)) * (1 + SLACK)
 
 
 def linearised_output_error(

@@ -28,14 +28,15 @@ class Tag:
 class Known:
     """``value``: the dense model's, in fp64 where it is floating. For every value v' that the compressed model can
     have there: |v' - value| <= ``each`` entry by entry (None: it is equal), and the norm of v' - value along
-    ``axis`` is at most ``norm`` (size 1 there; None: whatever ``each`` gives). ``sums``: entries along the last
-    axis are weights that sum to one, in both models."""
+    ``axis`` is at most ``norm`` (size 1 there; None: whatever ``each`` gives). ``varied`` (None: no such): entries
+    along the last axis are weights that sum to one in both models, with a total variation of at most this, [..,
+    1]."""
 
     value: torch.Tensor
     each: torch.Tensor | None = None
     norm: torch.Tensor | None = None
     axis: int = -1
-    sums: bool = False
+    varied: torch.Tensor | None = None
     tags: tuple[Tag, ...] = field(default=(), repr=False)
 
     @property

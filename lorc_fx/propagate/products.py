@@ -45,7 +45,7 @@ def linear(x: Known, weight: torch.Tensor, value: torch.Tensor) -> Known:
 
 def matmul(a: Known, b: Known, value: torch.Tensor) -> Known:
     """``value`` = a b, [.., S, K] and [.., K, T]: a' b' - a b = da b + a db + da db."""
-    if a.sums and b.value.dim() >= 2:
+    if a.varied is not None and b.value.dim() >= 2:
         return weighted(a, b, value)
     left, right = a.value.abs(), b.value.abs()
     each = summed(
@@ -68,7 +68,8 @@ def weighted(p: Known, v: Known, value: torch.Tensor) -> Known:
     the same, around the mean of all values."""
     moved = p.each if p.each is not None else torch.zeros_like(p.value)
     size = v.along(-1)[..., 0]
-    norm = bounds.output_error(p.value, v.value, moved, size)
+    assert p.varied is not None
+    norm = bounds.output_error(p.value, v.value, moved, size, p.varied[..., 0])
     each = (p.value + moved).clamp_max(1.0) @ v.each if v.each is not None else torch.zeros_like(value)
     if p.each is not None:
         centre = v.value.mean(-2, keepdim=True)
@@ -86,7 +87,12 @@ def softmax(x: Known, dim: int, value: torch.Tensor) -> Known:
     each = bounds.weight_error(scores, errors).movedim(-1, dim)
     varied = bounds.total_variation(errors)[..., None].movedim(-1, dim)
     norm = torch.minimum(x.along(dim) / 2, 2**0.5 * varied)
-    return known(value, each, norm, dim, sums=dim == -1)
+    return known(value, each, norm, dim, varied=varied if dim == -1 else None)
+
+
+def certain(weights: torch.Tensor) -> Known:
+    """Softmax weights that are the same in both models."""
+    return Known(weights, varied=torch.zeros_like(weights[..., :1]))
 
 
 def attention(given: dict[str, Any], value: torch.Tensor) -> Known:
@@ -100,7 +106,7 @@ def attention(given: dict[str, Any], value: torch.Tensor) -> Known:
     shown = masked(given, q.value, scores.value)
     if mask is not None and mask.each is not None:
         each = summed(each, mask.each)
-    weights = Known(shown.softmax(-1), sums=True)
+    weights = certain(shown.softmax(-1))
     if each is not None:
         each = torch.where(torch.isneginf(shown), 0.0, each.expand(shown.shape))
         weights = softmax(known(shown, each), -1, weights.value)

@@ -275,7 +275,7 @@ def _product(call: Call) -> Known | None:
         a, b = as_known(g["mat1"]), as_known(g["mat2"])
     else:
         a, b = as_known(g["self"]), as_known(g.get("other", g.get("mat2")))
-    if b.exact and b.value.dim() == 2 and not a.sums:
+    if b.exact and b.value.dim() == 2 and a.varied is None:
         return products.linear(a, b.value.T, call.value)
     return products.matmul(a, b, call.value)
 
