@@ -107,6 +107,14 @@ def test_a_weight_attains_its_own_bound() -> None:
     assert float(moved) == pytest.approx(float(bounds.weight_error(scores, error)[0]), rel=1e-6)
 
 
+def test_a_first_token_may_lose_all_to_scores_of_which_little_is_known() -> None:
+    """Sums of exponentials of hundreds, in which the others' would be lost by a difference."""
+    scores = torch.tensor([0.0, 1.5, -1e38], dtype=torch.float64)
+    error = torch.tensor([200.0, 460.0, 400.0], dtype=torch.float64)
+    limit = bounds.weight_error(scores, error)
+    assert bool((limit[:2] >= torch.maximum(scores.softmax(-1), 1 - scores.softmax(-1))[:2] - 1e-9).all())
+
+
 def test_masked_tokens_stay_masked_and_hopeless_ones_may_win() -> None:
     scores = torch.tensor([0.0, -torch.inf, -900.0], dtype=torch.float64)
     error = torch.tensor([1.0, 1.0, 2000.0], dtype=torch.float64)

@@ -25,7 +25,7 @@ from .matrices import (
     weyl,
 )
 from .pointwise import ACTIVATIONS, Activation, unit_vector_entries, unit_vectors
-from .roundoff import accumulated, gamma, unit
+from .roundoff import accumulated, gamma, rounding_error, unit
 
 __all__ = [
     "ACTIVATIONS",
@@ -44,6 +44,7 @@ __all__ = [
     "quantisation_error",
     "relative_gain",
     "rounded_by",
+    "rounding_error",
     "score_error",
     "softcap_error",
     "spectral_norm",

@@ -68,14 +68,20 @@ def weight_error(scores: torch.Tensor, error: torch.Tensor) -> torch.Tensor:
     up, down = logs + error, logs - error
     bounds = []
     for own, others in ((up, down), (down, up)):
-        total = torch.logsumexp(others, -1, keepdim=True)
-        rest = total + torch.log1p(-torch.exp((others - total).clamp_max(0)).clamp_max(1))
-        bounds.append(torch.exp(own - torch.logaddexp(own, rest)))
+        bounds.append(torch.exp(own - torch.logaddexp(own, _all_but_one(others))))
     here = logs.exp()
     worst = torch.maximum(bounds[0] - here, here - bounds[1])
     worst = torch.where(torch.isnan(worst), 1.0, worst).clamp(0, 1) + 1e-13
     worst = torch.where(torch.isneginf(logs), 0.0, worst)
     return torch.minimum(worst, total_variation(error)[..., None] + 1e-13) * (1 + SLACK)
+
+
+def _all_but_one(logs: torch.Tensor) -> torch.Tensor:
+    """log of the sum of exp over all others, [.., T]: of those before and those behind, as differences would cancel."""
+    edge = torch.full_like(logs[..., :1], -torch.inf)
+    before = torch.logcumsumexp(logs, -1)[..., :-1]
+    behind = torch.logcumsumexp(logs.flip(-1), -1)[..., :-1].flip(-1)
+    return torch.logaddexp(torch.cat([edge, before], -1), torch.cat([behind, edge], -1))
 
 
 def output_error(

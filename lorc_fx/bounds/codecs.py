@@ -18,7 +18,7 @@ from lorc_fx.codec import Codec
 from lorc_fx.packing import CLIPS, MODEL, SNAP, STEPS, TINY
 
 from .matrices import spectral_norm
-from .roundoff import SLACK, unit
+from .roundoff import SLACK, rounding_error, unit
 
 HALF_ULP = 2.0**-11
 """Unit roundoff of a row's scale, which is in fp16; ``SUBNORMAL`` where it is below the normal range."""
@@ -205,8 +205,9 @@ def _rounding(codec: Codec, code: torch.Tensor, radius: torch.Tensor, t: _Tables
     if form.choices > 1:  # a token this near to its mean lies on it
         away = (t.offsets * t.spread).norm(dim=-1).max()
         noise = (SNAP * torch.finfo(form.dtype).eps * away).expand_as(noise)
-    held = ((size + moves) * t.spread).norm(dim=-1, keepdim=True)
-    return coarse, noise + (unit(form.dtype) + (0.0 if form.plain else FP32)) * (held + coarse + noise)
+    held = rounding_error(size + moves, form.dtype) + (0.0 if form.plain else FP32) * (size + moves)
+    cast = unit(form.dtype) * (coarse + noise)  # what is read is cast, and not what was written
+    return coarse, noise + cast + (held * t.spread).norm(dim=-1, keepdim=True)
 
 
 def unprojected_error(
@@ -224,7 +225,7 @@ def unprojected_error(
     if form.scaled:
         low, high = (size - radius).clamp_min(0), size + radius
         coarse = quantisation_error(low, high, form.spec, torch.ones(size.shape[-1], dtype=torch.float64)).each
-    stored = (unit(form.dtype) + (0.0 if form.plain else 2 * FP32)) * (size + radius + coarse)
+    stored = rounding_error(size + radius + coarse, form.dtype) + (0.0 if form.plain else 2 * FP32) * (size + radius)
     lost = (coarse + stored).unflatten(-1, (-1, len(turn)))
     each = torch.minimum(lost @ turn.abs().T, lost.norm(dim=-1, keepdim=True)).flatten(-2) * (1 + SLACK)
     rounded, held = (_norms(part, groups) for part in (coarse, stored))

@@ -16,6 +16,14 @@ def unit(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps / 2
 
 
+def rounding_error(size: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """|round(x) - x| at most for |x| <= ``size``, entry by entry: u |x|, half of the least number of ``dtype``
+    below its normal range, inf beyond its largest."""
+    info = torch.finfo(dtype)
+    lost = unit(dtype) * size + info.tiny * info.eps / 2
+    return torch.where(size > info.max, torch.inf, lost)
+
+
 def gamma(terms: int, dtype: torch.dtype) -> float:
     """A sum of ``terms`` products, in any order, is off by at most gamma_n times the sum of their absolute values:
     gamma_n = n u / (1 - n u) (Higham, section 3.1); inf where n u >= 1."""

@@ -135,11 +135,20 @@ def _gain(tag: Tag, width: int) -> torch.Tensor:
         unit = torch.zeros(heads, dtype=torch.float64)
         unit[..., j] = 1.0
         columns.append(tag.run(unit))
-    made = bounds.isometry(torch.stack(columns, -1))[..., None]
+    matrices = torch.stack(columns, -1)
+    probe = _probe(heads)
+    alike = tag.run(probe)
+    # That each token's features come of its own alone: a move of tokens may give the same sizes.
+    own = alike.shape == probe.shape and torch.allclose((matrices @ probe[..., None])[..., 0], alike, atol=1e-9)
+    made = bounds.isometry(matrices)[..., None] if own else torch.tensor(torch.inf, dtype=torch.float64)
     if len(_GAINS) > 64:
         _GAINS.clear()
     _GAINS[key] = (held, made)
     return made
+
+
+def _probe(sizes: list[int]) -> torch.Tensor:
+    return torch.randn(sizes, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
 def _one_head(tag: Tag, shape: torch.Size) -> list[int]:
@@ -148,8 +157,7 @@ def _one_head(tag: Tag, shape: torch.Size) -> list[int]:
     sizes = list(shape)
     if len(sizes) != 4:
         return sizes
-    torch_state = torch.Generator().manual_seed(0)
-    probe = torch.randn(sizes, generator=torch_state, dtype=torch.float64)
+    probe = _probe(sizes)
     for axis in (1, 2):
         small = [1 if i == axis else n for i, n in enumerate(sizes)]
         if sizes[axis] == 1:
