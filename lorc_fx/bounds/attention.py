@@ -99,7 +99,7 @@ def output_error(
     more than 2 ``varied``: values move, and weights move among values that are spread around o. Proof. o' - o =
     sum p'_j dv_j + sum (p'_j - p_j) v_j; as the differences of weights sum to zero, any vector may be taken off
     all v_j in the second sum, and o is the one that makes it small. The maximum is that of a knapsack: the
-    farthest values first. """
+    farthest values first."""
     moved = ((weights + weight_errors).clamp_max(1.0) @ value_error[..., None])[..., 0]
     away = distances(values, weights @ values)
     if varied is None:

@@ -14,6 +14,7 @@ from lorc_fx.passes.axes import Axes
 from lorc_fx.passes.sites import Site
 
 from .known import Known, known
+from .tags import linear_of
 
 
 @dataclass(frozen=True)
@@ -55,21 +56,27 @@ def projected(c: Coding, x: Known, y: Known) -> tuple[Known, CodecError]:
         zero = torch.zeros_like(y.value) if y.each is None else y.each
         each = flat(zero, rows.y_axes).index_copy(-1, torch.tensor(rows.features), each)
         return known(y.value, unflat(each, y.value, rows.y_axes)), error
-    return _by_head(y.value, each, error.heads, rows.y_axes), error
+    return _by_head(y.value, each, error, rows.y_axes), error
 
 
-def _by_head(value: torch.Tensor, each: torch.Tensor, norms: torch.Tensor, axes: Axes) -> Known:
-    """Norms [N, heads] in the layout of the value, where its last axis is that of a head's (or all) features."""
-    whole = norms[..., None].expand(*norms.shape, each.shape[-1] // norms.shape[-1])
-    along = unflat(whole.flatten(-2), value, axes)[..., :1]
-    made = known(value, unflat(each, value, axes))
-    features = value.shape[-1]
-    if features == each.shape[-1] // norms.shape[-1]:
-        return known(value, unflat(each, value, axes), along)
-    if features == each.shape[-1]:
-        joined = norms.square().sum(-1, keepdim=True).sqrt().expand(-1, each.shape[-1])
-        return known(value, unflat(each, value, axes), unflat(joined, value, axes)[..., :1])
-    return made
+def _by_head(value: torch.Tensor, each: torch.Tensor, error: CodecError, axes: Axes) -> Known:
+    """In the layout of the value. Norms of heads are of its last axis where that is one head's features, or all;
+    where it is a part of a head (pairs of features, to be rotated), those of whole heads go with it as a tag."""
+    norms, n = error.heads, each.shape[-1]
+    heads = norms.shape[-1]
+    entries, sizes = unflat(each, value, axes), list(value.shape)
+    spread = unflat(norms[..., None].expand(*norms.shape, n // heads).flatten(-2), value, axes)
+    if sizes[-1] == n // heads:
+        return known(value, entries, spread[..., :1])
+    if sizes[-1] == n:
+        return known(value, entries, unflat(error.whole.expand(-1, n), value, axes)[..., :1])
+    parts = 2
+    while parts < value.dim() and torch.Size(sizes[-parts:]).numel() < n // heads:
+        parts += 1
+    if torch.Size(sizes[-parts:]).numel() != n // heads:
+        return known(value, entries)
+    whole = known(*(t.flatten(-parts) for t in (value, entries)), spread.flatten(-parts)[..., :1])
+    return known(value, entries, tags=linear_of(whole, lambda t: t.unflatten(-1, sizes[-parts:]), ("parts", parts)))
 
 
 def _heads(site: Site) -> int:
@@ -112,7 +119,7 @@ def unprojected(c: Coding, value: Known) -> tuple[Known, CodecError]:
     axes = cache_axes(c.site)
     radius = None if value.exact else flat_norm(value, axes)
     error = bounds.unprojected_error(c.codec, flat(value.value, axes), radius, _heads(c.site))
-    made = _by_head(value.value, error.each, error.heads, axes)
+    made = _by_head(value.value, error.each, error, axes)
     if value.each is None:
         return made, error
     assert made.each is not None and made.norm is not None

@@ -1,0 +1,175 @@
+"""Certificates: what they promise holds for the model that is really compiled, and what cannot be certified is said."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES, VOCAB, make_low_rank
+from torch import nn
+
+import hand_written
+import lorc_fx
+from lorc_fx.errors import BadCalibration, BadCertificate, LorcWarning, UnloadedWeights
+from lorc_fx.store import reset
+
+JOINT = {"ratio": 0.5, "basis": "joint", "calibration": "none"}
+
+
+@pytest.fixture(autouse=True)
+def _quiet(clean: None) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", LorcWarning)
+        yield
+
+
+def ids(batch: int = 1, tokens: int = 20) -> torch.Tensor:
+    return torch.randint(2, VOCAB, (batch, tokens), generator=torch.Generator().manual_seed(1))
+
+
+def model(name: str = "llama-gqa", **more: Any) -> Any:
+    return FAMILIES[name].build(**more)
+
+
+@pytest.fixture
+def llama() -> Any:
+    return model()
+
+
+def test_a_certificate_has_every_site_and_layer_and_is_sound(llama: Any) -> None:
+    found = lorc_fx.certify(llama, ids(), options=JOINT)
+    assert found.sound
+    assert {s.name for s in found.sites} == {f"layer {i} {kind}" for i in range(2) for kind in ("key", "value")}
+    assert [x.layer for x in found.layers] == [0, 1]
+    assert found.unbounded == ()
+    assert all(len(t) == 20 for t in (found.bound, found.measured, found.margin, found.proven, found.kept))
+    assert all(s.error.bound.shape == (20,) for s in found.sites)
+    first, second = found.layers
+    assert torch.allclose(first.alone.bound, first.network.bound, rtol=1e-6)
+    assert float(second.network.bound.median()) > float(second.alone.bound.median())
+
+
+def test_with_errors_known_attention_is_bounded_sharply(llama: Any) -> None:
+    """And from their sizes within far more: what sums of norms lose."""
+    found = lorc_fx.certify(llama, ids(), options={**JOINT, "ratio": 0.95})
+    for layer in found.layers:
+        assert layer.linearised is not None
+        assert layer.linearised.slack < 1.5
+        assert layer.alone.slack > layer.linearised.slack
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gemma3", "bloom"])
+def test_what_is_bounded_is_the_compiled_model(name: str) -> None:
+    """Logits of the model that torch.compile gives are within the certificate (and rounding) of the eager ones."""
+    dense = model(name)
+    found = lorc_fx.certify(dense, ids(), options=JOINT)
+    with torch.no_grad():
+        want = dense(input_ids=ids(), use_cache=True).logits
+        reset(dense)
+        compiled = torch.compile(dense, backend="lorc", options={**JOINT, "inner": "eager"})
+        got = compiled(input_ids=ids(), use_cache=True).logits
+    away = (got - want)[0].double().abs().amax(-1)
+    assert bool((away <= found.bound + 1e-3).all())
+    assert torch.allclose(away, found.measured, rtol=0.02, atol=1e-4)
+    assert bool((got.argmax(-1)[0] == want.argmax(-1)[0])[found.proven].all())
+
+
+def test_what_loses_nothing_is_proven_everywhere() -> None:
+    exact = model("llama-mha")
+    rank = make_low_rank(FAMILIES["llama-mha"], exact, 0.25)
+    assert rank == 16
+    given = {**JOINT, "ratio": 0.26, "precision": "model", "scheduler": "uniform"}
+    found = lorc_fx.certify(exact.double(), ids(), options=given)
+    assert bool(found.proven.all())
+    assert bool(found.kept.all())
+    assert float(found.bound.max()) < 1e-6
+
+
+def test_proven_implies_kept_and_a_bad_codec_proves_nothing(llama: Any) -> None:
+    for ratio in (0.05, 0.3, 0.9):
+        reset(llama)
+        found = lorc_fx.certify(llama, ids(), options={**JOINT, "ratio": ratio})
+        assert bool(found.kept[found.proven].all())
+        assert bool((found.measured <= found.bound).all())
+    with torch.no_grad():
+        assert not bool(lorc_fx.certify(llama, ids(), options={**JOINT, "ratio": 0.05}).proven.any())
+
+
+def test_the_first_prompt_gives_the_codecs_as_it_does_to_the_compiled_model(llama: Any) -> None:
+    given = {"ratio": 0.5, "basis": "joint"}
+    prompt = ids(1, 300)
+    found = lorc_fx.certify(llama, prompt, options=given)
+    with torch.no_grad():
+        want = llama(input_ids=prompt, use_cache=True).logits
+        reset(llama)
+        got = torch.compile(llama, backend="lorc", options={**given, "inner": "eager"})(
+            input_ids=prompt, use_cache=True
+        )
+    away = (got.logits - want)[0].double().abs().amax(-1)  # single tokens may be rounded to another level in fp32
+    assert float(away.median()) == pytest.approx(float(found.measured.median()), rel=0.02)
+
+
+def test_it_is_a_table_plain_data_and_a_plot(llama: Any, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="the plot is of the extra `plot`")
+    found = lorc_fx.certify(llama, ids(), options=JOINT)
+    text = str(found)
+    for words in ("attention, all coded", "the same, errors known", "greedy token: proven", "logits: within"):
+        assert words in text
+    line = json.loads(json.dumps(found.json()))
+    assert line["sound"] is True
+    assert len(line["sites"]) == 4
+    assert set(line["layers"][0]) == {"layer", "alone", "linearised", "network"}
+    png, svg = found.plot(tmp_path / "figure")
+    assert png.stat().st_size > 10_000
+    assert "</svg>" in svg.read_text()
+
+
+def test_ops_without_a_rule_are_named_and_nothing_is_proven_behind_them() -> None:
+    from test_propagate import Block, Op
+
+    block = Block(Op(lambda x: x.sort(-1).values)).eval()
+    found = lorc_fx.certify(block, {"ids": ids() % 30}, options=JOINT)
+    assert found.unbounded == ("aten.sort.default",)
+    assert "no bound behind: aten.sort.default" in str(found)
+    assert not bool(found.proven.any())
+    assert found.sound
+
+
+class Plain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(30, 8)
+
+    def forward(self, ids: torch.Tensor) -> tuple[torch.Tensor]:
+        return (self.embed(ids) @ self.embed.weight.T,)
+
+
+class Broken(nn.Module):
+    """Two graphs, each with a cache of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = hand_written.decoder(), hand_written.decoder()
+
+    def forward(self, ids: torch.Tensor) -> Any:
+        a, kept = self.first(ids, None, 0)
+        torch._dynamo.graph_break()
+        b, more = self.second(ids, None, 0)
+        return a + b, kept, more
+
+
+def test_what_cannot_be_certified_is_refused() -> None:
+    with pytest.raises(BadCertificate, match="no cached key or value"):
+        lorc_fx.certify(Plain().eval(), {"ids": ids() % 30})
+    with pytest.raises(BadCertificate, match="several graphs"):
+        lorc_fx.certify(Broken().eval(), {"ids": ids() % hand_written.VOCAB}, options=JOINT)
+    with pytest.raises(BadCalibration, match="the model has"):
+        lorc_fx.certify(model(), torch.tensor([0, 10**6]))
+    with pytest.raises(lorc_fx.errors.UnknownOption, match="Did you mean 'ratio'"):
+        lorc_fx.certify(model(), ids(), options={"ration": 0.5})
+    with pytest.raises(UnloadedWeights):
+        lorc_fx.certify(model().to("meta"), ids())
