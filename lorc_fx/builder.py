@@ -324,7 +324,7 @@ class Builder:
         examples = [compat.to_fake(n.meta["val"], mode) for n in placeholders(made.module)]
         sizes = size_reader(self.canonical, made)
         with compat.tracing_context(mode):
-            inner = compile_inner(made.module, examples, self.options)
+            inner = compile_inner(made.module, compat.apart(examples, mode), self.options)
         return Binding(inner, made, sizes, joined)
 
     def _show(self, made: Rewritten, codecs: Sequence[Codec]) -> None:

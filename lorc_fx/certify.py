@@ -170,7 +170,9 @@ def _row(table: Table, layer: int, what: str, error: Bound) -> None:
     table.add_row(str(layer), what, f"{line['bound']:.3g}", f"{line['measured']:.3g}", f"{line['slack']:.3g}")
 
 
-def certify(model: torch.nn.Module, prompt: Any, *, options: Mapping[str, Any] | None = None) -> Certificate:
+def certify(
+    model: torch.nn.Module, prompt: Any, *, options: Mapping[str, Any] | None = None, rounding: bool = False
+) -> Certificate:
     """Bounds for ``model`` under backend="lorc" with ``options`` on ``prompt``: token ids [T] or [B, T], or a
     mapping of the model's inputs.
 
@@ -184,7 +186,7 @@ def certify(model: torch.nn.Module, prompt: Any, *, options: Mapping[str, Any] |
 
     def record(gm: GraphModule, examples: Sequence[Any]) -> Any:
         try:
-            found = Certified.of(gm, examples, Options.parse(options))
+            found = Certified.of(gm, examples, Options.parse(options), rounding)
             seen.extend([found] if found is not None else [])
         except Exception as error:  # raised again below, as its own class instead of torch's wrapper
             failed.append(error)
@@ -206,10 +208,13 @@ def certify(model: torch.nn.Module, prompt: Any, *, options: Mapping[str, Any] |
 class Certified:
     """One graph with what is to be coded in it."""
 
-    def __init__(self, gm: GraphModule, codings: Sequence[Coding], arguments: Sequence[Any]) -> None:
+    def __init__(
+        self, gm: GraphModule, codings: Sequence[Coding], arguments: Sequence[Any], rounding: bool = False
+    ) -> None:
         self.gm, self.codings = gm, codings
         self.walker = Walker(gm, codings, arguments)
-        self.main = Track({c.site.node: c for c in codings})
+        self.main = Track({c.site.node: c for c in codings}, rounds=rounding)
+        self.machine = [Track({}, rounds=True)] if rounding else []  # the dense model's own rounding
         self.reads = _reads(gm, codings)
         self.alone = {
             layer: Track({c.site.node: c for c in codings if c.site.layer == layer}, until=node)
@@ -219,7 +224,7 @@ class Certified:
         self.layers: dict[int, LayerBound] = {}
 
     @classmethod
-    def of(cls, gm: GraphModule, examples: Sequence[Any], options: Options) -> Certified | None:
+    def of(cls, gm: GraphModule, examples: Sequence[Any], options: Options, rounding: bool = False) -> Certified | None:
         """None for a graph without sites."""
         try:
             canonical, matched, arguments = read_graph(gm, examples, options)
@@ -232,18 +237,22 @@ class Certified:
             builder.inform(arguments)
         codecs = builder.codecs(arguments)
         pairs = zip(matched.sites, codecs, strict=True)
-        return cls(canonical, [Coding(s, c.itself, *builder.effective(s, arguments)) for s, c in pairs], arguments)
+        codings = [Coding(s, c.itself, *builder.effective(s, arguments)) for s, c in pairs]
+        return cls(canonical, codings, arguments, rounding)
 
     def certificate(self, logits: torch.Tensor) -> Certificate:
         """Walk the graph. ``logits`` [B, T, V]: what the model returned, by which they are found in it."""
         outputs = [n for n in self.gm.graph.output_node().all_input_nodes if _like(n, logits)]
-        self.walker.run([self.main, *self.alone.values()], self._visit, keep=outputs)
+        self.walker.run([self.main, *self.machine, *self.alone.values()], self._visit, keep=outputs)
         if not outputs:
             raise BadCertificate("its logits are not an output of its graph")
         node = min(outputs, key=lambda n: float((self.walker.dense[n] - logits.double()).abs().max()))
         dense = self.walker.dense[node][0]
         made = self.main.known.get(node, Known(self.walker.dense[node]))
         each = torch.zeros_like(dense) if made.each is None else made.each[0]
+        for track in self.machine:
+            own = track.known[node].each
+            each = each if own is None else each + own[0]
         moved = self.main.values.get(node, self.walker.dense[node])[0]
         first = dense.argmax(-1, keepdim=True)
         top, floor = dense.gather(-1, first), (dense - each).gather(-1, first)

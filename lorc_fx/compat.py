@@ -238,6 +238,22 @@ def to_fake(value: Any, mode: FakeTensorMode) -> Any:
     return value
 
 
+def apart(examples: Sequence[Any], mode: FakeTensorMode) -> list[Any]:
+    """``examples`` with a fake of its own wherever a tensor comes again: AOTAutograd would take two inputs for one, and
+    refuse a call in which they are not (two caches that shared their positions when a graph was traced get copies before
+    it writes into them)."""
+    seen: set[int] = set()
+    found: list[Any] = []
+    for value in examples:
+        if isinstance(value, torch.Tensor) and id(value) in seen:
+            with mode:
+                value = torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device=value.device)
+        elif isinstance(value, torch.Tensor):
+            seen.add(id(value))
+        found.append(value)
+    return found
+
+
 def process_group(name: Any) -> Any:
     """The process group that a collective's last argument stands for (its name, or itself)."""
     from torch.distributed import distributed_c10d

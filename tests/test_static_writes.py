@@ -14,6 +14,7 @@ from families import FAMILIES
 from torch import nn
 
 from helpers import assert_close, compiled, latents, new_cache, options, piecewise, prompt
+from lorc_fx import compat
 from lorc_fx.errors import LorcWarning
 from lorc_fx.latent import LatentKV
 
@@ -124,3 +125,19 @@ def test_caches_of_several_lengths_under_inductor(basis: str) -> None:
                 f"room for {room}", got, piecewise(plain, ids, new_cache(plain, "static", room), [9, 10, 12]), 1e-4
             )
             latents(cache)
+
+
+def test_tensors_that_were_one_when_a_graph_was_traced_are_inputs_of_their_own() -> None:
+    """AOTAutograd takes two inputs of one fake for one, and refuses calls in which they are not: positions that layers
+    share are copied before a step writes into them."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    one, other = (mode.from_tensor(torch.zeros(7, 2)[:, ::2], static_shapes=True) for _ in range(2))
+    found = compat.apart([one, 3, other, one], mode)
+    assert found[0] is one
+    assert found[2] is other
+    assert found[1] == 3
+    assert found[3] is not one
+    assert (found[3].shape, found[3].stride(), found[3].dtype) == (one.shape, one.stride(), one.dtype)

@@ -13,7 +13,7 @@ from .attention import (
     total_variation,
     weight_error,
 )
-from .codecs import CodecError, codec_error, quantisation_error, unprojected_error
+from .codecs import CodecError, codec_error, computed, quantisation_error, unprojected_error
 from .matrices import (
     best_error,
     lorc_layer,
@@ -34,6 +34,7 @@ __all__ = [
     "accumulated",
     "best_error",
     "codec_error",
+    "computed",
     "distances",
     "gamma",
     "isometry",

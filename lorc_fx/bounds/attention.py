@@ -77,7 +77,8 @@ def weight_error(scores: torch.Tensor, error: torch.Tensor) -> torch.Tensor:
 
 
 def _all_but_one(logs: torch.Tensor) -> torch.Tensor:
-    """log of the sum of exp over all others, [.., T]: of those before and those behind, as differences would cancel."""
+    """log of the sum of exp over all others, [.., T]: of those before and those behind, as differences would
+    cancel."""
     edge = torch.full_like(logs[..., :1], -torch.inf)
     before = torch.logcumsumexp(logs, -1)[..., :-1]
     behind = torch.logcumsumexp(logs.flip(-1), -1)[..., :-1].flip(-1)

@@ -10,7 +10,7 @@ with E, S the codec's ``encode`` and ``decode`` as they are stored (so their own
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -18,7 +18,7 @@ from lorc_fx.codec import Codec
 from lorc_fx.packing import CLIPS, MODEL, SNAP, STEPS, TINY
 
 from .matrices import spectral_norm
-from .roundoff import SLACK, rounding_error, unit
+from .roundoff import SLACK, accumulated, gamma, rounding_error, unit
 
 HALF_ULP = 2.0**-11
 """Unit roundoff of a row's scale, which is in fp16; ``SUBNORMAL`` where it is below the normal range."""
@@ -231,3 +231,32 @@ def unprojected_error(
     rounded, held = (_norms(part, groups) for part in (coarse, stored))
     nothing = torch.zeros_like(rounded)
     return CodecError(nothing, rounded, held, nothing, each)
+
+
+def computed(
+    error: CodecError, codec: Codec, x: torch.Tensor, radius: torch.Tensor | None, size: torch.Tensor
+) -> CodecError:
+    """``error`` with the rounding of a machine that computes codes and reads them back: ``each`` and ``stored`` grow.
+    ``x`` [N, d] and ``radius`` as above; ``size`` [N, n]: |y| at most.
+
+    Statement. A code is a sum of d products in the dtype of ``encode``, what is read a sum of as many as there are
+    columns in the model's: gamma_d |E| |x| and gamma_k |S| |c|, then a rounding of each (Higham, section 3.1)."""
+    form, r = codec.format, codec.format.columns
+    encode = codec.encode.double().abs()
+    reach = x.double().abs() + (0.0 if radius is None else radius)
+    sums = reach @ encode.T + (0.0 if codec.shift is None else codec.shift.double().abs())
+    lost = gamma(x.shape[-1] + 1, accumulated(codec.encode.dtype)) * sums + unit(codec.encode.dtype) * sums
+    if codec.decode is None:
+        entries = lost
+    else:
+        read = codec.decode.double().abs()
+        columns = sums if codec.offsets is None else sums + _padded(codec.offsets.double().abs().amax(0), sums)
+        entries = lost[..., :r] @ read[:r] + gamma(len(read) + 1, accumulated(form.dtype)) * (columns @ read)
+    entries = entries + 2 * unit(form.dtype) * (size + error.each + entries)
+    parts = _norms(entries, error.total.shape[-1] - 1)
+    return replace(error, stored=error.stored + parts, each=error.each + entries)
+
+
+def _padded(row: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """[r] as [k]: nothing for what follows the columns, but that the mean's own gap may be read: 1."""
+    return torch.cat([row, row.new_ones(like.shape[-1] - len(row))])

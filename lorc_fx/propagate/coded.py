@@ -46,17 +46,27 @@ def unflat(rows: torch.Tensor, like: torch.Tensor, axes: Axes) -> torch.Tensor:
     return whole.movedim((0, 1), (axes.batch, axes.token))
 
 
-def projected(c: Coding, x: Known, y: Known) -> tuple[Known, CodecError]:
-    """y as it is read back, from x; in the layout of ``y``, the uncoded value."""
+def projected(c: Coding, x: Known, y: Known, rounds: bool = False) -> tuple[Known, CodecError]:
+    """y as it is read back, from x; in the layout of ``y``, the uncoded value. ``rounds``: as a machine computes
+    it."""
     rows, heads = c.site.rows, _heads(c.site)
     radius = None if x.exact else flat_norm(x, rows.x_axes)
-    error = bounds.codec_error(c.codec, c.weight, c.bias, flat(x.value, rows.x_axes), radius, heads)
+    tokens = flat(x.value, rows.x_axes)
+    error = bounds.codec_error(c.codec, c.weight, c.bias, tokens, radius, heads)
+    if rounds:
+        error = bounds.computed(error, c.codec, tokens, radius, y_size(y, rows.y_axes, rows.features))
     each = error.each
     if rows.features is not None:  # the others pass as they are, and nothing reads them
         zero = torch.zeros_like(y.value) if y.each is None else y.each
         each = flat(zero, rows.y_axes).index_copy(-1, torch.tensor(rows.features), each)
         return known(y.value, unflat(each, y.value, rows.y_axes)), error
     return _by_head(y.value, each, error, rows.y_axes), error
+
+
+def y_size(y: Known, axes: Axes, features: tuple[int, ...] | None) -> torch.Tensor:
+    """|y| at most, feature by feature: [N, n]"""
+    size = flat(y.value.abs() if y.each is None else y.value.abs() + y.each, axes)
+    return size if features is None else size[..., list(features)]
 
 
 def _by_head(value: torch.Tensor, each: torch.Tensor, error: CodecError, axes: Axes) -> Known:
@@ -75,7 +85,7 @@ def _by_head(value: torch.Tensor, each: torch.Tensor, error: CodecError, axes: A
         parts += 1
     if torch.Size(sizes[-parts:]).numel() != n // heads:
         return known(value, entries)
-    whole = known(*(t.flatten(-parts) for t in (value, entries)), spread.flatten(-parts)[..., :1])
+    whole = known(value.flatten(-parts), entries.flatten(-parts), spread.flatten(-parts)[..., :1])
     return known(value, entries, tags=linear_of(whole, lambda t: t.unflatten(-1, sizes[-parts:]), ("parts", parts)))
 
 

@@ -82,3 +82,14 @@ def summed(*parts: torch.Tensor | None) -> torch.Tensor | None:
         if part is not None:
             total = part if total is None else total + part
     return total
+
+
+ULPS = 8
+"""Units in the last place that libraries' exp, tanh, erf and the like may be off (documented errors are 1 to 4)."""
+
+
+def size(x: Any) -> torch.Tensor:
+    """|x| at most, in both models."""
+    if not isinstance(x, Known):
+        return torch.as_tensor(x, dtype=torch.float64).abs()
+    return x.value.abs() if x.each is None else x.value.abs() + x.each

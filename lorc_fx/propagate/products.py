@@ -9,7 +9,7 @@ import torch
 
 from lorc_fx import bounds
 
-from .known import Known, known, summed
+from .known import ULPS, Known, known, size, summed
 
 ROWS = 1 << 14
 """Rows of a weight that are in fp64 at a time."""
@@ -95,22 +95,44 @@ def certain(weights: torch.Tensor) -> Known:
     return Known(weights, varied=torch.zeros_like(weights[..., :1]))
 
 
-def attention(given: dict[str, Any], value: torch.Tensor) -> Known:
-    """SDPA, as its parts. ``given``: its arguments by name, tensors as Known."""
+def attention(given: dict[str, Any], value: torch.Tensor, dtype: torch.dtype | None = None) -> Known:
+    """SDPA, as its parts. ``given``: its arguments by name, tensors as Known; ``dtype``: in which a machine
+    computes it."""
     q, k, v, mask = given["query"], given["key"], given["value"], given["attn_mask"]
     k, v = (repeated(x, _groups(given, q.value, x.value)) for x in (k, v))
     turned = Known(k.value.transpose(-1, -2), *_transposed(k))
-    raw = q.value @ turned.value
+    raw, scale = q.value @ turned.value, abs(_scale(given, q.value))
     scores = Known(raw) if q.exact and k.exact else matmul(q, turned, raw)
-    each = None if scores.each is None else scores.each * abs(_scale(given, q.value))
+    each = None if scores.each is None else scores.each * scale
     shown = masked(given, q.value, scores.value)
     if mask is not None and mask.each is not None:
         each = summed(each, mask.each)
+    if dtype is not None:
+        each = summed(each, score_rounding(q, turned, scale, dtype))
     weights = certain(shown.softmax(-1))
     if each is not None:
         each = torch.where(torch.isneginf(shown), 0.0, each.expand(shown.shape))
         weights = softmax(known(shown, each), -1, weights.value)
-    return weighted(weights, v, value)
+    made = weighted(weights, v, value)
+    if dtype is None:
+        return made
+    assert made.each is not None
+    return known(value, made.each + weight_rounding(weights, v, dtype))
+
+
+def score_rounding(q: Known, k: Known, scale: float, dtype: torch.dtype) -> torch.Tensor:
+    """What a machine adds to scaled scores, from q [.., S, D] and k [.., D, T]: a sum of D products, rounded a few
+    times (with the mask, and with a running maximum)."""
+    a, b = size(q), size(k)
+    sums = bounds.accumulated(dtype)
+    return (bounds.gamma(a.shape[-1], sums) + 4 * bounds.unit(sums) + 2 * bounds.unit(dtype)) * scale * (a @ b)
+
+
+def weight_rounding(p: Known, v: Known, dtype: torch.dtype) -> torch.Tensor:
+    """What a machine adds to the result: weights that are off by a share of themselves, and a sum over T."""
+    sums = bounds.accumulated(dtype)
+    share = 3 * bounds.gamma(p.value.shape[-1], sums) + 2 * ULPS * bounds.unit(sums) + 2 * bounds.unit(dtype)
+    return share * (size(p) @ size(v))
 
 
 def attention_weights(given: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -19,12 +19,14 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Call:
-    """An op of which some argument is not exact: arguments by their names in the schema, and the dense result."""
+    """An op of which some argument is not exact: arguments by their names in the schema, and the dense result.
+    ``dtype``: in which a machine computes it (None: exactly)."""
 
     target: Any
     given: dict[str, Any]
     value: Any
     run: Callable[..., Any]
+    dtype: torch.dtype | None = None
 
     def first(self) -> Known:
         return next(v for v in self.given.values() if isinstance(v, Known))
@@ -287,7 +289,7 @@ def _attention(call: Call) -> Known:
     given = dict(call.given)
     for name in ("query", "key", "value"):
         given[name] = as_known(given[name])
-    return products.attention(given, call.value)
+    return products.attention(given, call.value, call.dtype)
 
 
 # -- entry by entry ------------------------------------------------------------------------------------------------

@@ -22,7 +22,8 @@ from lorc_fx import bounds
 from .coded import Coding, cache_axes, flat, projected, projected_value, unprojected, unprojected_value
 from .known import Known
 from .products import attention_weights
-from .rules import RULES, Call
+from .rounding import EXACT, rounded
+from .rules import MOVES, RULES, Call
 
 aten = torch.ops.aten
 RAW = {aten.embedding.default}
@@ -34,8 +35,9 @@ CASTS = {aten.to.dtype, aten._to_copy.default, aten.to.dtype_layout, aten.type_a
 @dataclass(eq=False)
 class Track:
     """``codings`` by site node; ``until``: the last node of it (None: all). ``known`` and ``values`` hold what
-    depends on a coded site. ``sites``: of each site's y as it is read back, bound and error, per token [N].
-    ``unbounded``: ops that have no rule, in order. ``done``: ``until`` was reached."""
+    depends on a coded site. ``rounds``: as a machine computes it, in the dtypes of the graph. ``sites``: of each
+    site's y as it is read back, bound and error, per token [N]. ``unbounded``: ops that have no rule, in order.
+    ``done``: ``until`` was reached."""
 
     codings: dict[Node, Coding]
     until: Node | None = None
@@ -44,9 +46,14 @@ class Track:
     sites: dict[Node, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     unbounded: list[str] = field(default_factory=list)
     done: bool = False
+    rounds: bool = False
 
     def depends(self, node: Node) -> bool:
-        return not self.done and (node in self.codings or any(n in self.known for n in node.all_input_nodes))
+        return not self.done and (node in self.codings or self.takes(node))
+
+    def takes(self, node: Node) -> bool:
+        """Whether what is known of a node may be other than its dense value."""
+        return self.rounds or any(n in self.known for n in node.all_input_nodes)
 
     def measured(self, node: Node, dense: torch.Tensor) -> torch.Tensor:
         """|v' - v| at a node, entry by entry."""
@@ -108,14 +115,20 @@ class Walker:
 
     def _step(self, track: Track, node: Node) -> None:
         """One node of a track, from its inputs there."""
-        if not any(n in track.known for n in node.all_input_nodes):
+        if not track.takes(node):
             return
-        value = self.dense[node]
-        track.values[node] = compute(node, Layered(track.values, self.dense))
+        value, inexact = self.dense[node], any(n in track.known for n in node.all_input_nodes)
+        if any(n in track.values for n in node.all_input_nodes):
+            track.values[node] = compute(node, Layered(track.values, self.dense))
         if not any(isinstance(v, torch.Tensor) and _floating(v) for v in tree_leaves(value)):
-            track.known[node] = self._flags(track, node, value)
+            if inexact:
+                track.known[node] = self._flags(track, node, value)
             return
-        track.known[node] = self._known(track, node, value)
+        made = self._known(track, node, value) if inexact else Known(value)
+        if track.rounds and _rounds(node):
+            made = rounded(node.target, node.meta["val"].dtype, self._given(track, node), made)
+        if not isinstance(made, Known) or not made.exact:
+            track.known[node] = made
 
     def _flags(self, track: Track, node: Node, value: Any) -> Any:
         """Integers and flags that depend on what is inexact: nothing is known of them."""
@@ -146,7 +159,8 @@ class Walker:
         made = None
         if rule is not None:
             given = self._given(track, node)
-            made = rule(Call(node.target, given, value, lambda t: compute_first(node, self.dense, t)))
+            dtype = node.meta["val"].dtype if track.rounds and _rounds(node) else None
+            made = rule(Call(node.target, given, value, lambda t: compute_first(node, self.dense, t), dtype))
         if made is None:
             track.unbounded.append(str(node.target))
             made = tree_map(lambda v: Known(v, torch.full(v.shape, torch.inf, dtype=torch.float64)), value)
@@ -176,8 +190,8 @@ class Walker:
         rows = site.rows
         x = track.known.get(rows.x, Known(_double(self.dense[rows.x])))
         y = track.known.get(rows.y, Known(self.dense[rows.y]))
-        inner = Track({})
-        inner.known[rows.y], error = projected(c, x, y)
+        inner = Track({}, rounds=track.rounds)
+        inner.known[rows.y], error = projected(c, x, y, track.rounds)
         x_value = track.values.get(rows.x, self.dense[rows.x])
         y_value = track.values.get(rows.y, self.dense[rows.y])
         inner.values[rows.y] = projected_value(c, _double(x_value), y_value)
@@ -191,6 +205,22 @@ class Walker:
                 self._step(inner, n)
         track.unbounded += inner.unbounded
         track.known[node], track.values[node] = inner.known[node], inner.values[node]
+
+
+def _rounds(node: Node) -> bool:
+    """Whether a machine may round the result of an op."""
+    value = node.meta.get("val")
+    floating = isinstance(value, torch.Tensor) and value.is_floating_point()
+    return floating and node.target not in EXACT and node.target not in MOVES and node.target not in FACTORIES
+
+
+FACTORIES = {
+    aten.arange.default, aten.zeros.default, aten.ones.default, aten.full.default, aten.new_ones.default,
+    aten.new_zeros.default, aten.zeros_like.default, aten.ones_like.default, aten.full_like.default,
+    aten.lift_fresh_copy.default, aten.clone.default, aten.contiguous.default, aten.detach.default,
+    aten.alias.default, aten.dropout.default, aten.arange.start, aten.arange.start_step, aten.empty.memory_format,
+}  # fmt: skip
+"""What makes or copies numbers without rounding them."""
 
 
 class Layered:

@@ -1,0 +1,77 @@
+"""What a machine adds to an op: sums in the accumulator's precision, then one rounding to the op's own dtype.
+
+Stated assumptions (Higham, Accuracy and Stability, ch. 2 and 3; IEEE 754): products of 16-bit numbers add up in
+fp32, in any order; an elementary function computed in fp32 is within ``ULPS`` units of its result and of its
+argument; subnormal numbers are not flushed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from lorc_fx import bounds
+
+from .known import ULPS, Known, known, size
+
+aten = torch.ops.aten
+
+_PRODUCTS = {
+    aten.linear.default: ("input", "weight"), aten.addmm.default: ("mat1", "mat2"), aten.mm.default: ("self", "mat2"),
+    aten.matmul.default: ("self", "other"), aten.bmm.default: ("self", "mat2"),
+}  # fmt: skip
+_NORMS = {aten.layer_norm.default, aten.rms_norm.default}
+_WEIGHTS = {aten.softmax.int, aten._softmax.default, aten._safe_softmax.default}
+_SUMS = {aten.mean.dim, aten.sum.dim_IntList, aten.cumsum.default, aten.linalg_vector_norm.default}
+_ONCE = {
+    aten.add.Tensor, aten.sub.Tensor, aten.add.Scalar, aten.sub.Scalar, aten.rsub.Scalar, aten.mul.Tensor,
+    aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar, aten.to.dtype, aten._to_copy.default, aten.to.dtype_layout,
+    aten.type_as.default,
+}  # fmt: skip
+EXACT = {
+    aten.neg.default, aten.abs.default, aten.relu.default, aten.clamp.default, aten.clamp_min.default,
+    aten.clamp_max.default, aten.maximum.default, aten.minimum.default, aten.where.self, aten.where.ScalarOther,
+    aten.where.ScalarSelf, aten.masked_fill.Scalar, aten.masked_fill.Tensor, aten.cat.default, aten.stack.default,
+    aten.embedding.default, aten.amax.default, aten.amin.default, aten.view_as_real.default,
+    aten.view_as_complex.default,
+}  # fmt: skip
+"""Ops of no move that round nothing."""
+
+
+def rounded(target: Any, dtype: torch.dtype, given: dict[str, Any], made: Known) -> Known:
+    """``made`` as a machine computes it in ``dtype``: without tags, as the ops that they stand for round too, and
+    weights do not sum to one any more."""
+    each = torch.zeros_like(made.value, dtype=torch.float64) if made.each is None else made.each
+    inner = _inner(target, dtype, given, made)
+    reach = made.value.abs() + each + inner
+    extra = inner + bounds.rounding_error(reach.nan_to_num(0.0), dtype)
+    extra = torch.where(torch.isinf(made.value), 0.0, extra)
+    norm = None if made.norm is None else made.norm + extra.norm(dim=made.axis, keepdim=True)
+    return known(made.value, each + extra, norm, made.axis)
+
+
+def _inner(target: Any, dtype: torch.dtype, given: dict[str, Any], made: Known) -> torch.Tensor:
+    """What is lost before the result is rounded."""
+    sums = bounds.accumulated(dtype)
+    if target in _PRODUCTS:
+        a, b = (size(given[name]) for name in _PRODUCTS[target])
+        b = b.T if target is aten.linear.default else b
+        return bounds.gamma(a.shape[-1] + 1, sums) * ((a @ b) + size(given.get("bias", 0.0) or 0.0))
+    if target in _ONCE:
+        return torch.zeros_like(made.value)
+    first = next(v for v in given.values() if isinstance(v, Known))
+    reach = made.value.abs() + (0.0 if made.each is None else made.each)
+    if target in _WEIGHTS or target in _NORMS:
+        return (bounds.gamma(first.value.shape[-1], sums) + ULPS * bounds.unit(sums)) * 2 * reach
+    if target in _SUMS:
+        return bounds.gamma(first.value.numel() // max(made.value.numel(), 1) + 1, sums) * _total(target, given, first)
+    return ULPS * bounds.unit(sums) * (reach + (size(first) if first.value.shape == made.value.shape else 0.0))
+
+
+def _total(target: Any, given: dict[str, Any], x: Known) -> torch.Tensor:
+    """The sum (or mean) of absolute values."""
+    if target is aten.cumsum.default:
+        return size(x).cumsum(given["dim"])
+    if target is aten.mean.dim:
+        return size(x).mean(given["dim"], given["keepdim"])
+    return size(x).sum(given["dim"], given["keepdim"])
