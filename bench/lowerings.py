@@ -37,8 +37,8 @@ from lorc_fx.passes import cost
 SHAPES = {"gpt2": (16, 16, 64), "llama": (16, 4, 64), "llama-3-8b": (32, 8, 128)}
 TOKENS = (512, 2048, 8192, 32768)
 BATCHES = (1, 8)
-#: numbers of a dense cache above which a case is left out (fp32: 2 GiB)
-MOST = 1 << 29
+#: numbers of a dense cache above which a case is left out (fp32: 1 GiB)
+MOST = 1 << 28
 TIE = 1.1
 
 

@@ -135,13 +135,12 @@ def _spellings() -> dict[Any, Callable[..., Any]]:
 def canonical_trace(gm: Callable[..., Any], values: Sequence[Any]) -> GraphModule:
     """Trace ``gm`` on fake ``values`` to ATen before decompositions (``linear`` and SDPA stay whole).
 
-    Constants in the graph (``torch.tensor([])`` of an empty cache) are real tensors, hence allow_non_fake_inputs. Nodes
-    keep the ``stack_trace`` of the user's line that they come from. Raises RuntimeError where the trace has a hole: a
-    value that no op of it makes (under ``vmap``) has become a constant without data.
+    Constants in the graph (``torch.tensor([])`` of an empty cache) are real tensors, hence allow_non_fake_inputs.
+    Nodes keep the ``stack_trace`` of the user's line that they come from. Raises RuntimeError where the trace has
+    a hole: a value that no op of it makes (under ``vmap``) has become a constant without data.
 
-    A subclass that has only ``__torch_dispatch__`` (a shard) cannot run before decompositions. A graph with weights in
-    parts (``parts.in_parts``) is then traced after them.
-    """
+    A subclass that has only ``__torch_dispatch__`` (a shard) cannot run before decompositions. A graph with
+    weights in parts (``parts.in_parts``) is then traced after them."""
     try:
         return _traced(gm, values, pre_dispatch=True)
     except Exception:
@@ -171,8 +170,8 @@ def fake_execution(mode: FakeTensorMode) -> Iterator[None]:
 
 @contextlib.contextmanager
 def batched_execution(mode: FakeTensorMode) -> Iterator[None]:
-    """``fake_execution`` of symbolic sizes too (make_fx does without after decompositions), and of code under ``vmap``:
-    levels left open by an exception are closed."""
+    """``fake_execution`` of symbolic sizes too (make_fx does without after decompositions), and of code under
+    ``vmap``: levels left open by an exception are closed."""
     level = torch._C._functorch.maybe_current_level() or 0
     try:
         with fake_execution(mode), enable_python_dispatcher():
@@ -228,9 +227,9 @@ def building() -> Any:
 
 
 def to_fake(value: Any, mode: FakeTensorMode) -> Any:
-    """A real codec tensor as a fake of static shape; fakes as they are. A symbolic int by the symbol that it was found
-    to be equal to: inductor takes inputs by the symbol that they had at first, and finds the other one in a tensor's
-    size, which a graph over rows may not have."""
+    """A real codec tensor as a fake of static shape; fakes as they are. A symbolic int by the symbol that it was
+    found to be equal to: inductor takes inputs by the symbol that they had at first, and finds the other one in a
+    tensor's size, which a graph over rows may not have."""
     if isinstance(value, torch.Tensor) and not isinstance(value, FakeTensor):
         return mode.from_tensor(value, static_shapes=True)
     if isinstance(value, torch.SymInt) and value.node.expr != value.node._expr:
@@ -239,9 +238,9 @@ def to_fake(value: Any, mode: FakeTensorMode) -> Any:
 
 
 def apart(examples: Sequence[Any], mode: FakeTensorMode) -> list[Any]:
-    """``examples`` with a fake of its own wherever a tensor comes again: AOTAutograd would take two inputs for one, and
-    refuse a call in which they are not (two caches that shared their positions when a graph was traced get copies before
-    it writes into them)."""
+    """``examples`` with a fake of its own wherever a tensor comes again: AOTAutograd would take two inputs for
+    one, and refuse a call in which they are not (two caches that shared their positions when a graph was traced
+    get copies before it writes into them)."""
     seen: set[int] = set()
     found: list[Any] = []
     for value in examples:
@@ -283,8 +282,8 @@ def traced_by_another_backend() -> str | None:
 
 
 def compiled_with(model: torch.nn.Module) -> tuple[Any, str | None] | None:
-    """``options`` and ``mode`` of the ``model.compile(backend="lorc")`` (or ``torch.compile``) that made ``model`` what
-    it is; None where there was none, or this torch keeps them elsewhere."""
+    """``options`` and ``mode`` of the ``model.compile(backend="lorc")`` (or ``torch.compile``) that made ``model``
+    what it is; None where there was none, or this torch keeps them elsewhere."""
     context: Any = getattr(model, "dynamo_ctx", None)
     call = getattr(model, "_compiled_call_impl", None)
     if context is None and call is not None:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 
 import torch
+from torch.fx import symbolic_trace
 
 from .passes.cost import Device
 
@@ -22,8 +23,13 @@ DATASHEETS = (
 BYTES = 1 << 28
 """What is read to measure bandwidth: more than any cache holds."""
 
-PRODUCT = (16, 1024, 8192)
-"""The product that is timed, [16, 1024] x [1024, 8192]: as narrow as those of a decode step."""
+PRODUCT = (256, 1024, 4096)
+"""The product that is timed, [256, 1024] x [1024, 4096]: as those of tiles and of latents, whose rows stay in a
+cache."""
+
+ROWS = (4096, 16, 64)
+"""Tokens, heads and head dim of the int8 rows whose reading is timed: one query for each head, so that products are
+few beside what is unpacked."""
 
 
 @functools.cache
@@ -38,19 +44,37 @@ def device_of(device: torch.device) -> Device:
 
 
 def measured(device: torch.device, repeats: int = 5) -> Device:
-    """Bandwidth of reading ``BYTES`` once and FLOP/s of ``PRODUCT`` in fp32, the best of ``repeats``, with as many
-    threads as torch uses."""
+    """Bandwidth of reading ``BYTES`` once, FLOP/s of ``PRODUCT`` in fp32 and numbers/s that bytes become, the best of
+    ``repeats``, with as many threads as torch uses."""
     data = torch.ones(BYTES // 4, device=device)
     m, inner, columns = PRODUCT
     left, right = torch.ones(m, inner, device=device), torch.ones(columns, inner, device=device)
     read = _best(lambda: data.sum(), device, repeats)
     product = _best(lambda: left @ right.T, device, repeats)
-    name = (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"{device.type}, {torch.get_num_threads()} threads"
-    )
-    return Device(name, BYTES / read, 2 * m * inner * columns / product, "measured")
+    rate = 2 * m * inner * columns / product
+    if device.type == "cuda":
+        return Device(torch.cuda.get_device_name(device), BYTES / read, rate, "measured")
+    name = f"{device.type}, {torch.get_num_threads()} threads"
+    return Device(name, BYTES / read, rate, "measured", _numbers(device, repeats), repeats=device.type == "cpu")
+
+
+def _numbers(device: torch.device, repeats: int) -> float:
+    """Numbers/s that come out of packed rows, keys and values of ``ROWS`` read by one attention."""
+    from .kernels import tiled
+    from .kernels.attend import Attend, Operand
+    from .kernels.stored import Stored
+    from .packing import Format, Segment, pack
+    from .passes.unprojected import as_it_is
+
+    tokens, heads, dim = ROWS
+    form = Format((Segment(heads * dim, 8),), 1, torch.float32)
+    rows = pack(torch.randn(tokens, 1, heads * dim, device=device), None, None, form.spec, 1, torch.float32)
+    decoder = as_it_is(("B", heads, "T", dim), torch.float32)
+    operand = Operand(form, heads * dim, decoder, heads, dim, None, True, False, False)
+    stored, query = Stored(rows, None, ()), torch.randn(1, heads, 1, dim, device=device)
+    about = Attend(operand, operand, symbolic_trace(lambda scores: scores * 0.125), ())
+    took = _best(lambda: tiled.attend(about, query, stored, stored, ()), device, repeats)
+    return 2 * tokens * heads * dim / took
 
 
 def _best(run: Callable[[], object], device: torch.device, repeats: int) -> float:

@@ -1,13 +1,13 @@
 """What a reader costs, as SymPy expressions; lowerings are compared by them.
 
 One operand (keys or values) of one layer in one decode step. B rows of a batch, T cached tokens, S query tokens, H
-query heads, D head dim, n the cached width, k the numbers that a row holds, w its bytes, e bytes of a number in the
-model's dtype. Bytes are those that must be moved at least once, FLOPs those of products, of unpacking (one a number)
-and of an epilogue.
-"""
+query heads, D head dim, n the cached width, k the numbers that a row holds, w its bytes, e bytes of a number in
+the model's dtype. Bytes are those that must be moved at least once, FLOPs those of products and of an epilogue,
+numbers those that are unpacked from rows."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,10 +30,13 @@ EPILOGUE = 6 * n
 
 @dataclass(frozen=True)
 class Cost:
-    """``bytes`` moved and ``flops``, as expressions of the symbols above."""
+    """``bytes`` moved, ``flops`` and ``numbers`` unpacked, as expressions of the symbols above. ``apart``: memory and
+    products one after the other, as by ops that each write their result; else at once."""
 
     bytes: sympy.Expr
     flops: sympy.Expr
+    numbers: sympy.Expr = sympy.Integer(0)
+    apart: bool = False
 
 
 MATRIX = k * n * e
@@ -41,55 +44,71 @@ MATRIX = k * n * e
 LOWERINGS: dict[str, Cost] = {
     # the dense cache, read in place
     "dense": Cost(B * T * n * e, B * T * READ_DENSE),
+    # the dense cache, each head written and read again for every query head of its group first: SDPA on a CPU
+    "repeated": Cost(B * T * (n + 2 * H * D) * e, B * T * READ_DENSE),
     # what the dense cache would hold, at lower precision (basis "identity")
-    "rows": Cost(B * T * w, B * T * (READ_DENSE + n)),
+    "rows": Cost(B * T * w, B * T * READ_DENSE, B * T * n),
     # absorbed: the query moves into latent space, or the sum of latents is projected up
-    "latent": Cost(B * T * w + MATRIX, B * T * (READ_LATENT + k) + B * S * H * 2 * D * k),
+    "latent": Cost(B * T * w + MATRIX, B * T * READ_LATENT + B * S * H * 2 * D * k, B * T * k),
     # decoded tile by tile
-    "tiles": Cost(B * T * w + MATRIX, B * T * (DECODE + EPILOGUE + k + READ_DENSE)),
+    "tiles": Cost(B * T * w + MATRIX, B * T * (DECODE + EPILOGUE + READ_DENSE), B * T * k),
     # decoded as a whole: the dense value is written, and read again
-    "decoding": Cost(B * T * (w + 2 * n * e) + MATRIX, B * T * (DECODE + EPILOGUE + k + READ_DENSE)),
+    "decoding": Cost(B * T * (w + 2 * n * e) + MATRIX, B * T * (DECODE + EPILOGUE + READ_DENSE), B * T * k, apart=True),
 }
 """lowering -> its cost. The names are those of ``explain``."""
 
 
 @dataclass(frozen=True)
 class Device:
-    """What a device does at best: ``bandwidth`` in bytes/s and ``flops`` in FLOP/s of the products that readers make.
-    ``source``: measured here, or a datasheet."""
+    """What a device does at best: ``bandwidth`` in bytes/s, ``flops`` in FLOP/s of the products that readers make,
+    ``numbers``/s that come out of packed rows (inf where that never counts), and whether its dense attention
+    ``repeats`` heads for grouped queries. ``source``: measured here, or a datasheet."""
 
     name: str
     bandwidth: float
     flops: float
     source: str
+    numbers: float = math.inf
+    repeats: bool = False
 
 
-TYPICAL = {"cpu": 5.0}
-"""FLOPs of products that a device of a kind does in the time of reading a byte, about; others 100. Plans go by these
-and not by a measurement, so that the same options give the same plan each time. (GPUs in datasheets: 150 to 300.)"""
+TYPICAL = {
+    "cpu": Device("cpu", 1.0, 4.0, "TYPICAL", numbers=0.2, repeats=True),
+}
+"""What a device of a kind does in the time of reading a byte, about. Plans go by these and not by a measurement,
+so that the same options give the same plan each time. (The CPU: bench/results/lowerings.json, 4.1 FLOPs and 0.19
+numbers.)"""
+
+OTHERS = Device("accelerator", 1.0, 100.0, "TYPICAL")
+"""GPUs in datasheets: 150 to 300 FLOPs a byte."""
 
 
 def typical(kind: str) -> Device:
     """A device that reads one byte a second, by ``torch.device.type``: good for comparing lowerings."""
-    return Device(kind, 1.0, TYPICAL.get(kind, 100.0), "TYPICAL")
+    return TYPICAL.get(kind, OTHERS)
 
 
 SYMBOLS = (B, T, S, H, D, n, k, w, e)
-_NUMBERS = {name: sympy.lambdify(SYMBOLS, (c.bytes, c.flops), modules="math") for name, c in LOWERINGS.items()}
+_NUMBERS = {
+    name: sympy.lambdify(SYMBOLS, (c.bytes, c.flops, c.numbers), modules="math") for name, c in LOWERINGS.items()
+}
 
 
-def counted(lowering: str, **sizes: float) -> tuple[float, float]:
-    """Bytes and FLOPs of a lowering for ``sizes`` by the symbols' names (all of them). Raises KeyError for a lowering
-    that there is not."""
-    bytes_, flops = _NUMBERS[lowering](*(sizes[str(s)] for s in SYMBOLS))
-    return bytes_, flops
+def counted(lowering: str, **sizes: float) -> tuple[float, float, float]:
+    """Bytes, FLOPs and unpacked numbers of a lowering for ``sizes`` by the symbols' names (all of them). Raises
+    KeyError for a lowering that there is not."""
+    bytes_, flops, numbers = _NUMBERS[lowering](*(sizes[str(s)] for s in SYMBOLS))
+    return bytes_, flops, numbers
 
 
 def seconds(lowering: str, device: Device, **sizes: float) -> float:
-    """The least time of a lowering on ``device``: whatever of memory and arithmetic takes longer (Williams et al.,
-    Roofline, 2009)."""
-    moved, flops = counted(lowering, **sizes)
-    return max(moved / device.bandwidth, flops / device.flops)
+    """The least time of a lowering on ``device``: whatever of memory, arithmetic and unpacking takes longest
+    (Williams et al., Roofline, 2009), or their sum where they are ``apart``."""
+    if lowering == "dense" and device.repeats and sizes["H"] * sizes["D"] > sizes["n"]:
+        lowering = "repeated"
+    moved, flops, numbers = counted(lowering, **sizes)
+    parts = (moved / device.bandwidth, flops / device.flops, numbers / device.numbers)
+    return sum(parts) if LOWERINGS[lowering].apart else max(parts)
 
 
 _saves = sympy.lambdify((S, H, D, n, k), DECODE + READ_DENSE - READ_LATENT, modules="math")

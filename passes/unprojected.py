@@ -90,14 +90,15 @@ def _decodes(site: Site) -> bool:
 
 def _slower(site: Site) -> bool:
     """Whether reading the latents of a long cache is predicted to take longer than reading the dense one, with as many
-    of them as there are features."""
+    of them as there are features; and longer than as many numbers as they are, which must be unpacked as well."""
     heads, value = query_heads(site.reader), site.node.meta["val"]
     if heads is None:
         return False
     width, element = features(site.decoder), site.decoder.dtype.itemsize
     sizes = {"B": 1, "T": LONG, "S": 1, "H": heads, "D": site.head, "n": width, "k": width, "w": width, "e": element}
     device = typical(value.device.type)
-    return seconds("latent", device, **sizes) > seconds("dense", device, **sizes)
+    latent, *others = (seconds(way, device, **sizes) for way in ("latent", "dense", "rows"))
+    return latent > max(others)
 
 
 def _wanted(site: Site, chosen: set[Site]) -> bool:

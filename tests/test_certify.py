@@ -173,3 +173,49 @@ def test_what_cannot_be_certified_is_refused() -> None:
         lorc_fx.certify(model(), ids(), options={"ration": 0.5})
     with pytest.raises(UnloadedWeights):
         lorc_fx.certify(model().to("meta"), ids())
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("llama-gqa", torch.float32), ("gpt2", torch.bfloat16)])
+def test_with_rounding_the_bound_holds_for_the_machine(name: str, dtype: torch.dtype) -> None:
+    """Nothing is added to it: the models as they run, in fp32 or in 16 bits."""
+    dense = model(name, dtype=dtype)
+    exact = lorc_fx.certify(dense, ids(), options=JOINT)
+    found = lorc_fx.certify(dense, ids(), options=JOINT, rounding=True)
+    assert found.unbounded == ()
+    with torch.no_grad():
+        want = dense(input_ids=ids(), use_cache=True).logits
+        reset(dense)
+        got = torch.compile(dense, backend="lorc", options={**JOINT, "inner": "eager"})(input_ids=ids(), use_cache=True)
+    away = (got.logits.double() - want.double())[0].abs().amax(-1)
+    assert bool((away <= found.bound).all())
+    assert bool((found.bound >= exact.bound).all())
+    assert found.sound
+
+
+def test_rounding_alone_is_counted_op_by_op() -> None:
+    """A dense model in 16 bits against itself in fp64: within what the ops of its graph can lose."""
+    from lorc_fx.certify import Certified
+    from lorc_fx.options import Options
+    from lorc_fx.propagate import Track
+    from lorc_fx.report import traced
+
+    for dtype in (torch.float32, torch.bfloat16):
+        dense = model("llama-gqa", dtype=dtype)
+        with torch.no_grad():
+            logits = dense(input_ids=ids(), use_cache=True).logits
+        found = []
+
+        def visit(gm: Any, examples: Any, logits: torch.Tensor = logits, found: list[Any] = found) -> None:
+            certified = Certified.of(gm, examples, Options.parse(JOINT))
+            assert certified is not None
+            track, outputs = Track({}, rounds=True), certified.gm.graph.output_node().all_input_nodes
+            certified.walker.run([track], keep=outputs)
+            node = next(n for n in outputs if tuple(n.meta["val"].shape) == tuple(logits.shape))
+            found.append((certified.walker.dense[node], track.known[node]))
+
+        traced(dense, (), {"input_ids": ids(), "use_cache": True}, visit)
+        ((value, bound),) = found
+        assert bound.each is not None
+        away = (logits.double() - value).abs()
+        assert bool((away <= bound.each).all())
+        assert bool(torch.isfinite(bound.each).all())

@@ -42,25 +42,38 @@ def test_products_are_those_that_are_counted(how, shape, monkeypatch):
     wanted = (products[how] + products["rows"]).subs(given)
     constants = 4 * batch * heads * (width + n)  # what ``half`` adds: one number per query
     assert wanted <= counter.get_total_flops() <= wanted + constants
-    bytes_, flops = cost.counted(how, **sizes)
+    bytes_, flops, numbers = cost.counted(how, **sizes)
+    assert numbers == batch * tokens * (n if how == "rows" else width)
     assert flops >= products[how].subs(given)
     moved = keys.rows.numel() * keys.rows.element_size() + sum(t.numel() * 4 for t in keys.codec)
     assert bytes_ == moved
 
 
-def test_what_takes_longer_counts():
+def test_what_takes_longest_counts():
     sizes = {"B": 1, "T": 1000, "S": 1, "H": 4, "D": 16, "n": 64, "k": 32, "w": 34, "e": 2}
-    bytes_, flops = cost.counted("latent", **sizes)
+    bytes_, flops, numbers = cost.counted("latent", **sizes)
     slow = cost.Device("slow memory", 1.0, 1e30, "")
     weak = cost.Device("weak", 1e30, 1.0, "")
-    assert cost.seconds("latent", slow, **sizes) == bytes_ and cost.seconds("latent", weak, **sizes) == flops
+    packed = cost.Device("slow to unpack", 1e30, 1e30, "", numbers=1.0)
+    assert [cost.seconds("latent", d, **sizes) for d in (slow, weak, packed)] == [bytes_, flops, numbers]
+    one = cost.Device("a byte and a FLOP a second", 1.0, 1.0, "")
+    moved, multiplied, _ = cost.counted("decoding", **sizes)
+    assert cost.seconds("decoding", one, **sizes) == moved + multiplied, "ops that write their results one by one"
     with pytest.raises(KeyError):
         cost.counted("by magic", **sizes)
 
 
+def test_grouped_heads_are_repeated_where_the_device_does_so():
+    sizes = {"B": 1, "T": 1000, "S": 1, "H": 4, "D": 16, "n": 32, "k": 32, "w": 34, "e": 4}
+    plain, repeats = (cost.Device("", 1.0, 1e30, "", repeats=r) for r in (False, True))
+    assert cost.seconds("dense", plain, **sizes) == 1000 * 32 * 4
+    assert cost.seconds("dense", repeats, **sizes) == 1000 * 4 * (32 + 2 * 64)
+    assert cost.seconds("dense", repeats, **{**sizes, "n": 64}) == 1000 * 64 * 4
+
+
 def test_devices():
     here = measured(torch.device("cpu"), repeats=1)
-    assert here.source == "measured" and here.bandwidth > 1e8 and here.flops > 1e8
+    assert here.source == "measured" and here.bandwidth > 1e8 and here.flops > 1e8 and 1e7 < here.numbers < 1e13
     assert device_of(torch.device("cpu")) is device_of(torch.device("cpu")), "measured once"
     assert all("datasheet" in d.source and d.flops > d.bandwidth for d in DATASHEETS)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from typing import Any
 
@@ -46,8 +47,7 @@ def check_family(name: str, way: str, **more: Any) -> None:
     assert held.nodes > 20
 
 
-@pytest.mark.parametrize("name", QUICK)
-@pytest.mark.parametrize("way", ["joint", "auto"])
+@pytest.mark.parametrize(("name", "way"), [*((n, "joint") for n in QUICK), ("gemma3", "auto"), ("phi3", "paper")])
 def test_no_node_of_a_family_is_above_its_bound(name: str, way: str) -> None:
     check_family(name, way)
 
@@ -71,12 +71,10 @@ def test_padding_on_the_left_is_no_exception() -> None:
     assert (held.over, held.ops) == ([], ())
 
 
-@settings(deadline=None, max_examples=12, suppress_health_check=list(HealthCheck))
+@settings(deadline=None, max_examples=10, suppress_health_check=list(HealthCheck))
 @given(s=written.shapes, layers=st.integers(1, 4), way=st.sampled_from(sorted(WAYS)), size=st.floats(0.2, 4))
 def test_no_network_of_up_to_four_layers_breaks_a_bound(s: written.Shape, layers: int, way: str, size: float) -> None:
     """Hypothesis looks for the largest measured / bound at any node."""
-    import dataclasses
-
     s = dataclasses.replace(s, layers=layers)
     model = written.decoder(s)
     with torch.no_grad():
@@ -177,7 +175,7 @@ TAILS: dict[str, Any] = {
 
 @pytest.mark.parametrize("name", sorted(TAILS))
 @given(seed=st.integers(0, 1000), ratio=st.sampled_from([0.3, 0.6]))
-@settings(deadline=None, max_examples=4, suppress_health_check=list(HealthCheck))
+@settings(deadline=None, max_examples=2, suppress_health_check=list(HealthCheck))
 def test_each_op_has_a_rule_that_holds(name: str, seed: int, ratio: float) -> None:
     torch._dynamo.reset()
     torch.manual_seed(seed)

@@ -15,13 +15,15 @@ from lorc_fx.bounds.roundoff import SLACK
 class Tag:
     """How a value follows from an earlier one, where that gives a better bound than op by op: ``of`` the earlier
     value, ``kind`` (see ``tags.py``), ``run`` what computes it from that one's tensor, ``key`` equal for equal
-    computations."""
+    computations. Of means of squares: ``number``, the eps added, and ``lost``, the share that a machine may have
+    rounded."""
 
     kind: str
     of: Known
     run: Callable[[torch.Tensor], torch.Tensor] | None = None
     key: tuple[Any, ...] = ()
     number: float = 0.0
+    lost: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)

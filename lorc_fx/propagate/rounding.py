@@ -6,13 +6,15 @@ argument; subnormal numbers are not flushed."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from lorc_fx import bounds
 
-from .known import ULPS, Known, known, size
+from .known import ULPS, Known, Tag, known, size
+from .tags import INVERSE_RMS, MEAN_SQUARE, RMS, SQUARE
 
 aten = torch.ops.aten
 
@@ -20,6 +22,9 @@ _PRODUCTS = {
     aten.linear.default: ("input", "weight"), aten.addmm.default: ("mat1", "mat2"), aten.mm.default: ("self", "mat2"),
     aten.matmul.default: ("self", "other"), aten.bmm.default: ("self", "mat2"),
 }  # fmt: skip
+ROOTS = {SQUARE, MEAN_SQUARE, RMS, INVERSE_RMS}
+"""Tags that a machine's values keep, with the share that was rounded on the way; other ops round on their own."""
+
 _NORMS = {aten.layer_norm.default, aten.rms_norm.default}
 _WEIGHTS = {aten.softmax.int, aten._softmax.default, aten._safe_softmax.default}
 _SUMS = {aten.mean.dim, aten.sum.dim_IntList, aten.cumsum.default, aten.linalg_vector_norm.default}
@@ -39,15 +44,23 @@ EXACT = {
 
 
 def rounded(target: Any, dtype: torch.dtype, given: dict[str, Any], made: Known) -> Known:
-    """``made`` as a machine computes it in ``dtype``: without tags, as the ops that they stand for round too, and
-    weights do not sum to one any more."""
+    """``made`` as a machine computes it in ``dtype``: without most tags, as the ops that they stand for round too,
+    and weights do not sum to one any more."""
     each = torch.zeros_like(made.value, dtype=torch.float64) if made.each is None else made.each
     inner = _inner(target, dtype, given, made)
     reach = made.value.abs() + each + inner
     extra = inner + bounds.rounding_error(reach.nan_to_num(0.0), dtype)
     extra = torch.where(torch.isinf(made.value), 0.0, extra)
     norm = None if made.norm is None else made.norm + extra.norm(dim=made.axis, keepdim=True)
-    return known(made.value, each + extra, norm, made.axis)
+    roots = tuple(replace(t, lost=t.lost + _share(target, dtype, t)) for t in made.tags if t.kind in ROOTS)
+    return known(made.value, each + extra, norm, made.axis, tags=roots)
+
+
+def _share(target: Any, dtype: torch.dtype, tag: Tag) -> float:
+    """By what share of itself an op on the way from x to 1 / rms(x) may round."""
+    sums = bounds.accumulated(dtype)
+    inner = bounds.gamma(tag.of.value.shape[-1], sums) if target is aten.mean.dim else ULPS * bounds.unit(sums)
+    return inner + bounds.unit(dtype)
 
 
 def _inner(target: Any, dtype: torch.dtype, given: dict[str, Any], made: Known) -> torch.Tensor:
@@ -57,10 +70,11 @@ def _inner(target: Any, dtype: torch.dtype, given: dict[str, Any], made: Known) 
         a, b = (size(given[name]) for name in _PRODUCTS[target])
         b = b.T if target is aten.linear.default else b
         return bounds.gamma(a.shape[-1] + 1, sums) * ((a @ b) + size(given.get("bias", 0.0) or 0.0))
-    if target in _ONCE:
-        return torch.zeros_like(made.value)
-    first = next(v for v in given.values() if isinstance(v, Known))
-    reach = made.value.abs() + (0.0 if made.each is None else made.each)
+    tensors, reach = [v for v in given.values() if isinstance(v, Known)], size(made)
+    if target in _ONCE or not tensors:
+        lost = sum(t.lost for v in tensors for t in v.tags if t.kind in (RMS, INVERSE_RMS))
+        return reach * (lost / (1 - lost) if lost < 1 else torch.inf)
+    first = tensors[0]
     if target in _WEIGHTS or target in _NORMS:
         return (bounds.gamma(first.value.shape[-1], sums) + ULPS * bounds.unit(sums)) * 2 * reach
     if target in _SUMS:
