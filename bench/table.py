@@ -162,6 +162,20 @@ def ablation(result: dict[str, Any]) -> str:
     return markdown(header, lines)
 
 
+def certificates(result: dict[str, Any]) -> str:
+    """Bound / measured of sites, attention and network; and greedy tokens that are proven."""
+    lines = []
+    for row in result["rows"]:
+        parts = [
+            f"{row[k]['median']:.2f}" if k in row else "–" for k in ("site", "attention", "attention, errors known")
+        ]
+        logits = row["logits"]
+        kept = f"{logits['proven']} / {logits['kept']} of {logits['positions']}"
+        lines.append([f"{row['model']}, {row['way']}", *parts, f"{row['gain']:.3g}", kept])
+    header = ["bound / measured", "site", "attention, sizes", "attention, errors", "per layer", "proven / kept"]
+    return markdown(header, lines)
+
+
 TABLES: dict[str, list[Callable[[dict[str, Any]], str]]] = {
     "cpu": [times, compiles],
     "decode": [steps],
@@ -172,6 +186,7 @@ TABLES: dict[str, list[Callable[[dict[str, Any]], str]]] = {
     "peers": [peers],
     "ablation": [ablation],
     "demo": [demo],
+    "bounds": [certificates],
 }
 
 

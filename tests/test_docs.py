@@ -63,3 +63,17 @@ def test_a_rule_of_ones_own_is_exact(clean: None) -> None:
         RULES.pop(torch.ops.my_lib.fused_qkv.default, None)
     assert_close("prompt", got, want, 1e-5)
     assert_close("step", now, then, 1e-5)
+
+
+def test_theory(clean: None) -> None:
+    """The certificate that the page shows is sound, and what the tables are made of can be made of it."""
+    from bench import bounds, table
+
+    certificate = run(DOCS / "theory.md")["certificate"]
+    assert len(certificate.sites) == 4
+    made = bounds.row(certificate)
+    assert made["sound"] is True
+    assert made["attention, errors known"]["median"] < made["attention"]["median"]
+    text = table.certificates({"rows": [{"model": "m", "way": "w", **made}]})
+    assert "m, w" in text
+    assert f"of {made['logits']['positions']} |" in text
