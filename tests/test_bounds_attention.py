@@ -115,6 +115,17 @@ def test_a_first_token_may_lose_all_to_scores_of_which_little_is_known() -> None
     assert bool((limit[:2] >= torch.maximum(scores.softmax(-1), 1 - scores.softmax(-1))[:2] - 1e-9).all())
 
 
+def test_two_far_values_take_all_of_the_total_variation() -> None:
+    """Twice it: what one gains the other loses."""
+    scores, change = torch.zeros(1, 2, dtype=torch.float64), torch.tensor([[0.4, -0.4]], dtype=torch.float64)
+    p, size = scores.softmax(-1), change.abs()
+    true = ((scores + change).softmax(-1) @ PAIR - p @ PAIR).norm(dim=-1)
+    still = torch.zeros(2, dtype=torch.float64)
+    limit = bounds.output_error(p, PAIR, bounds.weight_error(scores, size), still, bounds.total_variation(size))
+    assert float(true) <= float(limit)
+    assert float(true) == pytest.approx(float(limit), rel=0.05)
+
+
 def test_masked_tokens_stay_masked_and_hopeless_ones_may_win() -> None:
     scores = torch.tensor([0.0, -torch.inf, -900.0], dtype=torch.float64)
     error = torch.tensor([1.0, 1.0, 2000.0], dtype=torch.float64)
@@ -158,27 +169,25 @@ def test_the_output_needs_each_of_its_terms(without: str) -> None:
     assert bool((true > bounds.output_error(p, values, *kept) + 1e-3).all())
 
 
-@pytest.mark.parametrize("term", ["first", "second"])
-def test_the_linearised_output_needs_both_orders(term: str) -> None:
-    """First order alone is no bound; what is left of it does not hold the first order either."""
-    scores, change = torch.zeros(1, 2, dtype=torch.float64), torch.tensor([[2.0, -2.0]], dtype=torch.float64)
-    values, still = torch.tensor([[1.0], [0.0]], dtype=torch.float64), torch.zeros(2, 1, dtype=torch.float64)
-    p = scores.softmax(-1)
-    true = ((scores + change).softmax(-1) @ values - p @ values).abs()
-    limit = bounds.linearised_output_error(p, values, change, still)
-    a = change - (p * change).sum(-1, keepdim=True)
-    first = ((p * a) @ values - (p * a).sum(-1, keepdim=True) * (p @ values)).norm(dim=-1)
-    assert float(limit) >= float(true)
-    if term == "first":
-        small = bounds.linearised_output_error(p, values, change * 1e-3, still) - first * 1e-3
-        assert float(small) < float(((scores + change * 1e-3).softmax(-1) @ values - p @ values).abs())
-    else:
-        bent = torch.tensor([[-1.0, 1.0]], dtype=torch.float64) * 2
-        p = torch.tensor([[3.0, 0.0]], dtype=torch.float64).softmax(-1)
-        a = bent - (p * bent).sum(-1, keepdim=True)
-        first = ((p * a) @ values - (p * a).sum(-1, keepdim=True) * (p @ values)).norm(dim=-1)
-        true = ((p.log() + bent).softmax(-1) @ values - p @ values).norm(dim=-1)
-        assert float(true) > float(first)
+PAIR = torch.tensor([[1.0], [-1.0]], dtype=torch.float64)
+LINEAR: dict[int, tuple[list[float], list[float], torch.Tensor, torch.Tensor]] = {
+    # weights before, change of scores, values, change of values: for each term a case that the others do not hold
+    0: ([0.5, 0.5], [1e-3, -1e-3], PAIR, torch.zeros(2, 1, dtype=torch.float64)),
+    1: ([0.5, 0.5], [3.0, -3.0], PAIR, torch.full((2, 1), -3.0, dtype=torch.float64)),
+    2: ([0.99, 0.01], [0.0, 4.0], PAIR, torch.zeros(2, 1, dtype=torch.float64)),
+    3: ([0.5, 0.5], [3.0, -3.0], torch.zeros(2, 1, dtype=torch.float64), PAIR),
+}
+
+
+@pytest.mark.parametrize("term", sorted(LINEAR))
+def test_the_linearised_output_needs_each_of_its_terms(term: int) -> None:
+    start, moved, values, value_change = LINEAR[term]
+    p = torch.tensor([start], dtype=torch.float64)
+    change = torch.tensor([moved], dtype=torch.float64)
+    true = ((p.log() + change).softmax(-1) @ (values + value_change) - p @ values).norm(dim=-1)
+    terms = bounds.linearised_terms(p, values, change, value_change)
+    assert float(true) <= float(bounds.linearised_output_error(p, values, change, value_change))
+    assert float(true) > float(sum(t for i, t in enumerate(terms) if i != term)) + 1e-9
 
 
 def test_for_small_errors_the_linearised_output_is_sharp() -> None:

@@ -114,26 +114,40 @@ def output_error(
 def linearised_output_error(
     weights: torch.Tensor, values: torch.Tensor, change: torch.Tensor, value_change: torch.Tensor
 ) -> torch.Tensor:
-    """|o' - o| where the errors themselves are known and not only their sizes: [.., S] from ``weights`` p [.., S,
-    T], ``values`` V [.., T, D], ``change`` [.., S, T] (s' - s, up to a constant per query) and ``value_change``
-    [.., T, D].
+    """|o' - o| where the errors themselves are known and not only their sizes: [.., S] from ``weights`` p [.., S, T],
+    ``values`` V [.., T, D], ``change`` [.., S, T] (s' - s, up to a constant per query) and ``value_change`` [.., T,
+    D]. The sum of ``linearised_terms``, which has statement and proof.
+    """
+    terms = linearised_terms(weights, values, change, value_change)
+    return (terms[0] + terms[1] + terms[2] + terms[3]) * (1 + SLACK)
 
-    Statement. With a = ds - sum p ds, m = max |a| and z = exp(m) sum p a^2 / 2: |o' - o| <= |sum p_j (dv_j + a_j
-    (v_j - o))| + sum p_j r_j |v_j - o| + sum p_j (|a_j| + r_j) |dv_j|, where r_j = |e^a_j - 1 - a_j| + z e^a_j.
-    The first term is linear in the errors; what remains is of second order, so for small errors this is sharp.
-    Proof. p'_j = p_j e^a_j / Z with 1 <= Z = sum p e^a <= 1 + z (Jensen; Taylor with remainder), so p'_j = p_j (1
-    + a_j + e_j) with |e_j| <= r_j, and o' - o = sum p'_j dv_j + sum (p'_j - p_j)(v_j - o)."""
+
+def linearised_terms(
+    weights: torch.Tensor, values: torch.Tensor, change: torch.Tensor, value_change: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The parts of ``linearised_output_error``, [.., S] each.
+
+    Statement. With a = ds - sum p ds, Z = sum p e^a (>= 1, Jensen) and m = sum p dv: |o' - o| <= |sum p (dv + a (v
+    - o))|  +  (1 - 1/Z) |sum p a (v - o)|  +  sum p |e^a - 1 - a| |v - o| / Z +  sum p |e^a / Z - 1| |dv - m|. The
+    first is linear in the errors, all others are of second order. Proof. p' = p e^a / Z, and sum p (v - o) = 0, so
+    sum (p' - p) v = (1/Z) sum p (a + (e^a - 1 - a)) (v - o); and sum p' dv = m + sum (p' - p) (dv - m). Add up,
+    and take (1 - 1/Z) sum p a (v - o) off the first."""
     out = weights @ values
     here = weights > 0
     a = torch.where(here, change, 0.0)
     a = torch.where(here, a - (weights * a).sum(-1, keepdim=True), 0.0)
-    steep = a.abs().amax(-1, keepdim=True).exp()
-    z = steep * (weights * a.square()).sum(-1, keepdim=True) / 2
-    rest = (torch.expm1(a) - a).abs() + z * a.exp()
-    first = weights @ value_change + (weights * a) @ values - (weights * a).sum(-1, keepdim=True) * out
-    spread, moved = distances(values, out), value_change.norm(dim=-1)
-    second = (weights * rest * spread).sum(-1) + (weights * (a.abs() + rest) * moved[..., None, :]).sum(-1)
-    return (first.norm(dim=-1) + second) * (1 + SLACK)
+    grown = torch.where(here, a.exp(), 0.0)
+    z = (weights * grown).sum(-1, keepdim=True)
+    bent = torch.where(here, torch.expm1(a) - a, 0.0).abs()
+    slope = (weights * a) @ values - (weights * a).sum(-1, keepdim=True) * out
+    mean = weights @ value_change
+    spread, apart = distances(values, out), distances(value_change, mean)
+    return (
+        (mean + slope).norm(dim=-1),
+        (1 - 1 / z)[..., 0] * slope.norm(dim=-1),
+        (weights * bent * spread).sum(-1) / z[..., 0],
+        (weights * (grown / z - 1).abs() * apart).sum(-1),
+    )
 
 
 def distances(values: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:

@@ -123,18 +123,17 @@ def codec_error(
     for choice, possible in _choices(codec, x, radius, tables):
         gap = tables.gaps[choice]
         code = tables.coded(x, choice)
-        rounded, stored = _rounding(codec, code, radius, tables)
+        quantised, held = _rounding(codec, code, radius, tables)
         dropped = _norms(away + gap, groups)
-        parts = [dropped, rounded * tables.read, stored * tables.read]
-        entry = (away + gap).abs() + (rounded + stored) * tables.read_each
+        parts = [dropped, tables.norms(quantised), tables.norms(held)]
+        entry = (away + gap).abs() + tables.entries(quantised) + tables.entries(held)
         masked = [torch.where(possible, p, 0.0) for p in parts]
         entry = torch.where(possible, entry, 0.0)
         each = entry if each is None else torch.maximum(each, entry)
         sums = masked if sums is None else [torch.maximum(a, b) for a, b in zip(sums, masked, strict=True)]
     assert each is not None and sums is not None
     assert form.columns <= n
-    dropped, rounded, stored = sums
-    return CodecError(dropped, rounded, stored, carried, (each + carried_each) * (1 + SLACK) + 1e-13)
+    return CodecError(sums[0], sums[1], sums[2], carried, (each + carried_each) * (1 + SLACK) + 1e-13)
 
 
 class _Tables:
@@ -155,9 +154,24 @@ class _Tables:
         gaps = torch.cat([decode.new_zeros((1, n)), decode[r:]])
         self.gaps = gaps - self.offsets @ decode[:r]
         self.gains = _group_norms(self.through, groups)
-        self.columns = decode[:r] / self.spread[:, None]
-        self.read = _group_norms(self.columns.T, groups)
-        self.read_each = self.columns.norm(dim=0)
+        weighted = decode[:r] / self.spread[:, None]
+        self.read, self.read_each = _group_norms(weighted.T, groups), weighted.norm(dim=0)
+        self.rows = _norms(decode[:r], groups)  # of each column in each group: [r, groups + 1]
+        parts = [*decode[:r].unflatten(1, (groups, -1)).unbind(1), decode[:r]]
+        unit_rows = [part / size[:, None].clamp_min(1e-300) for part, size in zip(parts, self.rows.T, strict=True)]
+        self.overlap = torch.tensor([spectral_norm(part) for part in unit_rows], dtype=torch.float64)
+
+    def norms(self, lost: Rounding) -> torch.Tensor:
+        """|S e| at most of each group, [N, groups + 1], for errors e of columns: their weighted norm times that of
+        S in these weights; or, where columns of S are of very different lengths, the root of the sum of (e_m
+        |s_m|)^2 times the norm of S with all of them of length 1. Both are submultiplicativity, for a diagonal put
+        between S and e."""
+        apart = (lost.each.square() @ self.rows.square()).sqrt() * self.overlap
+        return torch.minimum(lost.total * self.read, apart)
+
+    def entries(self, lost: Rounding) -> torch.Tensor:
+        """The same entry by entry, [N, n]."""
+        return torch.minimum(lost.total * self.read_each, lost.each @ self.decode[: len(self.rows)].abs())
 
     def coded(self, x: torch.Tensor, choice: int) -> torch.Tensor:
         """Columns [N, r] before they are rounded."""
@@ -190,24 +204,23 @@ def _choices(codec: Codec, x: torch.Tensor, radius: torch.Tensor, t: _Tables) ->
     return [(j, possible[:, j : j + 1]) for j in range(codec.format.choices)]
 
 
-def _rounding(codec: Codec, code: torch.Tensor, radius: torch.Tensor, t: _Tables) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weighted norms of what quantised columns and those in the model's dtype lose, [N, 1] each. Weights:
-    ``spread``."""
+def _rounding(codec: Codec, code: torch.Tensor, radius: torch.Tensor, t: _Tables) -> tuple[Rounding, Rounding]:
+    """What quantised columns and those in the model's dtype lose, weighted by ``spread``."""
     form = codec.format
     exact = sum(s.columns for s in form.segments if s.bits == MODEL)
     moves = radius * t.encode[: code.shape[-1]].norm(dim=1)
-    size = code.abs()
-    coarse = code.new_zeros((len(code), 1))
+    size, coarse = code.abs(), Rounding(torch.zeros_like(code), code.new_zeros((len(code), 1)))
     if form.scaled:
         low, high = ((size + sign * moves).clamp_min(0)[:, exact:] for sign in (-1, 1))
-        coarse = quantisation_error(low, high, form.spec, t.spread[exact:]).total
-    noise = code.new_zeros((len(code), 1))
+        found = quantisation_error(low, high, form.spec, t.spread[exact:])
+        coarse = Rounding(torch.cat([torch.zeros_like(code[:, :exact]), found.each], -1), found.total)
+    noise = 0.0
     if form.choices > 1:  # a token this near to its mean lies on it
-        away = (t.offsets * t.spread).norm(dim=-1).max()
-        noise = (SNAP * torch.finfo(form.dtype).eps * away).expand_as(noise)
+        noise = SNAP * torch.finfo(form.dtype).eps * float((t.offsets * t.spread).norm(dim=-1).max())
     held = rounding_error(size + moves, form.dtype) + (0.0 if form.plain else FP32) * (size + moves)
-    cast = unit(form.dtype) * (coarse + noise)  # what is read is cast, and not what was written
-    return coarse, noise + cast + (held * t.spread).norm(dim=-1, keepdim=True)
+    cast = unit(form.dtype)  # what is read is cast, and not what was written
+    total = (1 + cast) * noise + cast * coarse.total + (held * t.spread).norm(dim=-1, keepdim=True)
+    return coarse, Rounding(held + cast * coarse.each + (1 + cast) * noise / t.spread, total)
 
 
 def unprojected_error(

@@ -210,12 +210,13 @@ class Walker:
 def _rounds(node: Node) -> bool:
     """Whether a machine may round the result of an op."""
     value = node.meta.get("val")
-    floating = isinstance(value, torch.Tensor) and value.is_floating_point()
-    if floating and node.target in CASTS:
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+        return False
+    if node.target in CASTS:
         before = node.all_input_nodes[0].meta["val"]
         exact = before.is_floating_point() and torch.finfo(before.dtype).eps >= torch.finfo(value.dtype).eps
         return not exact
-    return floating and node.target not in EXACT and node.target not in MOVES and node.target not in FACTORIES
+    return node.target not in EXACT and node.target not in MOVES and node.target not in FACTORIES
 
 
 FACTORIES = {
