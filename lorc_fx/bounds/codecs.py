@@ -123,7 +123,7 @@ def codec_error(
     for choice, possible in _choices(codec, x, radius, tables):
         gap = tables.gaps[choice]
         code = tables.coded(x, choice)
-        quantised, held = _rounding(codec, code, radius, tables)
+        quantised, held = _rounding(codec, code, radius, tables, choice)
         dropped = _norms(away + gap, groups)
         parts = [dropped, tables.norms(quantised), tables.norms(held)]
         entry = (away + gap).abs() + tables.entries(quantised) + tables.entries(held)
@@ -204,7 +204,9 @@ def _choices(codec: Codec, x: torch.Tensor, radius: torch.Tensor, t: _Tables) ->
     return [(j, possible[:, j : j + 1]) for j in range(codec.format.choices)]
 
 
-def _rounding(codec: Codec, code: torch.Tensor, radius: torch.Tensor, t: _Tables) -> tuple[Rounding, Rounding]:
+def _rounding(
+    codec: Codec, code: torch.Tensor, radius: torch.Tensor, t: _Tables, choice: int
+) -> tuple[Rounding, Rounding]:
     """What quantised columns and those in the model's dtype lose, weighted by ``spread``."""
     form = codec.format
     exact = sum(s.columns for s in form.segments if s.bits == MODEL)
@@ -214,9 +216,10 @@ def _rounding(codec: Codec, code: torch.Tensor, radius: torch.Tensor, t: _Tables
         low, high = ((size + sign * moves).clamp_min(0)[:, exact:] for sign in (-1, 1))
         found = quantisation_error(low, high, form.spec, t.spread[exact:])
         coarse = Rounding(torch.cat([torch.zeros_like(code[:, :exact]), found.each], -1), found.total)
-    noise = 0.0
-    if form.choices > 1:  # a token this near to its mean lies on it
-        noise = SNAP * torch.finfo(form.dtype).eps * float((t.offsets * t.spread).norm(dim=-1).max())
+    # A token that may be this near to its mean may be put on it.
+    near = SNAP * torch.finfo(form.dtype).eps * float((t.offsets[choice] * t.spread).norm())
+    least = ((size - moves).clamp_min(0) * t.spread).norm(dim=-1, keepdim=True)
+    noise = torch.where(least <= near * (1 + FP32), near, 0.0)
     held = rounding_error(size + moves, form.dtype) + (0.0 if form.plain else FP32) * (size + moves)
     cast = unit(form.dtype)  # what is read is cast, and not what was written
     total = (1 + cast) * noise + cast * coarse.total + (held * t.spread).norm(dim=-1, keepdim=True)
