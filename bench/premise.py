@@ -182,6 +182,13 @@ def study(model: Any, text: Any, calibration: lorc_fx.Calibration) -> dict[str, 
     return {**about, "rows": rows, "correlations": correlations(rows)}
 
 
+def trained(checkpoint: str | None) -> dict[str, Any]:
+    """How a model of ``bench.models`` was trained; nothing for another."""
+    about = Path(checkpoint or "") / "training.json"
+    made = json.loads(about.read_text()) if checkpoint and about.exists() else {}
+    return {name: made[name] for name in ("steps", "tokens_seen", "held_out_nats") if name in made}
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Condition numbers beside how sensitive layers are.")
     parser.add_argument("--handbook", default=None, help="where the debian-handbook package was unpacked")
@@ -193,14 +200,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     warnings.simplefilter("ignore")
     command = f"python -m bench.premise {' '.join(argv if argv is not None else sys.argv[1:])}"
-    found = json.loads(args.out.read_text())["models"] if args.out.exists() else {}
     for given in args.models:
         path, name = None if given == models.DEMO_NAME else given, Path(given).name
         model, tokenizer = models.load_model(path, dtype=torch.float32)
         text = read_text(model, tokenizer, path, args.handbook, args.tokens)
         text = text._replace(calibration=text.calibration[: args.calibration_rows])
         calibration = known(model, text.calibration, args.calibrations, name)
-        found[name] = {"command": command, **study(model, text, calibration)}
+        made = {"command": command, **trained(path), **study(model, text, calibration)}
+        found = json.loads(args.out.read_text())["models"] if args.out.exists() else {}
+        found[name] = made
         write_json(args.out, {"machine": machine(), "dtype": "float32", "share": SHARE, "models": found})
 
 
