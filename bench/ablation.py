@@ -27,6 +27,7 @@ import lorc_fx
 from bench.prompted import PIECE
 from bench.quality import RESULTS, Text, read_text
 from bench.run import machine
+from bench.scoring import compared
 from lorc_fx import allocate, calibration, gather, models, packing
 from lorc_fx.allocate import DROPPED, Columns
 from lorc_fx.calibration import SiteStatistics, basis_of, fingerprint
@@ -129,15 +130,22 @@ class Bench:
         states, targets = self.states(coders), self.text.scored[0][1:]
         if self.dense is None:
             self.dense = states
-        nats = divergence = 0.0
-        for coded, exact, want in zip(states.split(PIECE), self.dense.split(PIECE), targets.split(PIECE), strict=True):
-            known, found = (self.model.lm_head(s).log_softmax(-1) for s in (exact, coded))
-            nats -= float(found.gather(-1, want[:, None]).double().sum())
-            divergence += float((known.exp() * (known - found)).sum(-1).double().sum())
-        return nats / len(targets), divergence / len(targets)
+        head, found = self.model.lm_head, []
+        for exact, coded, want in zip(self.dense.split(PIECE), states.split(PIECE), targets.split(PIECE), strict=True):
+            found.append(compared(head(exact), head(coded), want))
+        _, nats, divergence = torch.cat(found, 1).mean(1).tolist()
+        return nats, divergence
 
     def states(self, coders: dict[Key, Callable[[torch.Tensor], torch.Tensor]]) -> torch.Tensor:
         """The last hidden states [N, d] with every site put through its coder."""
+        with self.coded(coders):
+            row = self.text.scored[0]
+            return self.model.model(input_ids=row[None, :-1], use_cache=False).last_hidden_state[0]
+
+    @contextlib.contextmanager
+    def coded(self, coders: dict[Key, Callable[[torch.Tensor], torch.Tensor]]) -> Iterator[None]:
+        """In this block what a site projects (y [N, n], batches of one) is what its coder makes of it; sites without
+        a coder are exact."""
         with contextlib.ExitStack() as hooks:
             for site, coder in coders.items():
 
@@ -145,8 +153,7 @@ class Bench:
                     return coder(y[0]).to(y.dtype)[None]
 
                 hooks.callback(self.modules[site].register_forward_hook(hook).remove)
-            row = self.text.scored[0]
-            return self.model.model(input_ids=row[None, :-1], use_cache=False).last_hidden_state[0]
+            yield
 
 
 @contextlib.contextmanager

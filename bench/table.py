@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import cases
+from bench.premise import PARTS, PREDICTORS
 from lorc_fx import Options
 
 RESULTS = Path(__file__).parent / "results"
@@ -176,6 +177,53 @@ def certificates(result: dict[str, Any]) -> str:
     return markdown(header, lines)
 
 
+def premise(result: dict[str, Any]) -> str:
+    """Rank correlations of each predictor with how far a model is from itself, a column per model and part."""
+    found, header = {}, ["rank correlation with KL"]
+    for name, model in result["models"].items():
+        header += [f"{name}, {model['layers']} layers: {part}" for part in PARTS]
+        for row in model["correlations"]:
+            if row["measure"] == "divergence":
+                found[name, row["part"], row["predictor"]] = row["spearman"]
+    lines = [
+        [words, *(_signed(found[name, part, predictor]) for name in result["models"] for part in PARTS)]
+        for predictor, words in PREDICTORS.items()
+    ]
+    return markdown(header, lines)
+
+
+def predicted(result: dict[str, Any]) -> str:
+    """Rank correlations of the planner's predicted loss with what was measured, over all plans and at single ratios."""
+    header = ["plans", "number", "predicted, KL", "predicted, added loss", "bytes, KL", "bytes, added loss"]
+    keys = ("divergence", "added", "bytes_divergence", "bytes_added")
+    return markdown(
+        header,
+        [
+            [
+                row["plans"] if row["plans"] == "all" else f"ratio {row['plans']}",
+                str(row["count"]),
+                *(_signed(row[key]) for key in keys),
+            ]
+            for row in result["correlations"]
+        ],
+    )
+
+
+def calibration_curve(result: dict[str, Any]) -> str:
+    """Every plan: predicted loss, divergence and added loss in nats per token, by predicted loss."""
+    lines = []
+    for row in sorted(result["rows"], key=lambda row: row["predicted"]):
+        basis = row["basis"] if isinstance(row["basis"], str) else "keys {}, values {}".format(*row["basis"])
+        name = f"{row['ratio']:g}, {row['scheduler']}, {row['precision']}, {basis}"
+        added = f"{row['added']:+.4f} ± {row['added_error']:.4f}"
+        lines.append([name, f"{row['predicted']:.4f}", f"{row['divergence']:.4f}", added])
+    return markdown(["plan: ratio, scheduler, precision, basis", "predicted", "KL", "added loss"], lines)
+
+
+def _signed(value: float | None) -> str:
+    return "–" if value is None else f"{value:+.2f}"
+
+
 TABLES: dict[str, list[Callable[[dict[str, Any]], str]]] = {
     "cpu": [times, compiles],
     "decode": [steps],
@@ -187,6 +235,8 @@ TABLES: dict[str, list[Callable[[dict[str, Any]], str]]] = {
     "ablation": [ablation],
     "demo": [demo],
     "bounds": [certificates],
+    "premise": [premise],
+    "predicted": [predicted, calibration_curve],
 }
 
 
