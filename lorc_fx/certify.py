@@ -22,7 +22,7 @@ from .errors import BadCertificate, UnreadableGraph
 from .options import Options
 from .passes.sites import Site
 from .propagate import Coding, Known, Track, Walker
-from .report import check_loaded, uncompiled
+from .report import check_loaded, traced
 
 
 @dataclass(frozen=True)
@@ -181,27 +181,18 @@ def certify(
     model has (with ``calibration="first-prompt"`` and none there yet, this is the first prompt). Raises
     BadCertificate where there is nothing to certify, and what ``explain`` raises."""
     check_loaded(model)
-    seen: list[Certified] = []
-    failed: list[Exception] = []
+    parsed, seen = Options.parse(options), list[Certified]()
 
-    def record(gm: GraphModule, examples: Sequence[Any]) -> Any:
-        try:
-            found = Certified.of(gm, examples, Options.parse(options), rounding)
-            seen.extend([found] if found is not None else [])
-        except Exception as error:  # raised again below, as its own class instead of torch's wrapper
-            failed.append(error)
-        return gm.forward
+    def visit(gm: GraphModule, examples: Sequence[Any]) -> None:
+        found = Certified.of(gm, examples, parsed, rounding)
+        seen.extend([found] if found is not None else [])
 
-    torch._dynamo.reset()
-    compiled: Any = torch.compile(uncompiled(model), backend=record)
+    out = traced(model, (), inputs_of(prompt, model), visit)
+    if len(seen) != 1:
+        raise BadCertificate(
+            "it is traced in several graphs" if seen else "no cached key or value comes from a projection of it"
+        )
     with torch.no_grad():
-        out = compiled(**inputs_of(prompt, model))
-        torch._dynamo.reset()
-        if failed:
-            raise failed[0]
-        if len(seen) != 1:
-            why = "it is traced in several graphs" if seen else "no cached key or value comes from a projection of it"
-            raise BadCertificate(why)
         return seen[0].certificate(out.logits if hasattr(out, "logits") else out[0])
 
 
@@ -238,7 +229,8 @@ class Certified:
         codecs = builder.codecs(arguments)
         pairs = zip(matched.sites, codecs, strict=True)
         codings = [Coding(s, c.itself, *builder.effective(s, arguments)) for s, c in pairs]
-        return cls(canonical, codings, arguments, rounding)
+        numbers = [int(a) if isinstance(a, torch.SymInt) else a for a in arguments]  # of a graph for any length
+        return cls(canonical, codings, numbers, rounding)
 
     def certificate(self, logits: torch.Tensor) -> Certificate:
         """Walk the graph. ``logits`` [B, T, V]: what the model returned, by which they are found in it."""

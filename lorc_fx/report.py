@@ -214,9 +214,9 @@ def traced(
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     visit: Callable[[GraphModule, Sequence[Any]], None],
-) -> None:
-    """Run the model once, dense and under no_grad, and show each of its graphs to ``visit`` with its inputs. Raises
-    UnloadedWeights, and what ``visit`` raises."""
+) -> Any:
+    """Run the model once, dense and under no_grad, and show each of its graphs to ``visit`` with its inputs; what it
+    returned. Raises UnloadedWeights, and what ``visit`` raises."""
     check_loaded(model)
     failed: list[BaseException] = []
 
@@ -229,9 +229,10 @@ def traced(
 
     compiled = torch.compile(uncompiled(model), backend=record)
     with torch.no_grad():
-        compiled(*args, **kwargs)
+        out = compiled(*args, **kwargs)
     if failed:
         raise failed[0]
+    return out
 
 
 def check_loaded(model: torch.nn.Module) -> None:
@@ -248,4 +249,6 @@ def uncompiled(model: torch.nn.Module) -> Any:
     def run(*args: Any, **kwargs: Any) -> Any:
         return module._call_impl(*args, **kwargs)
 
+    # Dynamo counts recompiles by the code object, and runs code as it is that has had too many: each call gets its own.
+    run.__code__ = run.__code__.replace()
     return run

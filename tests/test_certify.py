@@ -113,6 +113,12 @@ def test_the_first_prompt_gives_the_codecs_as_it_does_to_the_compiled_model(llam
     assert float(away.median()) == pytest.approx(float(found.measured.median()), rel=0.02)
 
 
+def test_it_can_be_asked_again_and_again(llama: Any) -> None:
+    """More often than Dynamo compiles one piece of code: it would run it as it is, and there would be no graph."""
+    for tokens in range(4, 14):
+        assert len(lorc_fx.certify(llama, ids(1, tokens), options=JOINT).sites) == 4
+
+
 def test_it_is_a_table_plain_data_and_a_plot(llama: Any, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="the plot is of the extra `plot`")
     found = lorc_fx.certify(llama, ids(), options=JOINT)
