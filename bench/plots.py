@@ -9,8 +9,9 @@ the files are in them.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,18 +53,29 @@ def rows(folder: Path = RESULTS) -> list[Row]:
     return list(found.values())
 
 
-def draw(name: str, found: Sequence[Row], path: Path) -> None:
-    """One figure as SVG."""
+@contextlib.contextmanager
+def panels(columns: int, path: Path, **given: Any) -> Iterator[Any]:
+    """``columns`` axes side by side, written to ``path`` as SVG at the end."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    at, label, chosen = FIGURES[name]
     style: dict[Any, Any] = {"font.size": 10, "svg.hashsalt": "lorc_fx", "axes.spines.top": False}
     with matplotlib.rc_context(style | {"axes.spines.right": False}):
-        figure, axes = pyplot.subplots(1, len(MODELS), figsize=(10, 4), squeeze=False)
-        for model, axis in zip(MODELS, axes[0], strict=True):
+        figure, axes = pyplot.subplots(1, columns, squeeze=False, **given)
+        yield axes[0]
+        figure.tight_layout()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, format="svg", metadata={"Date": None})
+        pyplot.close(figure)
+
+
+def draw(name: str, found: Sequence[Row], path: Path) -> None:
+    """One figure as SVG."""
+    at, label, chosen = FIGURES[name]
+    with panels(len(MODELS), path, figsize=(10, 4)) as axes:
+        for model, axis in zip(MODELS, axes, strict=True):
             mine = [r for r in found if r["model"] == model and chosen(r)]
             lines: dict[str, list[Row]] = {}
             for row in mine:
@@ -81,10 +93,6 @@ def draw(name: str, found: Sequence[Row], path: Path) -> None:
             axis.grid(True, color="#dddddd", linewidth=0.6)
             if lines:
                 axis.legend(frameon=False, fontsize=8)
-        figure.tight_layout()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, format="svg", metadata={"Date": None})
-        pyplot.close(figure)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -25,6 +25,7 @@ import torch
 
 import lorc_fx
 from bench.correlation import spearman
+from bench.plots import panels
 from bench.quality import RESULTS, read_text
 from bench.run import machine
 from bench.scoring import Reference, known
@@ -158,14 +159,7 @@ def label(row: dict[str, Any]) -> str:
 
 def draw(result: dict[str, Any], path: Path) -> None:
     """Measured against predicted loss, one point per plan, and the diagonal where they are equal, as SVG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    style: dict[Any, Any] = {"font.size": 10, "svg.hashsalt": "lorc_fx", "axes.spines.top": False}
-    with matplotlib.rc_context(style | {"axes.spines.right": False}):
-        figure, axes = pyplot.subplots(1, 2, figsize=(10, 4.4), sharex=True, sharey=True)
+    with panels(2, path, figsize=(10, 4.4), sharex=True, sharey=True) as axes:
         for axis, measured, words in zip(axes, ("divergence", "added"), ("KL divergence", "added loss"), strict=True):
             for name in dict.fromkeys(map(label, result["rows"])):
                 mine = [r for r in result["rows"] if label(r) == name and r[measured] > 0]
@@ -179,10 +173,6 @@ def draw(result: dict[str, Any], path: Path) -> None:
             axis.grid(True, color="#dddddd", linewidth=0.6)
         axes[0].set_ylabel("nats per token")
         axes[0].legend(frameon=False, fontsize=8)
-        figure.tight_layout()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, format="svg", metadata={"Date": None})
-        pyplot.close(figure)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -22,7 +22,7 @@ from .errors import BadCertificate, UnreadableGraph
 from .options import Options
 from .passes.sites import Site
 from .propagate import Coding, Known, Track, Walker
-from .report import check_loaded, traced
+from .report import traced
 
 
 @dataclass(frozen=True)
@@ -176,11 +176,12 @@ def certify(
     """Bounds for ``model`` under backend="lorc" with ``options`` on ``prompt``: token ids [T] or [B, T], or a
     mapping of the model's inputs.
 
-    Both models are run side by side in fp64, op by op, so memory is that of the prompt's activations in fp64; what
-    is said is of both in exact arithmetic, with the codecs' own rounding. The codecs are those that the compiled
-    model has (with ``calibration="first-prompt"`` and none there yet, this is the first prompt). Raises
+    Both models are run side by side in fp64 on the CPU, op by op, so memory is that of the prompt's activations in
+    fp64; what is said is of both in exact arithmetic, with the codecs' own rounding. With ``rounding`` the bounds of
+    logits and of "all coded" hold for both as a machine computes them in the dtypes that they have
+    (``propagate.rounding`` states what is assumed), which is far looser in 16 bits. The codecs are those that the
+    compiled model has (with ``calibration="first-prompt"`` and none there yet, this is the first prompt). Raises
     BadCertificate where there is nothing to certify, and what ``explain`` raises."""
-    check_loaded(model)
     parsed, seen = Options.parse(options), list[Certified]()
 
     def visit(gm: GraphModule, examples: Sequence[Any]) -> None:
@@ -228,7 +229,7 @@ class Certified:
             builder.inform(arguments)
         codecs = builder.codecs(arguments)
         pairs = zip(matched.sites, codecs, strict=True)
-        codings = [Coding(s, c.itself, *builder.effective(s, arguments)) for s, c in pairs]
+        codings = [Coding.of(s, c.itself, *builder.effective(s, arguments)) for s, c in pairs]
         numbers = [int(a) if isinstance(a, torch.SymInt) else a for a in arguments]  # of a graph for any length
         return cls(canonical, codings, numbers, rounding)
 
@@ -238,7 +239,8 @@ class Certified:
         self.walker.run([self.main, *self.machine, *self.alone.values()], self._visit, keep=outputs)
         if not outputs:
             raise BadCertificate("its logits are not an output of its graph")
-        node = min(outputs, key=lambda n: float((self.walker.dense[n] - logits.double()).abs().max()))
+        here = logits.cpu().double()
+        node = min(outputs, key=lambda n: float((self.walker.dense[n] - here).abs().max()))
         dense = self.walker.dense[node][0]
         made = self.main.known.get(node, Known(self.walker.dense[node]))
         each = torch.zeros_like(dense) if made.each is None else made.each[0]
@@ -269,11 +271,7 @@ class Certified:
                 self.sites[site] = SiteBound(layer, site.kind, Bound(*track.sites[node]))
             if track.until is node:
                 alone, sharp = _bound(track, node, walker), walker.linearised(track, node)
-                known = (
-                    None
-                    if sharp is None
-                    else Bound(sharp.expand_as(_errors(track, node, walker)).flatten(), alone.measured)
-                )
+                known = None if sharp is None else Bound(sharp.flatten(), alone.measured)
                 self.layers[layer] = LayerBound(layer, alone, known, _bound(self.main, node, walker))
                 track.known.clear()
                 track.values.clear()

@@ -7,6 +7,7 @@ refused, 130 Ctrl-C. Typed errors are one red message without a traceback.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -340,6 +341,7 @@ def bench_device(
             write_json(json_file, vars(found))
     out.print(
         f"{found.name}: reads {found.bandwidth / 1e9:.1f} GB/s, multiplies {found.flops / 1e9:.0f} GFLOP/s (fp32)"
+        + (f", unpacks {found.numbers / 1e9:.1f} billion numbers/s" if math.isfinite(found.numbers) else "")
     )
 
 

@@ -287,10 +287,7 @@ def _projection(analysis: torch.Tensor, gaps: torch.Tensor) -> tuple[torch.Tenso
 def through(codec: Codec, basis: Basis, y: torch.Tensor) -> torch.Tensor:
     """y [N, n] written to the cache and read again, fp64. ``basis``: the one that ``codec`` was made of."""
     if codec.unprojected and not codec.format.plain:
-        f, turn = codec.format, codec.consts[0].double() if codec.consts else y.new_ones((1, 1), dtype=torch.float64)
-        turned = (y.double().unflatten(-1, (-1, len(turn))) @ turn).flatten(-2)
-        read = codec.latents(pack(turned.float(), None, None, f.spec, f.choices, f.dtype)).double()
-        return (read.unflatten(-1, (-1, len(turn))) @ turn.T).flatten(-2)
+        return as_it_reads(codec, y)
     if codec.decode is None:
         return y
     form, y = codec.format, y.double()
@@ -303,6 +300,15 @@ def through(codec: Codec, basis: Basis, y: torch.Tensor) -> torch.Tensor:
         latent = codec.latents(rows)
     read = latent.to(form.dtype).double() @ codec.decode.double()
     return read if codec.mean is None else read + codec.mean.double()
+
+
+def as_it_reads(codec: Codec, value: torch.Tensor) -> torch.Tensor:
+    """``through`` for an ``unprojected`` codec, of what is cached [N, n]: heads are turned, stored and turned back."""
+    form = codec.format
+    turn = codec.consts[0].double() if codec.consts else value.new_ones((1, 1), dtype=torch.float64)
+    turned = (value.double().unflatten(-1, (-1, len(turn))) @ turn).flatten(-2)
+    stored = turned.to(form.dtype) if form.plain else pack(turned.float(), None, None, form.spec, 1, form.dtype)
+    return (codec.latents(stored).double().unflatten(-1, (-1, len(turn))) @ turn.T).flatten(-2)
 
 
 SPREAD_FLOOR = 1e-3

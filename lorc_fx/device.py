@@ -27,9 +27,9 @@ PRODUCT = (256, 1024, 4096)
 """The product that is timed, [256, 1024] x [1024, 4096]: as those of tiles and of latents, whose rows stay in a
 cache."""
 
-ROWS = (4096, 16, 64)
-"""Tokens, heads and head dim of the int8 rows whose reading is timed: one query for each head, so that products are
-few beside what is unpacked."""
+ROWS = (65536, 16, 64)
+"""Tokens, heads and head dim of the int8 rows whose reading is timed: more than any cache holds, as a step that has
+read all weights finds them; one query for each head, so that products are few beside what is unpacked."""
 
 
 @functools.cache
@@ -63,12 +63,12 @@ def _numbers(device: torch.device, repeats: int) -> float:
     from .kernels import tiled
     from .kernels.attend import Attend, Operand
     from .kernels.stored import Stored
-    from .packing import Format, Segment, pack
+    from .packing import Format, Segment
     from .passes.unprojected import as_it_is
 
     tokens, heads, dim = ROWS
     form = Format((Segment(heads * dim, 8),), 1, torch.float32)
-    rows = pack(torch.randn(tokens, 1, heads * dim, device=device), None, None, form.spec, 1, torch.float32)
+    rows = torch.ones(tokens, 1, form.width, dtype=torch.uint8, device=device)
     decoder = as_it_is(("B", heads, "T", dim), torch.float32)
     operand = Operand(form, heads * dim, decoder, heads, dim, None, True, False, False)
     stored, query = Stored(rows, None, ()), torch.randn(1, heads, 1, dim, device=device)

@@ -10,7 +10,7 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from .calibration import SINK_NEAR, SiteStatistics, groups_of, second_moment
 from .errors import BadCalibration
-from .passes.axes import arg
+from .passes.axes import Axes, arg
 from .passes.readers import Reader
 from .passes.sites import Site
 
@@ -171,13 +171,16 @@ def _attends_itself(mask: torch.Tensor, y: torch.Tensor) -> torch.Tensor | None:
 
 def _tokens(value: torch.Tensor, site: Site) -> torch.Tensor:
     """y in its own layout -> [B, T, n]."""
-    axes, features = site.rows.y_axes, site.rows.features
+    features, flat = site.rows.features, by_token(value, site.rows.y_axes)
+    return flat if features is None else flat[..., list(features)]
+
+
+def by_token(value: torch.Tensor, axes: Axes) -> torch.Tensor:
+    """A value with its batch rows and tokens in front: [B, T, features]; where it has one axis for both, [1, T, ..]."""
     assert axes.token is not None
     if axes.batch is None or axes.batch == axes.token:
-        flat = value.movedim(axes.token, 0).flatten(1)[None]
-    else:
-        flat = value.movedim((axes.batch, axes.token), (0, 1)).flatten(2)
-    return flat if features is None else flat[..., list(features)]
+        return value.movedim(axes.token, 0).flatten(1)[None]
+    return value.movedim((axes.batch, axes.token), (0, 1)).flatten(2)
 
 
 class Sums:

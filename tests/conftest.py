@@ -3,6 +3,7 @@
 import os
 import sys
 import types
+import warnings
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -25,6 +26,16 @@ def clean():
     torch.manual_seed(0)
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def quiet(clean):
+    """``clean``, and nothing is said of quality, graphs or caches."""
+    from lorc_fx.errors import LorcWarning
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", LorcWarning)
+        yield
 
 
 @pytest.fixture

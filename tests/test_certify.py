@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +13,13 @@ from torch import nn
 
 import hand_written
 import lorc_fx
-from lorc_fx.errors import BadCalibration, BadCertificate, LorcWarning, UnloadedWeights
+from lorc_fx.errors import BadCalibration, BadCertificate, UnloadedWeights
 from lorc_fx.store import reset
 
 JOINT = {"ratio": 0.5, "basis": "joint", "calibration": "none"}
 
 
-@pytest.fixture(autouse=True)
-def _quiet(clean: None) -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", LorcWarning)
-        yield
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 def ids(batch: int = 1, tokens: int = 20) -> torch.Tensor:

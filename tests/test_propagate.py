@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from typing import Any
 
 import pytest
@@ -17,7 +16,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 import hand_written
-from lorc_fx.errors import LorcWarning
+from lorc_fx.bounds import ACTIVATIONS
+from lorc_fx.propagate import layouts, tags
+from lorc_fx.propagate.known import Known, Tag, known
+from lorc_fx.propagate.walk import compute
 
 QUICK = ("llama-gqa", "gemma3", "gpt2", "gpt-neox", "bloom", "phi3", "qwen3", "gemma2")
 """Rotary, with norms of keys, fused, partial, ALiBi, soft caps, LayerNorm, GELU spelled out: the rest is slow."""
@@ -29,11 +31,7 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _quiet(clean: None) -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", LorcWarning)
-        yield
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 def ids(batch: int = 2, tokens: int = 9) -> torch.Tensor:
@@ -168,6 +166,10 @@ TAILS: dict[str, Any] = {
     "cosine": lambda x: x.cos() + x.sin(),
     "exp": lambda x: (x / 4).exp(),
     "cube": lambda x: x.pow(3),
+    "one feature again and again": lambda x: x[..., torch.zeros(16, dtype=torch.long)],
+    "one feature selected again": lambda x: x.index_select(-1, torch.zeros(16, dtype=torch.long)),
+    "picked in another order": lambda x: x[..., torch.arange(15, -1, -1)] - x,
+    "selected in another order": lambda x: x.index_select(-1, torch.arange(15, -1, -1)) - x,
     "rolled": lambda x: x.roll(1, -1) + x.flip(-1),
     "stacked": lambda x: torch.stack([x, -x], -1).flatten(-2)[..., :16],
 }
@@ -216,3 +218,29 @@ def test_an_integer_that_depends_on_errors_has_no_bound() -> None:
     assert held.over == []
     assert "argmax" in " ".join(held.ops)
     assert not bool(torch.isfinite(list(held.states.values())[-1].along(-1)).any())
+
+
+def test_features_that_are_taken_again_are_counted_again() -> None:
+    """A token's norm stays where its features change their order, and grows where one of them is repeated."""
+    error = torch.tensor([[1.0, 0.0, 0.0]], dtype=torch.float64)
+    x = known(torch.zeros(1, 3, dtype=torch.float64), torch.ones(1, 3, dtype=torch.float64), torch.ones(1, 1))
+    for move, norm in ((lambda t: t.roll(1, -1), 1.0), (lambda t: t[:, [0, 0, 0]], 3**0.5)):
+        made = layouts.moved(x, move, move(x.value), False)
+        assert float(made.norm) == pytest.approx(norm)
+        assert float(move(error).norm()) <= float(made.norm) * (1 + 1e-9)
+
+
+def test_what_only_looks_like_an_activation_is_not_one() -> None:
+    """Equal on every number that is likely, and not far out."""
+    x = Known(torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64))
+    plain = Tag(tags.FUNCTION, x, lambda t: t * torch.sigmoid(t), ("plain", 1))
+    cut = Tag(tags.FUNCTION, x, lambda t: t.clamp(max=20.0) * torch.sigmoid(t), ("cut", 1))
+    assert tags.named(plain) is ACTIVATIONS["silu"]
+    assert tags.named(cut) is None
+
+
+def test_graphs_of_other_devices_are_walked_on_the_cpu() -> None:
+    """What an op makes on a device it makes here."""
+    graph = torch.fx.Graph()
+    made = graph.call_function(torch.ops.aten.arange.default, (5,), {"device": torch.device("meta")})
+    assert compute(made, {}).tolist() == [0, 1, 2, 3, 4]

@@ -199,7 +199,7 @@ def _choices(codec: Codec, x: torch.Tensor, radius: torch.Tensor, t: _Tables) ->
     near = torch.cat([x.new_zeros((len(x), 1)), x @ rows.T + t.shift[r:]], -1)
     moves = radius * torch.cat([x.new_zeros(1), rows.norm(dim=1)])
     size = torch.cat([x.new_zeros((len(x), 1)), x.abs() @ rows.abs().T + t.shift[r:].abs()], -1)
-    moves = moves + 1e-5 * size  # nearness is computed in fp32 or the model's dtype
+    moves = moves + (FP32 + gamma(x.shape[-1] + 1, torch.float32)) * size  # nearness is computed in fp32
     possible = near + moves >= (near - moves).amax(-1, keepdim=True)
     return [(j, possible[:, j : j + 1]) for j in range(codec.format.choices)]
 

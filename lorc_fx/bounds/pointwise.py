@@ -43,7 +43,7 @@ def unit_vector_entries(x: torch.Tensor, each: torch.Tensor, square: torch.Tenso
 
 @dataclass(frozen=True)
 class Activation:
-    """A function of one number: ``falls`` to ``least`` and rises from there (None: it rises everywhere); its slope
+    """A function of one number that falls to ``least`` and rises from there (None: it rises everywhere); its slope
     is at most ``slope`` in size, and changes by at most ``bend`` per unit."""
 
     function: Callable[[torch.Tensor], torch.Tensor]
@@ -79,8 +79,8 @@ def _gelu_tanh(x: torch.Tensor) -> torch.Tensor:
     return F.gelu(x, approximate="tanh")
 
 
-#: Least points, steepest slopes and bends: maxima of |f'| and |f''| (rounded up), found with SymPy in
-#: ``symbolic.activation_constants``, which a test holds against these.
+#: Least points, steepest slopes and bends: maxima of |f'| and |f''|, rounded up. A test holds them against the
+#: derivatives of ``symbolic``.
 ACTIVATIONS: dict[str, Activation] = {
     "relu": Activation(torch.relu, None, 1.0, 1e300),
     "tanh": Activation(torch.tanh, None, 1.0, 0.7699),

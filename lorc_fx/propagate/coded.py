@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from lorc_fx import bounds
 from lorc_fx.bounds.codecs import CodecError
-from lorc_fx.codec import Codec
+from lorc_fx.codec import Codec, as_it_reads
+from lorc_fx.gather import by_token
 from lorc_fx.packing import pack
 from lorc_fx.passes.axes import Axes
 from lorc_fx.passes.sites import Site
 
-from .known import Known, known
+from .known import Known, known, size
 from .tags import linear_of
 
 
@@ -26,13 +28,18 @@ class Coding:
     weight: torch.Tensor
     bias: torch.Tensor | None
 
+    @classmethod
+    def of(cls, site: Site, codec: Codec, weight: torch.Tensor, bias: torch.Tensor | None) -> Coding:
+        """On the CPU, wherever the model is."""
+        if codec.encode.device.type != "cpu":
+            own: dict[str, Any] = {n: t.cpu() for n, t in codec.tensors().items() if not n.startswith("const")}
+            codec = replace(codec, consts=tuple(t.cpu() for t in codec.consts), **own)
+        return cls(site, codec, weight.cpu(), None if bias is None else bias.cpu())
+
 
 def flat(value: torch.Tensor, axes: Axes) -> torch.Tensor:
     """A value with its tokens in rows: [N, features]."""
-    assert axes.token is not None
-    if axes.batch is None or axes.batch == axes.token:
-        return value.movedim(axes.token, 0).flatten(1)
-    return value.movedim((axes.batch, axes.token), (0, 1)).flatten(2).flatten(0, 1)
+    return by_token(value, axes).flatten(0, 1)
 
 
 def unflat(rows: torch.Tensor, like: torch.Tensor, axes: Axes) -> torch.Tensor:
@@ -65,8 +72,8 @@ def projected(c: Coding, x: Known, y: Known, rounds: bool = False) -> tuple[Know
 
 def y_size(y: Known, axes: Axes, features: tuple[int, ...] | None) -> torch.Tensor:
     """|y| at most, feature by feature: [N, n]"""
-    size = flat(y.value.abs() if y.each is None else y.value.abs() + y.each, axes)
-    return size if features is None else size[..., list(features)]
+    reach = flat(size(y), axes)
+    return reach if features is None else reach[..., list(features)]
 
 
 def _by_head(value: torch.Tensor, each: torch.Tensor, error: CodecError, axes: Axes) -> Known:
@@ -139,12 +146,8 @@ def unprojected(c: Coding, value: Known) -> tuple[Known, CodecError]:
 
 def unprojected_value(c: Coding, value: torch.Tensor) -> torch.Tensor:
     """What the compressed model reads back of ``value``."""
-    axes, form = cache_axes(c.site), c.codec.format
-    turn = c.codec.consts[0].double() if c.codec.consts else torch.ones((1, 1), dtype=torch.float64)
-    turned = (flat(value, axes).unflatten(-1, (-1, len(turn))) @ turn).flatten(-2)
-    stored = turned.to(form.dtype) if form.plain else pack(turned.float(), None, None, form.spec, 1, form.dtype)
-    read = c.codec.latents(stored).double().unflatten(-1, (-1, len(turn))) @ turn.T
-    return unflat(read.flatten(-2), value, axes)
+    axes = cache_axes(c.site)
+    return unflat(as_it_reads(c.codec, flat(value, axes)), value, axes)
 
 
 def cache_axes(site: Site) -> Axes:

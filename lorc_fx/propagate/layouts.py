@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,14 +12,15 @@ from .known import Known, known
 Op = Callable[[torch.Tensor], Any]
 
 
-def moved(x: Known, op: Op, value: Any) -> Any:
-    """``op`` (a move of entries, of one tensor) of x: Known, or a tuple of them for ops with several results."""
+def moved(x: Known, op: Op, value: Any, view: bool) -> Any:
+    """``op`` (a move of entries, of one tensor) of x: Known, or a tuple of them for ops with several results.
+    ``view``: entries stay in their order."""
     assert x.each is not None
     if isinstance(value, (tuple, list)):
         return tuple(
             known(v, e, x.norm if _features_of(x, v) else None) for v, e in zip(value, op(x.each), strict=True)
         )
-    return known(value, op(x.each), *_norm(x, op, value))
+    return known(value, op(x.each), *_norm(x, op, value, view))
 
 
 def _features_of(x: Known, part: torch.Tensor) -> bool:
@@ -28,18 +28,19 @@ def _features_of(x: Known, part: torch.Tensor) -> bool:
     return x.norm is not None and x.axis == -1 and part.shape[:-1] == x.value.shape[:-1]
 
 
-def _norm(x: Known, op: Op, value: torch.Tensor) -> tuple[torch.Tensor | None, int]:
+def _norm(x: Known, op: Op, value: torch.Tensor, view: bool) -> tuple[torch.Tensor | None, int]:
     if x.norm is None or not value.dim():
         return None, -1
     axis = _followed(x, op, value)
     if axis is not None:
         return op(x.norm), axis
-    return (_kept(x, value, x.norm), -1) if x.axis == -1 else (None, -1)
+    return (_kept(x, value, x.norm), -1) if view and x.axis == -1 else (None, -1)
 
 
 def _followed(x: Known, op: Op, value: torch.Tensor) -> int | None:
     """Where the axis goes, for moves that take sizes from their input: tried on a tensor that holds, at each
-    entry, its index along the axis. None for ops that name sizes (views), and where it is no axis any more."""
+    entry, its index along the axis. None for ops that name sizes (views), and where it is no axis any more, or one
+    that does not have each entry once."""
     assert x.norm is not None
     n = x.value.shape[x.axis]
     shape = [1] * x.value.dim()
@@ -54,7 +55,7 @@ def _followed(x: Known, op: Op, value: torch.Tensor) -> int | None:
     for axis in range(-1, -value.dim() - 1, -1):
         whole = value.shape[axis] == n and small.shape[axis] == 1
         others = all(small.shape[i] == value.shape[i] for i in range(value.dim()) if i - value.dim() != axis)
-        if whole and others and bool((marks == _ramp(marks, axis)).all()):
+        if whole and others and bool((marks.sort(dim=axis).values == _ramp(marks, axis)).all()):
             return axis
     return None
 
@@ -65,13 +66,11 @@ def _ramp(like: torch.Tensor, axis: int) -> torch.Tensor:
     return torch.arange(like.shape[axis], dtype=like.dtype).reshape(shape)
 
 
-def _kept(x: Known, value: torch.Tensor, norm: torch.Tensor | None) -> torch.Tensor | None:
+def _kept(x: Known, value: torch.Tensor, norm: torch.Tensor) -> torch.Tensor | None:
     """Norms along the last axis after a view that splits it, or joins it with those before it."""
-    if norm is None or not value.dim() or not x.value.dim() or value.numel() != x.value.numel():
+    if not value.numel() or not x.value.dim():
         return None
     old, new = x.value.shape[-1], value.shape[-1]
-    if not old or not new or math.prod(value.shape[:-1]) * new != x.value.numel():
-        return None
     if not old % new:
         return norm.expand(x.value.shape).reshape(value.shape)[..., :1]
     if not new % old:

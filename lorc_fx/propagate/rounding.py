@@ -10,10 +10,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch.fx import Node
 
 from lorc_fx import bounds
 
 from .known import ULPS, Known, Tag, known, size
+from .rules import CASTS, COPIES, MOVES
 from .tags import INVERSE_RMS, MEAN_SQUARE, RMS, SQUARE
 
 aten = torch.ops.aten
@@ -30,17 +32,29 @@ _WEIGHTS = {aten.softmax.int, aten._softmax.default, aten._safe_softmax.default}
 _SUMS = {aten.mean.dim, aten.sum.dim_IntList, aten.cumsum.default, aten.linalg_vector_norm.default}
 _ONCE = {
     aten.add.Tensor, aten.sub.Tensor, aten.add.Scalar, aten.sub.Scalar, aten.rsub.Scalar, aten.mul.Tensor,
-    aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar, aten.to.dtype, aten._to_copy.default, aten.to.dtype_layout,
-    aten.type_as.default,
+    aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar, *CASTS,
 }  # fmt: skip
 EXACT = {
     aten.neg.default, aten.abs.default, aten.relu.default, aten.clamp.default, aten.clamp_min.default,
     aten.clamp_max.default, aten.maximum.default, aten.minimum.default, aten.where.self, aten.where.ScalarOther,
     aten.where.ScalarSelf, aten.masked_fill.Scalar, aten.masked_fill.Tensor, aten.cat.default, aten.stack.default,
     aten.embedding.default, aten.amax.default, aten.amin.default, aten.view_as_real.default,
-    aten.view_as_complex.default,
+    aten.view_as_complex.default, aten.arange.default, aten.arange.start, aten.arange.start_step, aten.zeros.default,
+    aten.ones.default, aten.full.default, aten.new_ones.default, aten.new_zeros.default, aten.zeros_like.default,
+    aten.ones_like.default, aten.full_like.default, aten.empty.memory_format, *COPIES, *MOVES,
 }  # fmt: skip
-"""Ops of no move that round nothing."""
+"""Ops that round nothing."""
+
+
+def rounds(node: Node) -> bool:
+    """Whether a machine may round the result of an op."""
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+        return False
+    if node.target in CASTS:
+        before = node.all_input_nodes[0].meta["val"]
+        return not before.is_floating_point() or torch.finfo(before.dtype).eps < torch.finfo(value.dtype).eps
+    return node.target not in EXACT
 
 
 def rounded(target: Any, dtype: torch.dtype, given: dict[str, Any], made: Known) -> Known:
@@ -69,7 +83,8 @@ def _inner(target: Any, dtype: torch.dtype, given: dict[str, Any], made: Known) 
     if target in _PRODUCTS:
         a, b = (size(given[name]) for name in _PRODUCTS[target])
         b = b.T if target is aten.linear.default else b
-        return bounds.gamma(a.shape[-1] + 1, sums) * ((a @ b) + size(given.get("bias", 0.0) or 0.0))
+        added = given["self"] if target is aten.addmm.default else given.get("bias")
+        return bounds.gamma(a.shape[-1] + 1, sums) * ((a @ b) + (0.0 if added is None else size(added)))
     tensors, reach = [v for v in given.values() if isinstance(v, Known)], size(made)
     if target in _ONCE or not tensors:
         lost = sum(t.lost for v in tensors for t in v.tags if t.kind in (RMS, INVERSE_RMS))

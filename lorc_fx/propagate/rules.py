@@ -59,24 +59,31 @@ def as_known(value: Any) -> Known:
 
 # -- moves ------------------------------------------------------------------------------------------------------
 
-SAME = (
-    aten.clone.default, aten.contiguous.default, aten.detach.default, aten.alias.default, aten.to.dtype,
-    aten._to_copy.default, aten.to.device, aten.to.dtype_layout, aten.type_as.default, aten.lift_fresh_copy.default,
-    aten.dropout.default,
-)  # fmt: skip
-"""What changes no number: casts between floating dtypes round, which is counted apart."""
+COPIES = {
+    aten.clone.default, aten.contiguous.default, aten.detach.default, aten.alias.default, aten.dropout.default,
+    aten.lift_fresh_copy.default,
+}  # fmt: skip
+"""What changes no number."""
+
+CASTS = {aten.to.dtype, aten._to_copy.default, aten.to.dtype_layout, aten.type_as.default, aten.to.device}
+"""Neither do casts between floating dtypes, but for a machine's rounding, which is counted apart."""
+
+VIEWS = {
+    aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints, aten.unflatten.int,
+}  # fmt: skip
+"""What keeps entries in their order."""
 
 MOVES = (
-    aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.transpose.int, aten.permute.default,
+    *VIEWS, aten.transpose.int, aten.permute.default,
     aten.t.default, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default,
-    aten.slice.Tensor, aten.select.int, aten.expand.default, aten.repeat.default, aten.flatten.using_ints,
-    aten.unflatten.int, aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int,
+    aten.slice.Tensor, aten.select.int, aten.expand.default, aten.repeat.default, aten.split.Tensor,
+    aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int,
     aten.movedim.int, aten.movedim.intlist, aten.repeat_interleave.self_int, aten.flip.default, aten.roll.default,
     aten.index.Tensor, aten.index_select.default, aten.swapaxes.default, aten.narrow.default,
 )  # fmt: skip
 
 
-@rule(*SAME)
+@rule(*COPIES, *CASTS)
 def _same(call: Call) -> Known:
     x = call.first()
     return replace(x, value=call.value) if call.value.dtype != x.value.dtype else x
@@ -87,7 +94,7 @@ def _moves(call: Call) -> Any:
     x = call.first()
     if x.exact:  # what is picked from it depends on errors
         return None
-    made = layouts.moved(x, call.run, call.value)
+    made = layouts.moved(x, call.run, call.value, call.target in VIEWS)
     if isinstance(made, tuple):
         return tuple(_linear_part(call, x, m, i) for i, m in enumerate(made))
     return tags.as_matrices(_linear(call, x, made))

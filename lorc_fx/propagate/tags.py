@@ -26,7 +26,8 @@ MOST = 6
 WIDEST = 512
 """Features of a linear map of one token that is looked at as a matrix."""
 
-_GRID = torch.linspace(-12, 12, 2401, dtype=torch.float64)
+_FAR = torch.logspace(1, 6, 200, dtype=torch.float64)
+_GRID = torch.cat([-_FAR, torch.linspace(-12, 12, 2401, dtype=torch.float64), _FAR])
 _FOUND: dict[tuple[Any, ...], Activation | None] = {}
 _GAINS: dict[tuple[Any, ...], tuple[list[Any], torch.Tensor]] = {}
 
@@ -61,7 +62,7 @@ def combined(a: Known, b: Known, run: Callable[[torch.Tensor, torch.Tensor], tor
 
 
 def named(tag: Tag) -> Activation | None:
-    """The known activation that a function is, by its values on a grid of 2401 points (to 1e-9)."""
+    """The known activation that a function is, by its values on a grid (to 1e-9) and far out."""
     if tag.key not in _FOUND:
         assert tag.run is not None
         made = tag.run(_GRID)

@@ -22,14 +22,12 @@ from lorc_fx import bounds
 from .coded import Coding, cache_axes, flat, projected, projected_value, unprojected, unprojected_value
 from .known import Known
 from .products import attention_weights
-from .rounding import EXACT, rounded
-from .rules import MOVES, RULES, Call
+from .rounding import rounded, rounds
+from .rules import CASTS, RULES, Call
 
 aten = torch.ops.aten
 RAW = {aten.embedding.default}
 """Ops whose tensors are taken in their own dtype: a table of embeddings in fp64 would be most of the memory."""
-
-CASTS = {aten.to.dtype, aten._to_copy.default, aten.to.dtype_layout, aten.type_as.default, aten.to.device}
 
 
 @dataclass(eq=False)
@@ -86,9 +84,9 @@ class Walker:
         given = iter(self.arguments)
         for node in nodes:
             if node.op == "placeholder":
-                self.dense[node] = next(given)
+                self.dense[node] = _on_cpu(next(given))
             elif node.op == "get_attr":
-                self.dense[node] = getattr(self.gm, str(node.target))
+                self.dense[node] = _on_cpu(getattr(self.gm, str(node.target)))
             elif node.op == "call_function":
                 self.dense[node] = compute(node, self.dense)
                 for track in tracks:
@@ -121,19 +119,15 @@ class Walker:
         if any(n in track.values for n in node.all_input_nodes):
             track.values[node] = compute(node, Layered(track.values, self.dense))
         if not any(isinstance(v, torch.Tensor) and _floating(v) for v in tree_leaves(value)):
-            if inexact:
-                track.known[node] = self._flags(track, node, value)
+            if inexact:  # integers and flags: nothing is known of them
+                track.unbounded.append(str(node.target))
+                track.known[node] = tree_map(_unknown, value)
             return
         made = self._known(track, node, value) if inexact else Known(value)
-        if track.rounds and _rounds(node):
+        if track.rounds and rounds(node):
             made = rounded(node.target, node.meta["val"].dtype, self._given(track, node), made)
         if not isinstance(made, Known) or not made.exact:
             track.known[node] = made
-
-    def _flags(self, track: Track, node: Node, value: Any) -> Any:
-        """Integers and flags that depend on what is inexact: nothing is known of them."""
-        track.unbounded.append(str(node.target))
-        return tree_map(lambda v: Known(v, torch.full(v.shape, torch.inf, dtype=torch.float64)), value)
 
     def linearised(self, track: Track, node: Node) -> torch.Tensor | None:
         """``bounds.linearised_output_error`` of an attention whose keys and values this track knows, [.., S, 1]; None
@@ -158,12 +152,11 @@ class Walker:
         rule = RULES.get(node.target)
         made = None
         if rule is not None:
-            given = self._given(track, node)
-            dtype = node.meta["val"].dtype if track.rounds and _rounds(node) else None
-            made = rule(Call(node.target, given, value, lambda t: compute_first(node, self.dense, t), dtype))
+            dtype = node.meta["val"].dtype if track.rounds and rounds(node) else None
+            made = rule(Call(node.target, self._given(track, node), value, with_first(node, self.dense), dtype))
         if made is None:
             track.unbounded.append(str(node.target))
-            made = tree_map(lambda v: Known(v, torch.full(v.shape, torch.inf, dtype=torch.float64)), value)
+            made = tree_map(_unknown, value)
         return made
 
     def _given(self, track: Track, node: Node) -> dict[str, Any]:
@@ -207,27 +200,6 @@ class Walker:
         track.known[node], track.values[node] = inner.known[node], inner.values[node]
 
 
-def _rounds(node: Node) -> bool:
-    """Whether a machine may round the result of an op."""
-    value = node.meta.get("val")
-    if not isinstance(value, torch.Tensor) or not value.is_floating_point():
-        return False
-    if node.target in CASTS:
-        before = node.all_input_nodes[0].meta["val"]
-        exact = before.is_floating_point() and torch.finfo(before.dtype).eps >= torch.finfo(value.dtype).eps
-        return not exact
-    return node.target not in EXACT and node.target not in MOVES and node.target not in FACTORIES
-
-
-FACTORIES = {
-    aten.arange.default, aten.zeros.default, aten.ones.default, aten.full.default, aten.new_ones.default,
-    aten.new_zeros.default, aten.zeros_like.default, aten.ones_like.default, aten.full_like.default,
-    aten.lift_fresh_copy.default, aten.clone.default, aten.contiguous.default, aten.detach.default,
-    aten.alias.default, aten.dropout.default, aten.arange.start, aten.arange.start_step, aten.empty.memory_format,
-}  # fmt: skip
-"""What makes or copies numbers without rounding them."""
-
-
 class Layered:
     """Values of a track over the dense ones."""
 
@@ -238,8 +210,21 @@ class Layered:
         return self.first[node] if node in self.first else self.second[node]
 
 
+def _unknown(value: torch.Tensor) -> Known:
+    return Known(value, torch.full(value.shape, torch.inf, dtype=torch.float64))
+
+
+def _on_cpu(value: Any) -> Any:
+    return value.cpu() if isinstance(value, torch.Tensor) else value
+
+
 def _floating(value: torch.Tensor) -> bool:
     return value.is_floating_point() or value.is_complex()
+
+
+def _here(value: Any) -> Any:
+    """As ``_double``; what an op is told to make on a device it makes on the CPU."""
+    return torch.device("cpu") if isinstance(value, torch.device) else _double(value)
 
 
 def _double(value: Any) -> Any:
@@ -256,17 +241,18 @@ def arguments(node: Node, of: Callable[[Node], Any]) -> tuple[Any, Any]:
     return map_arg(node.args, of), map_arg(node.kwargs, of)
 
 
-def compute_first(node: Node, values: Any, first: torch.Tensor) -> Any:
-    """The op with another tensor in the place of its first one."""
-    args, kwargs = arguments(node, lambda n: values.get(n))
-    return _call(node, [first, *args[1:]], kwargs)
+def with_first(node: Node, values: Any) -> Callable[[torch.Tensor], Any]:
+    """The op as a function of its first tensor. The others are those of now: what nobody reads any more is
+    dropped."""
+    args, kwargs = arguments(node, lambda n: values[n])
+    return lambda first: _call(node, [first, *args[1:]], kwargs)
 
 
 def _call(node: Node, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     target: Any = node.target
     if target in RAW:
         return tree_map(_double, target(*args, **kwargs))
-    args, kwargs = tree_map(_double, list(args)), tree_map(_double, dict(kwargs))
+    args, kwargs = tree_map(_here, list(args)), tree_map(_here, dict(kwargs))
     first = next((a for a in args if isinstance(a, torch.Tensor)), None)
     if first is not None and first.is_floating_point():
         kind = node.meta.get("val")
