@@ -15,7 +15,7 @@ from .attention import (
     total_variation,
     weight_error,
 )
-from .codecs import CodecError, codec_error, computed, quantisation_error, unprojected_error
+from .codecs import CodecError, code_rounding, codec_error, computed, quantisation_error, unprojected_error
 from .matrices import (
     best_error,
     lorc_layer,
@@ -35,6 +35,7 @@ __all__ = [
     "CodecError",
     "accumulated",
     "best_error",
+    "code_rounding",
     "codec_error",
     "computed",
     "distances",
