@@ -1,0 +1,223 @@
+"""The reference pages, from docstrings: functions, options and commands; modules; costs of lowerings.
+
+    python -m bench.api --write docs/api.md docs/architecture.md docs/kernels.md
+
+What stands between ``<!-- api -->`` and ``<!-- /api -->`` (``modules``, ``costs``) in these files is replaced.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import inspect
+import re
+import textwrap
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, is_dataclass
+from functools import cached_property
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from typer.main import get_command
+
+import lorc_fx
+from bench.table import _replace, markdown
+from lorc_fx import bounds, cli, errors, options, schedulers
+from lorc_fx.passes import cost
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = ("lorc_fx", "passes", "kernels")
+NAMESPACES = (lorc_fx, bounds, schedulers)
+FOR_USERS = {"LatentKV": ("codec", "dense", "length", "positions", "used_nbytes")}
+"""Members that are shown of a class whose others are the protocol of tensors and of the passes."""
+
+
+class _Bare(str):
+    """An annotation that is printed as it was written."""
+
+    __repr__ = str.__str__
+
+
+def signature(value: Any, name: str) -> str:
+    """``name`` with its parameters and annotations."""
+    found = inspect.signature(value)
+    given = [p for p in found.parameters.values() if p.name != "self"]
+    given = [p if p.annotation is p.empty else p.replace(annotation=_Bare(_written(p.annotation))) for p in given]
+    returns = found.return_annotation
+    ends = "" if returns in (found.empty, None, "None") else f" -> {_written(returns)}"
+    line = f"{name}{found.replace(parameters=given, return_annotation=found.empty)}{ends}"
+    return textwrap.fill(line, 110, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
+
+
+def _written(annotation: Any) -> str:
+    return annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
+
+
+def prose(text: str | None) -> str:
+    """A docstring as markdown: a paragraph a line, what is indented as it is."""
+    parts = re.split(r"\n\s*\n", inspect.cleandoc(text or ""))
+    lines = [part if part.startswith("    ") else " ".join(part.split()) for part in parts]
+    return "\n\n".join(lines).replace("``", "`")
+
+
+def members(owner: type) -> Iterator[tuple[str, Any]]:
+    """The public functions and properties that a class has of its own, in order."""
+    if issubclass(owner, BaseException):
+        return
+    for name, value in vars(owner).items():
+        kinds = (staticmethod, classmethod, property, cached_property)
+        public = name in FOR_USERS[owner.__name__] if owner.__name__ in FOR_USERS else not name.startswith("_")
+        if public and (inspect.isfunction(value) or isinstance(value, kinds)):
+            yield name, value
+
+
+def public(module: ModuleType) -> Iterator[tuple[str, Any, Any]]:
+    """The names that a module has in ``__all__`` and those of their members: dotted name, value, owner."""
+    for name in module.__all__:
+        value = getattr(module, name)
+        if isinstance(value, ModuleType):
+            continue
+        yield f"{module.__name__}.{name}", value, module
+        if inspect.isclass(value):
+            yield from ((f"{module.__name__}.{name}.{own}", member, value) for own, member in members(value))
+
+
+def _entry(name: str, value: Any, owner: Any) -> str:
+    """A public name: signature and docstring."""
+    short, title = name.rpartition(".")[2], f"{'####' if inspect.isclass(owner) else '###'} `{name}`"
+    inner = getattr(value, "fget", None) or getattr(value, "func", None)
+    if inner is not None:
+        kind = inspect.signature(inner).return_annotation
+        return _joined(title, _fenced(f"{short}: {_written(kind)}"), prose(inner.__doc__))
+    if isinstance(value, (classmethod, staticmethod)):
+        value = getattr(owner, short)
+    if not callable(value):
+        return _joined(title, _fenced(f"{short} = {_short(value)}"))
+    shown = not inspect.isclass(value) or is_dataclass(value)
+    return _joined(title, _fenced(signature(value, short)) if shown else "", prose(value.__doc__))
+
+
+def _short(value: Any) -> str:
+    """A constant; of a long table its keys."""
+    return repr(value) if len(repr(value)) < 110 else "{" + ", ".join(f"{key!r}: ..." for key in value) + "}"
+
+
+def _fenced(text: str) -> str:
+    return f"```text\n{text}\n```"
+
+
+def _joined(*parts: str) -> str:
+    return "\n\n".join(part for part in parts if part)
+
+
+def api() -> str:
+    """All of docs/api.md behind its head."""
+    parts: list[str] = []
+    for module in NAMESPACES:
+        parts += [f"## `{module.__name__}`", prose(module.__doc__), *(_entry(*found) for found in public(module))]
+    return _joined(*parts, "## Options", option_table(), "## Errors and warnings", error_table(), commands())
+
+
+def option_table() -> str:
+    """The fields of ``Options``."""
+    lines = []
+    for field in fields(options.Options):
+        now, _ = options.CHOICES.get(field.name, ((), ()))
+        now = schedulers.registered_schedulers() if field.name == "scheduler" else now
+        values = ", ".join(f"`{value!r}`" for value in now)
+        lines.append([f"`{field.name}`", f"`{field.type}`".replace("|", "\\|"), f"`{field.default!r}`", values])
+    return _left(["option", "type", "default", "built-in names"], lines)
+
+
+def error_table() -> str:
+    """The catalogue of ``lorc_fx.errors``: what each class is, and what of Python's it can be caught as."""
+    lines = []
+    for name, value in vars(errors).items():
+        if inspect.isclass(value) and issubclass(value, (errors.LorcError, errors.LorcWarning)):
+            bases = ", ".join(f"`{base.__name__}`" for base in value.__bases__)
+            lines.append([f"`{name}`", bases, prose(value.__doc__).replace("\n\n", " ")])
+    return _left(["`lorc_fx.errors`", "is a", "when"], lines)
+
+
+def commands() -> str:
+    """The command line, from the commands' own definitions."""
+    found: list[str] = []
+
+    def visit(name: str, command: Any) -> None:
+        for own, inner in getattr(command, "commands", {}).items():
+            visit(f"{name} {own}", inner)
+        if getattr(command, "commands", None):
+            return
+        shown = [p for p in command.params if p.name != "help"]
+        table = _left(["option", "type", "default", "meaning"], map(_parameter, shown)) if shown else ""
+        examples = "\n".join((command.epilog or "").split("\n\n")[1:])
+        found.append(_joined(f"### `{name}`", prose(command.help), table, _fenced(examples) if examples else ""))
+
+    visit("lorc", get_command(cli.app))
+    return _joined("## Command line", prose(cli.__doc__).split("\n\n")[1], *found)
+
+
+def _parameter(given: Any) -> list[str]:
+    default = getattr(given.default, "value", given.default)
+    names = given.opts if given.param_type_name == "option" else [given.name.upper()]
+    kind = " or ".join(given.type.choices) if hasattr(given.type, "choices") else given.type.name
+    known = given.default is not None and not callable(default) and default not in (False, "", [])
+    usual = f"`{default}`" if known else "required" if given.required else ""
+    return [", ".join(f"`{name}`" for name in names), kind, usual, given.help or ""]
+
+
+def _left(header: Sequence[str], rows: Any) -> str:
+    """A table of words."""
+    return markdown(header, list(rows)).replace("---:", "---")
+
+
+def modules() -> str:
+    """Every module with the first sentence of its docstring."""
+    lines = []
+    for folder in FOLDERS:
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            inside = path.relative_to(ROOT)
+            said = ast.get_docstring(ast.parse(path.read_text()))
+            if said is not None and inside.parts[1] not in FOLDERS:  # installed inside of lorc_fx, by links
+                lines.append([f"`{inside.as_posix()}`", _sentence(said)])
+        for path in sorted((ROOT / folder).glob("*.cpp")):
+            head = path.read_text().split("\n\n")[0].split("\n//\n")[0]
+            lines.append([f"`{folder}/{path.name}`", _sentence(head.replace("// ", ""))])
+    return _left(["module", "what it is"], lines)
+
+
+def _sentence(text: str) -> str:
+    """The first sentence of a docstring, without what introduces an indented block."""
+    first = " ".join(inspect.cleandoc(text).split("\n\n")[0].split()).replace("``", "`").replace("|", "\\|")
+    return re.split(r"(?<=[a-z)`]\.) (?=[A-Z`])|: *$", first)[0].rstrip(".")
+
+
+def costs() -> str:
+    """What each lowering moves, multiplies and unpacks in a decode step (``passes/cost.py``)."""
+    rows = []
+    for name, found in cost.LOWERINGS.items():
+        parts = [f"`{expression}`" for expression in (found.bytes, found.flops, found.numbers)]
+        rows.append([f"`{name}`", *parts, "one after the other" if found.apart else "at once"])
+    return _left(["lowering", "bytes", "FLOPs", "numbers unpacked", "memory and products"], rows)
+
+
+PARTS = {"api": api, "modules": modules, "costs": costs}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("--write", type=Path, nargs="+", default=[], help="Markdown files with markers")
+    given = parser.parse_args(argv)
+    for name, part in PARTS.items():
+        text = part()
+        if not given.write:
+            print(text, end="\n\n")
+        for file in given.write:
+            _replace(file, name, text)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()
