@@ -125,10 +125,16 @@ def option_table() -> str:
     lines = []
     for field in fields(options.Options):
         now, _ = options.CHOICES.get(field.name, ((), ()))
-        now = schedulers.registered_schedulers() if field.name == "scheduler" else now
+        now = _own_schedulers() if field.name == "scheduler" else now
         values = ", ".join(f"`{value!r}`" for value in now)
         lines.append([f"`{field.name}`", f"`{field.type}`".replace("|", "\\|"), f"`{field.default!r}`", values])
     return _left(["option", "type", "default", "built-in names"], lines)
+
+
+def _own_schedulers() -> tuple[str, ...]:
+    """Those that lorc_fx brings, whatever this process has registered besides."""
+    known = {name: schedulers.get_scheduler(name) for name in schedulers.registered_schedulers()}
+    return tuple(name for name, made in known.items() if made.__module__.startswith("lorc_fx."))  # type: ignore[attr-defined]
 
 
 def error_table() -> str:
