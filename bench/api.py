@@ -14,13 +14,14 @@ import re
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
+from enum import Enum
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import torch
-from typer.main import get_command
+from typer.models import OptionInfo
 
 import lorc_fx
 from bench.table import _replace, markdown
@@ -147,31 +148,52 @@ def error_table() -> str:
     return _left(["`lorc_fx.errors`", "is a", "when"], lines)
 
 
+def command_functions(app: Any = cli.app, name: str = "lorc") -> Iterator[tuple[str, Any, str]]:
+    """The commands: full name, function and epilog. From what typer was told, as its own classes change."""
+    for info in app.registered_commands:
+        yield f"{name} {info.name or info.callback.__name__.replace('_', '-')}", info.callback, info.epilog or ""
+    for group in app.registered_groups:
+        own = getattr(group.name, "value", group.name)
+        yield from command_functions(group.typer_instance, f"{name} {own}" if own else name)
+
+
+def parameters(function: Any) -> list[list[str]]:
+    """Of a command: names as they are typed, type, default, help."""
+    hints, found = get_type_hints(function, include_extras=True), []
+    for name, given in inspect.signature(function).parameters.items():
+        if get_origin(hints[name]) is not Annotated:
+            continue  # typer's own context
+        kind, info = get_args(hints[name])[:2]
+        option = isinstance(info, OptionInfo)
+        names = [n for n in (info.default, *(info.param_decls or ())) if isinstance(n, str)]  # Option's first is one
+        words = "--" + name.replace("_", "-")
+        names = names or ([words, f"--no-{words[2:]}"] if kind is bool else [words] if option else [name.upper()])
+        needed, default = given.default is given.empty, getattr(given.default, "value", given.default)
+        usual = "required" if needed else f"`{default}`" if default not in (None, False, "") else ""
+        found.append([", ".join(f"`{n}`" for n in names), _kind(kind), usual, info.help or ""])
+    return found
+
+
+def _kind(kind: Any) -> str:
+    inner = [part for part in get_args(kind) if part is not type(None)]
+    if get_origin(kind) is list:
+        return f"{_kind(inner[0])}, may be repeated"
+    if inner:
+        return _kind(inner[0])
+    if issubclass(kind, Enum):
+        return " or ".join(member.value for member in kind)
+    return {str: "text", Path: "path", bool: "flag"}.get(kind, kind.__name__)
+
+
 def commands() -> str:
     """The command line, from the commands' own definitions."""
-    found: list[str] = []
-
-    def visit(name: str, command: Any) -> None:
-        for own, inner in getattr(command, "commands", {}).items():
-            visit(f"{name} {own}", inner)
-        if getattr(command, "commands", None):
-            return
-        shown = [p for p in command.params if p.name != "help"]
-        table = _left(["option", "type", "default", "meaning"], map(_parameter, shown)) if shown else ""
-        examples = "\n".join((command.epilog or "").split("\n\n")[1:])
-        found.append(_joined(f"### `{name}`", prose(command.help), table, _fenced(examples) if examples else ""))
-
-    visit("lorc", get_command(cli.app))
+    found = []
+    for name, function, epilog in command_functions():
+        table = parameters(function)
+        shown = _left(["option", "type", "default", "meaning"], table) if table else ""
+        examples = "\n".join(epilog.split("\n\n")[1:])
+        found.append(_joined(f"### `{name}`", prose(function.__doc__), shown, _fenced(examples) if examples else ""))
     return _joined("## Command line", prose(cli.__doc__).split("\n\n")[1], *found)
-
-
-def _parameter(given: Any) -> list[str]:
-    default = getattr(given.default, "value", given.default)
-    names = given.opts if given.param_type_name == "option" else [given.name.upper()]
-    kind = " or ".join(given.type.choices) if hasattr(given.type, "choices") else given.type.name
-    known = given.default is not None and not callable(default) and default not in (False, "", [])
-    usual = f"`{default}`" if known else "required" if given.required else ""
-    return [", ".join(f"`{name}`" for name in names), kind, usual, given.help or ""]
 
 
 def _left(header: Sequence[str], rows: Any) -> str:

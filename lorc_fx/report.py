@@ -187,7 +187,9 @@ def explain(model: torch.nn.Module, *args: Any, options: Mapping[str, Any] | Non
     """Run ``model(*args, **kwargs)`` once (dense, under no_grad), and report what backend="lorc" with ``options``
     would make of its cache; prints the report as a table.
 
-    A model must be called so that it fills a cache (``use_cache=True``). With ``strict`` a miss raises StrictMiss.
+    A model must be called so that it fills a cache (``use_cache=True``). Raises StrictMiss for a miss with ``strict``,
+    UnloadedWeights for weights on ``meta``, BudgetTooSmall, BadPlan or BadCalibration where budget, plan or
+    calibration do not fit the model, and what ``Options`` raises.
     """
     report = examined(model, args, kwargs, Options.parse(options))
     Console(width=140).print(report)
@@ -196,7 +198,7 @@ def explain(model: torch.nn.Module, *args: Any, options: Mapping[str, Any] | Non
 
 def make_plan(model: torch.nn.Module, *args: Any, options: Mapping[str, Any] | None = None, **kwargs: Any) -> Plan:
     """The plan that backend="lorc" with ``options`` would follow for this model: ``Plan.save(path)``, and
-    ``options={"plan": plan or path}`` uses it without planning again."""
+    ``options={"plan": plan or path}`` uses it without planning again. Raises what ``explain`` raises."""
     return examined(model, args, kwargs, Options.parse(options)).plan or Plan(())
 
 

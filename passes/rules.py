@@ -51,7 +51,7 @@ def register_rule(op: Any, *, role: str = "pointwise", words: str = "") -> Calla
     """Teach the matcher an op: the decorated ``fn(node, axis) -> [(input node, its axis or None), ...]`` is called
     once for the token axis and once for the batch axis of the op's output, and raises ``Mixes`` where tokens mix.
 
-    ``op`` is an OpOverload (``torch.ops.my_lib.fused_qkv.default``); a second rule for one op is refused.
+    ``op`` is an OpOverload (``torch.ops.my_lib.fused_qkv.default``). Raises AlreadyRegistered for a second rule of one.
     """
 
     def add(fn: AxisRule) -> AxisRule:
