@@ -2,7 +2,7 @@
 
     python -m bench.api --write docs/api.md docs/architecture.md docs/kernels.md
 
-What stands between ``<!-- api -->`` and ``<!-- /api -->`` (``modules``, ``costs``) in these files is replaced.
+What stands between ``<!-- code: api -->`` and ``<!-- /code: api -->`` (``modules``, ``costs``) there is replaced.
 """
 
 from __future__ import annotations
@@ -243,7 +243,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not given.write:
             print(text, end="\n\n")
         for file in given.write:
-            _replace(file, name, text)
+            _replace(file, f"code: {name}", text)
 
 
 if __name__ == "__main__":
