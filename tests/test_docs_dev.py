@@ -114,24 +114,28 @@ def function_of(value: Any) -> Any:
     return value
 
 
-def raised(value: Any, seen: set[Any]) -> Iterator[str]:
-    """What a function raises itself, or a private helper of its module; of a class, what making one does."""
+def raised(value: Any, seen: set[Any], owner: Any = None) -> Iterator[str]:
+    """What a function raises itself, or a private helper of its module, or a method that it calls of its own object
+    (of the class ``owner``); of a class, what making one does."""
     value = function_of(value)
     if inspect.isclass(value):
-        value = vars(value).get("__post_init__")
+        value, owner = vars(value).get("__post_init__"), value
     if not inspect.isfunction(value) or value in seen or not value.__module__.startswith("lorc_fx"):
         return
     seen.add(value)
     scope = vars(inspect.getmodule(value))
     for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(value)))):
+        called = node.func if isinstance(node, ast.Call) else None
         if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and isinstance(node.exc.func, ast.Name):
             name = node.exc.func.id
             if name.startswith("_"):  # a helper that makes the error
                 yield from re.findall(r"return (\w+)\(", inspect.getsource(scope[name]))
             else:
                 yield name
-        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id.startswith("_"):
-            yield from raised(scope.get(node.func.id), seen)
+        elif isinstance(called, ast.Name) and called.id.startswith("_"):
+            yield from raised(scope.get(called.id), seen)
+        elif isinstance(called, ast.Attribute) and isinstance(called.value, ast.Name) and called.value.id == "self":
+            yield from raised(inspect.getattr_static(owner, called.attr, None), seen, owner)
 
 
 def told(value: Any, owner: Any) -> set[str]:
@@ -156,7 +160,7 @@ def test_public_names_have_docstrings_that_name_what_they_raise(name):
     fields = isinstance(value, property) and owner.__doc__ and name.rpartition(".")[2] in owner.__doc__
     plain = isinstance(value, property) and len(inspect.getsource(inner).splitlines()) <= 3  # a sum, a name
     assert (said and written) or fields or plain, f"{name} has no docstring"
-    missing = set(raised(value, set())) - told(value, owner)
+    missing = set(raised(value, set(), owner)) - told(value, owner)
     assert not missing, f"{name} raises {missing}, which its docstring does not say"
 
 
