@@ -13,11 +13,7 @@ TYPED := build/typed
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
 
-# What `make check` runs: the files that say most in about a minute on two cores.
-QUICK := errors options scheduler_registry schedulers formulas allocate packing factors codec bases bounds_matrices \
-	normalise rules matcher row_writes cost latent attend docs_dev
-
-.PHONY: help demo test check lint types quick pytest matrix decoders elsewhere bench venv clean
+.PHONY: help demo test check lint types pytest matrix decoders elsewhere bench venv clean
 
 help:
 	@echo "make demo    set up $(VENV), then compress the cache of a real model and show what it costs"
@@ -46,6 +42,15 @@ test: lint types pytest
 
 check: lint types quick
 
+# What `make check` runs: the files that say most in about a minute on two cores.
+QUICK := errors options scheduler_registry schedulers formulas allocate packing factors codec bases bounds_matrices \
+	normalise rules matcher row_writes cost latent attend docs_dev
+
+.PHONY: quick
+quick: $(STAMP)
+	@echo "== pytest, the quick files"
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -q $(QUICK:%=tests/test_%.py) $(PYTEST_ARGS)
+
 lint: $(STAMP)
 	@echo "== ruff"
 	@$(BIN)/ruff check .
@@ -62,10 +67,6 @@ types: $(STAMP)
 pytest: $(STAMP)
 	@echo "== pytest"
 	@OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 $(PYTEST_ARGS)
-
-quick: $(STAMP)
-	@echo "== pytest, the quick files"
-	@OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -q $(QUICK:%=tests/test_%.py) $(PYTEST_ARGS)
 
 decoders: $(STAMP)
 	@echo "== every decoder of transformers"

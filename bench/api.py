@@ -1,8 +1,8 @@
-"""The reference pages, from docstrings: functions, options and commands; modules; costs of lowerings.
+"""What pages say of the code, from the code: functions, options and commands; modules; costs of lowerings; markers.
 
-    python -m bench.api --write docs/api.md docs/architecture.md docs/kernels.md
+    python -m bench.api --write [FILES]        default: docs/api.md, docs/architecture.md, docs/kernels.md, CONTRIBUTING.md
 
-What stands between ``<!-- code: api -->`` and ``<!-- /code: api -->`` (``modules``, ``costs``) there is replaced.
+What stands between ``<!-- code: api -->`` and ``<!-- /code: api -->`` there (``modules``, ...) is replaced.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import ast
 import inspect
 import re
 import textwrap
+import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from enum import Enum
@@ -231,18 +232,27 @@ def costs() -> str:
     return _left(["lowering", "bytes", "FLOPs", "numbers unpacked", "memory and products"], rows)
 
 
-PARTS = {"api": api, "modules": modules, "costs": costs}
+def markers() -> str:
+    """The markers of the tests, none of which runs by default."""
+    config = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
+    found = [line.partition(": ") for line in config["markers"]]
+    return _left(["marker", "what"], [[f"`{name}`", said] for name, _, said in found])
+
+
+PARTS = {"api": api, "modules": modules, "costs": costs, "markers": markers}
+PAGES = ("docs/api.md", "docs/architecture.md", "docs/kernels.md", "CONTRIBUTING.md")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
-    parser.add_argument("--write", type=Path, nargs="+", default=[], help="Markdown files with markers")
+    parser.add_argument("--write", type=Path, nargs="*", help="Markdown files with markers; none: all that have some")
     given = parser.parse_args(argv)
+    files = [ROOT / page for page in PAGES] if given.write == [] else given.write or []
     for name, part in PARTS.items():
         text = part()
-        if not given.write:
+        if not files:
             print(text, end="\n\n")
-        for file in given.write:
+        for file in files:
             _replace(file, f"code: {name}", text)
 
 
