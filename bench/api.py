@@ -1,6 +1,6 @@
 """What pages say of the code, from the code: functions, options and commands; modules; costs of lowerings; markers.
 
-    python -m bench.api --write [FILES]        default: docs/api.md, docs/architecture.md, docs/kernels.md, CONTRIBUTING.md
+    python -m bench.api --write [FILES]     default: docs/api.md, docs/architecture.md, docs/kernels.md, CONTRIBUTING.md
 
 What stands between ``<!-- code: api -->`` and ``<!-- /code: api -->`` there (``modules``, ...) is replaced.
 """
