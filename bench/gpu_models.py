@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from lorc_fx.decode_command import twin
 from lorc_fx import PAPER
 from lorc_fx.compat import compile_limits
+from lorc_fx.decode_command import twin
 from lorc_fx.errors import KernelWarning
 from lorc_fx.evaluate import RECOMPILE_LIMIT, cache_keyword, compress
 from lorc_fx.latent import LatentKV, cache_nbytes

@@ -32,6 +32,7 @@ from bench import models
 from bench.cases import BASE, CHUNK, Variant
 from bench.run import RESULTS, WARMUP, Handle, machine
 from lorc_fx.console import write_json
+from lorc_fx.decode_command import twin
 from lorc_fx.runtime import Compiled
 
 VARIANTS = (BASE, Variant("lorc-1.0", 1.0), Variant("lorc-0.45", 0.45))

@@ -151,7 +151,9 @@ def certify(
     dtype: RunsIn = DType.bf16,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens of the prompt, at most.")] = 128,
     rounding: Annotated[bool, typer.Option("--rounding", help="Bound what a machine rounds too.")] = False,
-    plot: Annotated[Path | None, typer.Option(help="Also draw bounds and errors by layer: PATH.png and PATH.svg.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Also draw bounds and errors by layer: PATH.png and PATH.svg.")
+    ] = None,
     json_file: Json = None,
 ) -> None:
     """How far a compressed model can be from the dense one on a prompt, up to the logits, beside how far it is; and

@@ -12,7 +12,9 @@ from lorc_fx.errors import BadOption
 
 ModelPath = Annotated[
     Path | None,
-    typer.Option(help="A folder, a GGUF file, or owner/name on the hub (default: the demo's Gemma 3 270M).", show_default=False),
+    typer.Option(
+        help="A folder, a GGUF file, or owner/name on the hub (default: the demo's Gemma 3 270M).", show_default=False
+    ),
 ]
 Ratio = Annotated[float | None, typer.Option(help="Cache bytes kept, as a fraction of the dense cache.")]
 Ratios = Annotated[list[float] | None, typer.Option("--ratio", help="Cache bytes kept; may be given more than once.")]

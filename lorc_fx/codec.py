@@ -259,8 +259,8 @@ def flat_basis(basis: Basis) -> Basis:
     """``basis`` where nothing is projected: every column as it comes, around zero, all expected to hold the same.
 
     One scale serves a whole row, mean included, so what is rounded has the same size in every direction: its loss is
-    tr(G) / n times a share of E|y|^2, with G = P P^T the metric of the basis and E|y|^2 = tr C + |mu|^2. (Taking tr(G C)
-    for that, as columns of their own scales have it, is ten times too low where large channels matter little.)"""
+    tr(G) / n times a share of E|y|^2, with G = P P^T the metric of the basis and E|y|^2 = tr C + |mu|^2. (Taking
+    tr(G C) for that, as columns of their own scales have it, is ten times too low where large channels matter little.)"""
     n = basis.analysis.shape[0]
     eye = _eye(n, basis.energy.dtype, basis.energy.device)
     energy = basis.energy.sum()

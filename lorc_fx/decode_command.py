@@ -151,5 +151,7 @@ def table(result: Mapping[str, Any]) -> Table:
         base = next(r for r in result["rows"] if r["tokens"] == row["tokens"] and r["way"] == "dense")
         faster, share = base["median_s"] / row["median_s"], row["held_bytes"] / base["held_bytes"]
         size = f"{row['held_bytes'] / 2**20:.1f}"
-        shown.add_row(str(row["tokens"]), row["way"], f"{1e3 * row['median_s']:.2f}", f"{faster:.2f}", size, f"{share:.3f}")
+        shown.add_row(
+            str(row["tokens"]), row["way"], f"{1e3 * row['median_s']:.2f}", f"{faster:.2f}", size, f"{share:.3f}"
+        )
     return shown

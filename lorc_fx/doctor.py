@@ -10,7 +10,7 @@ import platform
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -48,8 +48,8 @@ ROOM = 1 << 30
 
 @dataclass(frozen=True)
 class Finding:
-    """One line: ``what`` was looked at, its ``state`` ("ok"; "note": works without; "fail"), what was ``found``, and the
-    ``step`` to take ("" where none is needed)."""
+    """One line: ``what`` was looked at, its ``state`` ("ok"; "note": works without; "fail"), what was ``found``, and
+    the ``step`` to take ("" where none is needed)."""
 
     what: str
     state: str
@@ -58,7 +58,7 @@ class Finding:
 
 
 def examined(show: Show, deep: bool = True) -> list[Finding]:
-    """All findings. ``deep``: compile a small decoder with the default inner compiler too, which takes half a minute."""
+    """All findings. ``deep``: compile a small decoder with the default inner compiler too: half a minute."""
     found = [*versions(), *extras(), *compilers(), *devices(), *folders(), *environment()]
     for inner in ("eager", "inductor") if deep else ("eager",):
         show.stage(f"Compressing a small decoder, inner={inner!r}")
@@ -237,11 +237,15 @@ def _tried(inner: str, device: torch.device) -> Finding:
     except Exception as error:  # whatever it is: that is the finding
         text = str(error).strip().splitlines()
         return Finding(what, FAIL, f"{type(error).__name__}: {text[0] if text else ''}"[:400], _report_it(inner))
-    return Finding(what, FAIL if wrong else OK, wrong or "same logits, latents in its cache", wrong and _report_it(inner))
+    return Finding(
+        what, FAIL if wrong else OK, wrong or "same logits, latents in its cache", wrong and _report_it(inner)
+    )
 
 
 def _report_it(inner: str) -> str:
-    return "options={'inner': 'eager'} may work meanwhile." if inner != "eager" else "Please report it, with this table."
+    return (
+        "options={'inner': 'eager'} may work meanwhile." if inner != "eager" else "Please report it, with this table."
+    )
 
 
 @torch.no_grad()
@@ -251,8 +255,8 @@ def _differs(inner: str, device: torch.device) -> str:
 
     from .evaluate import cache_keyword, compressed
 
-    config = LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=2,
-                         num_attention_heads=4, num_key_value_heads=2, bos_token_id=None, eos_token_id=None)  # fmt: skip
+    shape = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
+    config = LlamaConfig(**shape, num_attention_heads=4, num_key_value_heads=2, bos_token_id=None, eos_token_id=None)
     model: Any = LlamaForCausalLM(config).eval().to(device)
     pieces = torch.arange(1, 21, device=device)[None].split([18, 1, 1], 1)
 

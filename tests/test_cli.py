@@ -35,7 +35,18 @@ def run(*arguments: str) -> tuple[int, str]:
     return result.exit_code, result.output
 
 
-COMMANDS = ("demo", "explain", "certify", "calibrate", "eval", "plan", "autotune", "doctor", "bench device", "bench decode")
+COMMANDS = (
+    "demo",
+    "explain",
+    "certify",
+    "calibrate",
+    "eval",
+    "plan",
+    "autotune",
+    "doctor",
+    "bench device",
+    "bench decode",
+)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -270,7 +281,17 @@ def test_certify(quiet: None, checkpoint: Path, tmp_path: Path) -> None:
 def test_bench_decode(quiet: None, checkpoint: Path, tmp_path: Path, static: bool) -> None:
     out = tmp_path / "decode.json"
     asked = ("bench", "decode", "--model", str(checkpoint), "--dtype", "fp32", "--inner", "eager", "--repeats", "2")
-    more = ("--tokens", "300,40", "--ratio", "0.5", "--batch", "2", "--json", str(out), *(["--static"] if static else []))
+    more = (
+        "--tokens",
+        "300,40",
+        "--ratio",
+        "0.5",
+        "--batch",
+        "2",
+        "--json",
+        str(out),
+        *(["--static"] if static else []),
+    )
     code, text = run(*asked, *more)
     assert code == 0, text
     rows = json.loads(out.read_text())["rows"]

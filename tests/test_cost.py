@@ -79,7 +79,13 @@ def test_grouped_heads_are_repeated_where_the_device_does_so():
 
 def test_devices():
     here = measured(torch.device("cpu"), repeats=1)
-    assert here.source == "measured" and here.bandwidth > 1e8 and here.flops > 1e8 and 1e7 < here.numbers < 1e13 and 0 < here.call < 1
+    assert (
+        here.source == "measured"
+        and here.bandwidth > 1e8
+        and here.flops > 1e8
+        and 1e7 < here.numbers < 1e13
+        and 0 < here.call < 1
+    )
     assert device_of(torch.device("cpu")) is device_of(torch.device("cpu")), "measured once"
     assert all("datasheet" in d.source and d.flops > d.bandwidth for d in DATASHEETS)
 

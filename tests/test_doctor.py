@@ -48,9 +48,7 @@ def test_extras_name_what_they_lack(monkeypatch: pytest.MonkeyPatch) -> None:
     version = doctor._version
     monkeypatch.setattr(doctor, "_version", lambda name: None if name == "matplotlib" else version(name))
     found = by_name(doctor.extras())
-    assert found["extra plot"] == Finding(
-        "extra plot", NOTE, "without matplotlib", "pip install 'lorc-fx[plot]'"
-    )
+    assert found["extra plot"] == Finding("extra plot", NOTE, "without matplotlib", "pip install 'lorc-fx[plot]'")
     assert {"extra demo", "extra test", "extra gpu"} <= set(found)
 
 
@@ -150,7 +148,9 @@ def test_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, state: str, co
     assert made == [False]
     for words in ("a [thing]", "so [much]", "do this", state):
         assert words in result.output
-    assert json.loads(out.read_text()) == [{"what": "a [thing]", "state": state, "found": "so [much]", "step": "do this"}]
+    assert json.loads(out.read_text()) == [
+        {"what": "a [thing]", "state": state, "found": "so [much]", "step": "do this"}
+    ]
 
 
 def test_everything_quick(quiet: None) -> None:

@@ -71,7 +71,9 @@ def test_a_name_of_the_hub(saved: Path, tmp_path: Path, monkeypatch: pytest.Monk
     model, words = models.load_model("someone/small-model", torch.float32)
     assert torch.equal(model.lm_head.weight, tiny.llama().lm_head.weight)
     assert words("ab").input_ids == [1, 2]
-    with pytest.raises(BadModel, match="'someone/other' cannot be used: there is no such folder here, and of the hub: "):
+    with pytest.raises(
+        BadModel, match="'someone/other' cannot be used: there is no such folder here, and of the hub: "
+    ):
         models.load_model("someone/other")
 
 
