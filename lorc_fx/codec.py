@@ -1,4 +1,4 @@
-"""The codec of one site: how a per-token vector y becomes a latent and is read back (DESIGN section 2).
+"""The codec of one site: how a per-token vector y becomes a latent and is read back.
 
     j = the nearest mean's index       c = (y - mu_j) P        stored: j, Q(c)        y_hat = mu_j + Q(c) S
 
@@ -260,7 +260,8 @@ def flat_basis(basis: Basis) -> Basis:
 
     One scale serves a whole row, mean included, so what is rounded has the same size in every direction: its loss is
     tr(G) / n times a share of E|y|^2, with G = P P^T the metric of the basis and E|y|^2 = tr C + |mu|^2. (Taking
-    tr(G C) for that, as columns of their own scales have it, is ten times too low where large channels matter little.)"""
+    tr(G C) for that, as columns of their own scales have it, is ten times too low where large channels matter
+    little.)"""
     n = basis.analysis.shape[0]
     eye = _eye(n, basis.energy.dtype, basis.energy.device)
     energy = basis.energy.sum()

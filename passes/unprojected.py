@@ -41,7 +41,7 @@ have 6 or 5 bits)."""
 
 FEWEST_BITS = 5
 """Bits per column that the other sites must have where ``auto`` keeps some as they are: with fewer, those bytes are
-worth more where columns are dropped by what they hold (DESIGN section 2: 4 bits without a projection lose ten times
+worth more where columns are dropped by what they hold (Gemma 3 270M: 4 bits without a projection lose ten times
 what a mix does)."""
 
 
