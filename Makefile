@@ -42,7 +42,7 @@ test: lint types pytest
 
 check: lint types quick
 
-# What `make check` runs: the files that say most in less than a minute on two cores.
+# What `make check` runs: the files that say most in about a minute on two cores.
 QUICK := errors options scheduler_registry schedulers formulas allocate packing factors codec bounds_matrices \
 	normalise rules matcher row_writes cost latent attend docs_dev
 
