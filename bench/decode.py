@@ -27,8 +27,9 @@ from typing import Any
 import torch
 
 from bench import models
-from bench.run import RESULTS, WARMUP, interleaved, machine
+from bench.run import RESULTS, WARMUP, machine
 from lorc_fx.console import write_json
+from lorc_fx.decode_command import interleaved, twin
 from lorc_fx.evaluate import cache_bytes, cache_keyword
 from lorc_fx.latent import LatentKV, cache_nbytes
 
@@ -76,7 +77,7 @@ class Runner:
     filler: Any = field(init=False)
 
     def __post_init__(self) -> None:
-        self.filler = models.twin(self.model)
+        self.filler = twin(self.model)
         apart: dict[str, Any] = {"isolate_recompiles": True, "recompile_limit": 64}
         if self.way.options is not None:
             self.model.compile(backend="lorc", options=self.way.options, **apart)
@@ -196,7 +197,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, dtype, layers in itertools.product(args.models, args.dtype, args.layers or [None]):
         torch.compiler.reset()
         model = models.build(name, getattr(torch, dtype), layers=layers)
-        runners = [Runner(w, models.twin(model)) for w in ways(args.ratios) if not args.ways or w.name in args.ways]
+        runners = [Runner(w, twin(model)) for w in ways(args.ratios) if not args.ways or w.name in args.ways]
         for batch, tokens in itertools.product(args.batch, args.tokens):
             case = {"model": name, "dtype": dtype, "layers": layers, "batch": batch, "tokens": tokens}
             one = dense_bytes(model.config, tokens, batch, model.dtype)

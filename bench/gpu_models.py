@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from bench.models import twin
+from lorc_fx.decode_command import twin
 from lorc_fx import PAPER
 from lorc_fx.compat import compile_limits
 from lorc_fx.errors import KernelWarning

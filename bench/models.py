@@ -9,8 +9,6 @@ loss on held-out pages. The checkpoints are ordinary ones, with their tokenizer 
 from __future__ import annotations
 
 import argparse
-import copy
-import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -85,12 +83,6 @@ def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0, layers: 
     if layers is not None:
         config.num_hidden_layers = layers
     return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
-
-
-def twin(model: Any) -> Any:
-    """A second module of the same class that shares every parameter and buffer."""
-    tensors = itertools.chain(model.parameters(), model.buffers())
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
 def random_ids(tokens: int, seed: int = 1) -> torch.Tensor:

@@ -80,7 +80,7 @@ def prepared(handles: Sequence[Handle], tokens: int) -> list[Any]:
 
 def measure(model: Any, tokens: int, repeats: int, stubbed: bool) -> list[dict[str, Any]]:
     """One row per variant, with the times of each repeat; variants take turns."""
-    handles = [Handle(variant, models.twin(model)) for variant in VARIANTS]
+    handles = [Handle(variant, twin(model)) for variant in VARIANTS]
     caches, token = prepared(handles, tokens), models.random_ids(1)
     if stubbed:  # the caches were filled by real steps; the steps that are timed come from stubs
         for handle, cache in zip(handles, caches, strict=True):

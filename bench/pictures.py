@@ -15,7 +15,7 @@ import argparse
 import collections
 import itertools
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,10 @@ from lorc_fx.evaluate import cache_keyword
 
 TOKENS = 300
 """Of the prompt: enough for statistics, and no other size of the model."""
-MAIN = ("linear", "cat", "scaled_dot_product_attention", "matmul", "copy_", "attend", "pack", "unpack", "encode")
-"""Ops with a box of their own, by name."""
+MAIN = ("linear", "scaled_dot_product_attention", "matmul", "copy_", "attend", "pack", "unpack", "encode")
+"""Ops with a box of their own, by name; so have those that make a cache of a cache (``cat``)."""
+CACHED, ROWS = "cached", ("codes", "positions")
+"""How the words for what a cache holds begin (before), or end (after)."""
 COLOURS = {"kept": "#eeeeee", "input": "#ffffff", "replaced": "#f6c7c0", "made": "#c5e6cd"}
 WIDTH, HEIGHT, GAP = 0.088, 0.2, 0.34
 """Inches: of a letter, of a line, between rows of boxes."""
@@ -42,11 +44,13 @@ LINE = 26
 
 @dataclass
 class Graph:
-    """A graph with the shape of each value, and what is made of each input (by name, for those of ``rewrite``)."""
+    """A graph with the shape of each value, words for its inputs by name, and from where to where it is drawn."""
 
     module: GraphModule
     shapes: dict[str, tuple[int, ...]]
-    renamed: dict[str, str] = field(default_factory=dict)
+    words: dict[str, str]
+    start: str
+    after: str
 
 
 @dataclass
@@ -115,7 +119,28 @@ def graphs(options: dict[str, Any]) -> tuple[Graph, Graph, set[str], set[str]]:
     canonical, matched, made = seen[-1]
     chains = {n.name for site in matched.sites for n, _ in site.rows.chain.nodes}
     cells = {cell.name for site in matched.sites for cell in matched.caches.groups()[site.group.find()]}
-    return Graph(canonical, _symbolic(canonical)), Graph(made.module, shapes, _sources(made)), chains, cells
+    end = next(n for n in canonical.graph.nodes if op(n) == "scaled_dot_product_attention")
+    ends = str(matched.sites[0].rows.x), str(next(iter(end.users)))
+    before = Graph(canonical, _symbolic(canonical), _weights(matched), *ends)
+    return before, Graph(made.module, shapes, _sources(canonical, matched, made), *ends), chains, cells
+
+
+def _weights(matched: Any) -> dict[str, str]:
+    """Words for the inputs of the sites of a canonical graph."""
+    words = {w.name: f"{site.kind} weight" for site in matched.sites for w in site.weights}
+    return words | {n.name: f"cached {site.kind}s" for site in matched.sites for n in site.group.find().latents}
+
+
+def _sources(canonical: GraphModule, matched: Any, made: Any) -> dict[str, str]:
+    """Words for what the wrapper gives each input that is no argument as it is."""
+    kinds = {n.name: site.kind for site in matched.sites for n in site.group.find().latents}
+    arguments = [n.name for n in canonical.graph.nodes if n.op == "placeholder"]
+    words = {}
+    for node, spec in zip((n for n in made.module.graph.nodes if n.op == "placeholder"), made.inputs, strict=True):
+        if spec.kind != "argument":
+            site = matched.sites[spec.index].kind if spec.kind == "site" else kinds[arguments[spec.index]]
+            words[node.name] = f"{site} {spec.name}"
+    return _weights(matched) | words
 
 
 def _measured(node: Node) -> tuple[int, ...] | None:
@@ -136,27 +161,21 @@ def _symbolic(gm: GraphModule) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def _sources(made: Any) -> dict[str, str]:
-    """What the wrapper gives each input that is no argument as it is."""
-    holders = [n for n in made.module.graph.nodes if n.op == "placeholder"]
-    return {n.name: spec.name for n, spec in zip(holders, made.inputs, strict=True) if spec.kind != "argument"}
-
-
 # -- boxes ------------------------------------------------------------------------------------------------------------
 
 
 def op(node: Node) -> str:
     """The op's name without library and overload."""
     name = str(node.target) if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
-    return name.removeprefix("aten.").removeprefix("lorc.").split(".")[0]
+    return name.removeprefix("aten.").removeprefix("lorc.").split(".")[0].removeprefix("_safe_")
 
 
-def boxes(graph: Graph, start: str, kinds: Callable[[Node], str]) -> tuple[list[Box], set[tuple[int, int]]]:
-    """What lies between the node called ``start`` and attention, as boxes in graph order, and arrows between them."""
+def boxes(graph: Graph, kinds: Callable[[Node], str]) -> tuple[list[Box], set[tuple[int, int]]]:
+    """What lies between the activation and attention, as boxes in graph order, and arrows between them."""
     nodes = {n.name: n for n in graph.module.graph.nodes}
-    end = next(n for n in graph.module.graph.nodes if op(n) in ("scaled_dot_product_attention", "attend"))
-    shown = _before([end, *(n for n in nodes.values() if op(n) == "copy_")], nodes[start])
-    below = _after(nodes[start], shown)
+    start, end = nodes[graph.start], nodes[graph.after].all_input_nodes[0]
+    shown = _before([end, *(n for n in nodes.values() if op(n) == "copy_")], start)
+    below = _after(start, shown)
     mark = {n: _place(n, below, graph) for n in shown}
     owner: dict[Node, Node] = {}
 
@@ -173,14 +192,20 @@ def boxes(graph: Graph, start: str, kinds: Callable[[Node], str]) -> tuple[list[
     for node in shown:
         if mark[node][0] != "inside":
             members.setdefault(root(node), []).append(node)
-    made = [_box(graph, group, nodes[start], kinds) for group in members.values()]
+    made = [_box(graph, group, start, kinds) for group in members.values()]
     index = {n: i for i, box in enumerate(made) for n in box.nodes}
     arrows = {
         (index[s], index[n])
         for n in index
         for s in n.all_input_nodes
-        if s in index and index[s] != index[n] and n is not nodes[start]
+        if s in index and index[s] != index[n] and n is not start
     }
+    for write in (n for n in index if op(n) == "copy_"):  # what reads the rows after it reads what it wrote
+        rows = write.args[0].args[0]
+        for reader in rows.users:
+            if reader in index and reader is not write.args[0] and reader > write:
+                arrows.discard((index[rows], index[reader]))
+                arrows.add((index[write], index[reader]))
     return made, arrows
 
 
@@ -207,26 +232,28 @@ def _after(start: Node, shown: Sequence[Node]) -> set[Node]:
 def _place(node: Node, below: set[Node], graph: Graph) -> tuple[Any, ...]:
     """Nodes of one place that feed one another are one box. Tensors of weights are shown inside of what takes them."""
     if node.op in ("placeholder", "get_attr"):
-        cached = "past" in node.name or "cache" in node.name or graph.renamed.get(node.name) in ("codes", "positions")
-        return ("input", node) if cached else ("inside",)
-    if op(node) in MAIN:
+        name = _called(graph, node)
+        return ("input", node) if name.startswith(CACHED) or name.endswith(ROWS) else ("inside",)
+    grows = op(node) == "cat" and any(_called(graph, s).startswith(CACHED) for s in node.all_input_nodes)
+    if op(node) in MAIN or grows:
         return ("main", node)
     return ("between", node in below)
 
 
 def _box(graph: Graph, group: list[Node], start: Node, kinds: Callable[[Node], str]) -> Box:
     last = group[-1]
+    kind = collections.Counter(map(kinds, group)).most_common(1)[0][0]
     shape = _shape(graph.shapes.get(last.name))
     if last is start:
         return Box(group, ["activation x", shape], "input")
     if last.op == "placeholder":
-        return Box(group, [_called(graph, last), shape], kinds(last))
+        return Box(group, [_called(graph, last), shape], kind)
     counts = collections.Counter(op(n) for n in group)
     words = [name if count == 1 else f"{name} ×{count}" for name, count in counts.items()]
     if len(group) == 1:
         taken = [_called(graph, s) for s in last.all_input_nodes if s.op in ("placeholder", "get_attr")]
-        words += [name for name in taken if name not in ("codes", "positions")]
-    return Box(group, [*_wrapped(words), shape], kinds(last))
+        words += [name for name in taken if not name.startswith(CACHED) and not name.endswith(ROWS)]
+    return Box(group, [*_wrapped(words), shape], kind)
 
 
 def _wrapped(words: Sequence[str]) -> list[str]:
@@ -240,14 +267,8 @@ def _wrapped(words: Sequence[str]) -> list[str]:
 
 
 def _called(graph: Graph, node: Node) -> str:
-    """An input in short: what the wrapper calls it, or the module that a weight is of."""
-    if node.name in graph.renamed:
-        return graph.renamed[node.name]
-    words = node.name.replace("_modules_", ".").replace("_parameters_", ".").strip("_").split(".")
-    kept = [w.strip("_") for w in words if "proj" in w or "weight" in w]
-    if kept:
-        return ".".join(dict.fromkeys(kept))
-    return "cached keys or values" if "past" in node.name or "cache" in node.name else words[-1].strip("_")[-24:]
+    """Words for an input; a weight of the model that nothing is done to is but a weight."""
+    return graph.words.get(node.name, "weight")
 
 
 def _shape(shape: tuple[int, ...] | None) -> str:
@@ -329,14 +350,13 @@ def pictures(folder: Path) -> list[Path]:
     written = []
     for name, options in (("-paper", {**PAPER, "ratio": 0.5}), ("", {})):
         before, after, chains, cells = graphs(options)
-        start = next(str(n.args[0]) for n in before.module.graph.nodes if n.name in chains and op(n) == "linear")
         if name:
             written.append(folder / "graph-before.svg")
-            draw(*boxes(before, start, partial(_kind, colour="replaced", marked=chains | cells)), written[-1])
+            draw(*boxes(before, partial(_kind, colour="replaced", marked=chains | cells)), written[-1])
         kept = {n.name for n in before.module.graph.nodes} - cells
         fresh = {n.name for n in after.module.graph.nodes} - kept
         written.append(folder / f"graph-after{name}.svg")
-        draw(*boxes(after, start, partial(_kind, colour="made", marked=fresh)), written[-1])
+        draw(*boxes(after, partial(_kind, colour="made", marked=fresh)), written[-1])
     return written
 
 

@@ -27,6 +27,7 @@ from bench import cases, models
 from bench.cases import Case, Variant
 from lorc_fx import PAPER
 from lorc_fx.console import write_json
+from lorc_fx.decode_command import interleaved, twin
 from lorc_fx.evaluate import cache_bytes, cache_keyword
 from lorc_fx.latent import cache_nbytes
 
@@ -120,16 +121,6 @@ def measure_prefill(handles: Sequence[Handle], tokens: int, repeats: int) -> lis
         run()
     times = interleaved(runs, repeats)
     return [_row(handle, times[i]) for i, handle in enumerate(handles)]
-
-
-def interleaved(runs: Sequence[Callable[[], Any]], repeats: int) -> list[list[Any]]:
-    """Each run once per repeat, beginning with another one each time."""
-    times: list[list[Any]] = [[] for _ in runs]
-    for repeat in range(repeats):
-        for k in range(len(runs)):
-            i = (k + repeat) % len(runs)
-            times[i].append(runs[i]())
-    return times
 
 
 def _row(handle: Handle, times: Sequence[tuple[float, float]]) -> dict[str, Any]:
@@ -239,7 +230,7 @@ def measure(name: str, chosen: Sequence[Case], repeats: dict[str, int], dtype: t
         for variant in cases.COMPILED[:: 1 if repeat % 2 == 0 else -1]:
             rows.append({"model": name, "kind": "compile"} | measure_compile(variant, model))
             _say(f"  {variant.name} {rows[-1]['seconds']:.1f} s, inner compiles {rows[-1]['inner_compiles']}")
-    handles = [Handle(variant, models.twin(model)) for variant in cases.VARIANTS]
+    handles = [Handle(variant, twin(model)) for variant in cases.VARIANTS]
     for case in chosen:
         _say(f"{name}: {case.kind} {case.tokens}")
         function = measure_decode if case.kind == "decode" else measure_prefill

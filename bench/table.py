@@ -44,15 +44,15 @@ def steps(result: dict[str, Any]) -> str:
     """Decode steps: milliseconds under inductor with a dynamic cache; how many times faster every other way is."""
     keyed: dict[tuple[Any, ...], dict[str, float]] = {}
     for row in result["rows"]:
-        if row.get("layers") is None:
-            case = (row["model"], row["dtype"], row["batch"], row["tokens"])
-            keyed.setdefault(case, {})[row["variant"]] = row["median_s"]
+        case = (row["model"], row.get("layers"), row["dtype"], row["batch"], row["tokens"])
+        keyed.setdefault(case, {})[row["variant"]] = row["median_s"]
     names = list(dict.fromkeys(name for found in keyed.values() for name in found if name != cases.BASE.name))
     lines = []
-    for (model, dtype, batch, tokens), found in keyed.items():
+    for (model, layers, dtype, batch, tokens), found in keyed.items():
         base = found[cases.BASE.name]
         ratios = [f"{base / found[name]:.2f}" if name in found else "–" for name in names]
-        lines.append([f"{model}, {dtype}, batch {batch}, {tokens} tokens", f"{1e3 * base:.1f} ms", *ratios])
+        depth = "" if layers is None else f", {layers} layers"
+        lines.append([f"{model}{depth}, {dtype}, batch {batch}, {tokens} tokens", f"{1e3 * base:.1f} ms", *ratios])
     return markdown(["decode step", cases.BASE.name, *names], lines)
 
 
@@ -221,7 +221,7 @@ def _signed(value: float | None) -> str:
 
 TABLES: dict[str, list[Callable[[dict[str, Any]], str]]] = {
     "cpu": [times, compiles],
-    "decode": [steps],
+    **dict.fromkeys(("decode", "decode-batch8", "decode-bf16", "decode-ratios", "decode-layers"), [steps]),
     "memory": [memory],
     "quality": [quality],
     "quality-mha": [quality],

@@ -139,7 +139,9 @@ def attend(
     for watch in WATCHERS:
         watch(made, query, *stored, tuple(extras))
     out = run(made, query, *stored, tuple(extras))
-    return (out.to(value_codec[-1].dtype) @ value_codec[-1].T).to(out.dtype) if made.values.turned else out
+    if made.values.turned:
+        out = (out.to(value_codec[-1].dtype) @ value_codec[-1].T).to(out.dtype)
+    return out.contiguous()  # as ``_fake`` says: a product with a matrix per head may come out head by head
 
 
 def _fake(query, keys, key_side, key_codec, values, value_side, value_codec, extras, about):  # type: ignore[no-untyped-def]

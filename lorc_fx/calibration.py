@@ -22,7 +22,7 @@ import torch
 
 from .codec import Basis
 from .errors import BadCalibration, QualityWarning
-from .plan_file import checksum
+from .plan_file import checksum, replaced
 
 VERSION = 2
 PRIOR = 0.3
@@ -154,11 +154,9 @@ class Calibration:
         """Write safetensors, atomically: fp64 sums, one set of tensors per site."""
         from safetensors.torch import save_file
 
-        target = Path(path)
-        partial = target.with_name(target.name + ".part")
         about = {"lorc_fx_calibration": str(VERSION), "sites": str(len(self.sites))}
-        save_file(self._tensors(), partial, metadata=about)
-        partial.replace(target)
+        with replaced(Path(path)) as partial:
+            save_file(self._tensors(), partial, metadata=about)
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         tensors: dict[str, torch.Tensor] = {}

@@ -1,5 +1,5 @@
-"""The command line: ``lorc demo``, ``explain``, ``calibrate``, ``eval``, ``lm-eval``, ``plan``, ``autotune`` and
-``bench device``.
+"""The command line: ``lorc demo``, ``explain``, ``certify``, ``calibrate``, ``eval``, ``lm-eval`` and ``plan``; and
+those about the machine, of ``cli_machine``.
 
 Results go to stdout, progress to stderr. Exit codes: 0 done, 1 a model or file that cannot be used, 2 an option that is
 refused, 130 Ctrl-C. Typed errors are one red message without a traceback.
@@ -7,20 +7,31 @@ refused, 130 Ctrl-C. Typed errors are one red message without a traceback.
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from lorc_fx import cli_machine
+from lorc_fx.cli_options import (
+    BytesPerToken,
+    Calibrated,
+    Json,
+    ModelPath,
+    Precision,
+    Ratio,
+    Ratios,
+    RunsIn,
+    Scheduler,
+    examples,
+    numbers,
+)
 from lorc_fx.console import DType, Show, out, reported, wide, write_json
-from lorc_fx.errors import BadOption
+from lorc_fx.errors import ConflictingOptions
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+cli_machine.add_to(app)
 SWEEP = "1.0"
-Calibrated = Annotated[
-    str | None, typer.Option(help="first-prompt (the default), none, or what `lorc calibrate` wrote.")
-]
 
 
 # ------------------------------------------------------------------------------------------------------------- demo
@@ -31,23 +42,28 @@ def lorc() -> None:
     """Compressed KV caches for torch.compile (LoRC, arXiv 2410.03111)."""
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "lorc demo",
+        "lorc demo --model ~/models/llama --ratio 0.25 --json demo.json",
+    )
+)
 def demo(
-    model: Annotated[Path | None, typer.Option(help="Local checkpoint: a folder, or a GGUF file.")] = None,
-    ratio: Annotated[float | None, typer.Option(help="Cache bytes kept, as a fraction of the dense cache.")] = None,
-    bytes_per_token: Annotated[int | None, typer.Option(help="The same budget in bytes, instead of --ratio.")] = None,
-    scheduler: Annotated[str | None, typer.Option(help="progressive (LoRC), uniform, energy, loss.")] = None,
+    model: ModelPath = None,
+    ratio: Ratio = None,
+    bytes_per_token: BytesPerToken = None,
+    scheduler: Scheduler = None,
     d_min: Annotated[int | None, typer.Option(help="Smallest rank of the progressive schedule.")] = None,
     d_max: Annotated[int | None, typer.Option(help="Largest rank of the progressive schedule.")] = None,
     protect_first: Annotated[int | None, typer.Option(help="First layers that stay at full rank.")] = None,
     protect_last: Annotated[int | None, typer.Option(help="Last layers that stay at full rank.")] = None,
     inner: Annotated[str, typer.Option(help="The compiler of both models.")] = "inductor",
-    dtype: Annotated[DType, typer.Option(help="What the model runs in.")] = DType.bf16,
+    dtype: RunsIn = DType.bf16,
     tokens: Annotated[int, typer.Option(min=2, help="New tokens per prompt.")] = 32,
     loss_tokens: Annotated[int, typer.Option(min=2, help="Tokens of text for the loss, at most.")] = 481,
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be given more than once.")] = None,
     sweep: Annotated[str, typer.Option(help="Further ratios whose loss is shown; '' for none.")] = SWEEP,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures to this file.")] = None,
+    json_file: Json = None,
 ) -> None:
     """Run one model dense and with a compressed cache, side by side (the demo model: Gemma 3 270M)."""
     knobs = {"ratio": ratio, "bytes_per_token": bytes_per_token, "scheduler": scheduler, "d_min": d_min, "d_max": d_max}
@@ -63,7 +79,7 @@ def demo(
                 show,
                 model,
                 options,
-                _numbers("sweep", sweep, float, SWEEP),
+                numbers("sweep", sweep, float, SWEEP),
                 dtype.torch(),
                 tokens,
                 loss_tokens,
@@ -74,27 +90,25 @@ def demo(
     figures.render(result, out)
 
 
-def _numbers(option: str, text: str, kind: Any, default: str | None = None) -> list[Any]:
-    """What stands between commas. Raises BadOption."""
-    try:
-        return [kind(part) for part in text.split(",") if part.strip()]
-    except ValueError:
-        raise BadOption(option, text, "a list of numbers with commas between", default) from None
-
-
 # ---------------------------------------------------------------------------------------------------------- explain
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "lorc explain",
+        "lorc explain --model ~/models/llama --ratio 0.25 --json found.json",
+    )
+)
 def explain(
-    model: Annotated[Path | None, typer.Option(help="Local checkpoint: a folder, or a GGUF file.")] = None,
-    ratio: Annotated[float | None, typer.Option(help="Cache bytes kept, as a fraction of the dense cache.")] = None,
-    bytes_per_token: Annotated[int | None, typer.Option(help="The same budget in bytes, instead of --ratio.")] = None,
-    scheduler: Annotated[str | None, typer.Option(help="progressive (LoRC), uniform, energy, loss.")] = None,
-    precision: Annotated[str | None, typer.Option(help="model (LoRC), int8, int4, auto.")] = None,
+    model: ModelPath = None,
+    ratio: Ratio = None,
+    bytes_per_token: BytesPerToken = None,
+    scheduler: Scheduler = None,
+    precision: Precision = None,
     calibration: Calibrated = None,
-    dtype: Annotated[DType, typer.Option(help="What the model runs in.")] = DType.bf16,
+    dtype: RunsIn = DType.bf16,
     tokens: Annotated[int, typer.Option(min=2, help="Length of the example prompt.")] = 16,
+    json_file: Json = None,
 ) -> None:
     """What backend="lorc" finds in a model: sites, ranks, bytes, and what stays dense and why."""
     with reported():
@@ -111,20 +125,86 @@ def explain(
             loaded, _ = load_model(model, dtype.torch(), show.stage)
             show.stage("Reading the graph")
             report = examined(loaded, (torch.arange(1, tokens + 1).unsqueeze(0),), {}, options)
+        if json_file:
+            write_json(json_file, report.json())
         wide().print(report)
+
+
+# ---------------------------------------------------------------------------------------------------------- certify
+
+
+@app.command(
+    epilog=examples(
+        "lorc certify --prompt 'Most of the water on the planet is salty.'",
+        "lorc certify --text book.txt --model ~/models/llama --ratio 0.5 --plot bounds --json bounds.json",
+    )
+)
+def certify(
+    prompt: Annotated[str | None, typer.Option(help="The prompt (default: from --text, or a sample text).")] = None,
+    text: Annotated[Path | None, typer.Option(help="A text whose beginning is the prompt.")] = None,
+    model: ModelPath = None,
+    ratio: Ratio = None,
+    bytes_per_token: BytesPerToken = None,
+    calibration: Calibrated = None,
+    scheduler: Scheduler = None,
+    precision: Precision = None,
+    dtype: RunsIn = DType.bf16,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens of the prompt, at most.")] = 128,
+    rounding: Annotated[bool, typer.Option("--rounding", help="Bound what a machine rounds too.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Also draw bounds and errors by layer: PATH.png and PATH.svg.")] = None,
+    json_file: Json = None,
+) -> None:
+    """How far a compressed model can be from the dense one on a prompt, up to the logits, beside how far it is; and
+    where the greedy token is proven to stay."""
+    with reported():
+        if prompt is not None and text is not None:
+            raise ConflictingOptions(("--prompt", "--text"), "both are the prompt", "Give one of them")
+        with Show() as show:
+            show.stage("Importing torch and transformers")
+            import torch
+
+            from lorc_fx import plan_plot
+            from lorc_fx.certify import certify as certified
+            from lorc_fx.evaluate import sample_text
+            from lorc_fx.models import load_model
+            from lorc_fx.options import Options
+            from lorc_fx.texts import read_text, tokenized
+
+            if plot is not None:
+                plan_plot.require()
+            knobs = {"calibration": calibration, "scheduler": scheduler, "precision": precision}
+            budget = {"ratio": ratio, "bytes_per_token": bytes_per_token}
+            options = Options.parse({}, **knobs, **budget)
+            words = prompt or (read_text(text) if text is not None else sample_text())
+            loaded, tokenizer = load_model(model, dtype.torch(), show.stage)
+            ids = torch.cat(tokenized(words, tokenizer, model))[:tokens]
+            show.stage(f"Walking both models over {len(ids)} tokens in fp64")
+            certificate = certified(loaded, ids, options=options.given(), rounding=rounding)
+            written = certificate.plot(plot) if plot is not None else ()
+        if json_file:
+            write_json(json_file, certificate.json())
+    wide().print(certificate)
+    for path in written:
+        out.print(str(path), soft_wrap=True)
 
 
 # -------------------------------------------------------------------------------------------------------- calibrate
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "lorc calibrate known.safetensors --text book.txt --model ~/models/llama",
+        "lorc calibrate known.safetensors --gradients --text book.txt",
+    )
+)
 def calibrate(
     output: Annotated[Path, typer.Argument(help="The safetensors file to write.")],
     text: Annotated[Path | None, typer.Option(help="Text to calibrate on (default: the model writes its own).")] = None,
-    model: Annotated[Path | None, typer.Option(help="Local checkpoint: a folder, or a GGUF file.")] = None,
+    model: ModelPath = None,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens of the text to use, at most.")] = 8192,
     gradients: Annotated[bool, typer.Option(help="Weigh columns by the loss gradient: better, and slow.")] = False,
-    dtype: Annotated[DType, typer.Option(help="What the model runs in.")] = DType.fp32,
+    dtype: RunsIn = DType.fp32,
+    json_file: Json = None,
 ) -> None:
     """Gather what codecs need to know of a model from some text; use it as options={"calibration": OUTPUT}."""
     with reported():
@@ -139,6 +219,8 @@ def calibrate(
             found = gather(loaded, rows, gradients=gradients, progress=False)
             found.save(output)
         least = min(site.tokens for site in found.sites)
+        if json_file:
+            write_json(json_file, {"file": str(output), "sites": len(found.sites), "tokens": least})
         out.print(f"{output}: {len(found.sites)} sites, {least} tokens", soft_wrap=True)
 
 
@@ -159,22 +241,28 @@ def _rows(path: Path, model: Path | None, tokenizer: Any, tokens: int) -> Any:
 # ------------------------------------------------------------------------------------------------------------- eval
 
 
-@app.command("eval")
+@app.command(
+    "eval",
+    epilog=examples(
+        "lorc eval --text book.txt --ratio 0.45 --ratio 0.25",
+        "lorc eval --text book.txt --model ~/models/llama --needle --json eval.json",
+    ),
+)
 def evaluate(
     text: Annotated[Path, typer.Option(help="The text to score, in UTF-8.")],
-    model: Annotated[Path | None, typer.Option(help="Local checkpoint: a folder, or a GGUF file.")] = None,
-    ratio: Annotated[list[float] | None, typer.Option(help="Cache bytes kept; may be given more than once.")] = None,
+    model: ModelPath = None,
+    ratio: Ratios = None,
     calibration: Calibrated = None,
-    scheduler: Annotated[str | None, typer.Option(help="progressive (LoRC), uniform, energy, loss.")] = None,
-    precision: Annotated[str | None, typer.Option(help="model (LoRC), int8, int4, auto.")] = None,
+    scheduler: Scheduler = None,
+    precision: Precision = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to score, at most.")] = 2048,
     prompt_tokens: Annotated[int, typer.Option(min=0, help="First tokens that are not scored: the prompt.")] = 1024,
     chunk: Annotated[int, typer.Option(min=1, help="Tokens per call of the loss that is read through the cache.")] = 32,
     needle: Annotated[bool, typer.Option(help="Also hide numbers in the text and ask for them.")] = False,
     needle_lengths: Annotated[str, typer.Option(help="Tokens of the needles' prompts.")] = "256,512,1024",
     needle_keys: Annotated[int, typer.Option(min=1, help="Needles per length and depth.")] = 2,
-    dtype: Annotated[DType, typer.Option(help="What the model runs in.")] = DType.bf16,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures to this file.")] = None,
+    dtype: RunsIn = DType.bf16,
+    json_file: Json = None,
 ) -> None:
     """Loss, perplexity and retrieval of a text file, dense beside compressed."""
     knobs = {"calibration": calibration, "scheduler": scheduler, "precision": precision}
@@ -184,7 +272,7 @@ def evaluate(
             show.stage("Importing torch and transformers")
             from lorc_fx import perplexity
 
-            lengths = tuple(_numbers("needle_lengths", needle_lengths, int)) if needle else ()
+            lengths = tuple(numbers("needle_lengths", needle_lengths, int)) if needle else ()
             asked = perplexity.Asked(tokens, prompt_tokens, chunk, lengths, needle_keys)
             result = perplexity.run(show, text, model, options, ratio or (), dtype.torch(), asked)
         if json_file:
@@ -209,28 +297,34 @@ def lm_eval(context: typer.Context) -> None:
 # ------------------------------------------------------------------------------------------------------------- plan
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "lorc plan plan.json --calibration known.safetensors --ratio 0.25",
+        "lorc plan --sweep 0.5,0.35,0.25 --plot loss",
+        "lorc plan --sweep 0.5,0.25 --measure --text book.txt",
+    )
+)
 def plan(
     output: Annotated[
         Path | None, typer.Argument(help="The plan to write: NAME.json, NAME.safetensors beside.")
     ] = None,
-    model: Annotated[Path | None, typer.Option(help="Local checkpoint: a folder, or a GGUF file.")] = None,
-    ratio: Annotated[float | None, typer.Option(help="Cache bytes kept, as a fraction of the dense cache.")] = None,
-    bytes_per_token: Annotated[int | None, typer.Option(help="The same budget in bytes, instead of --ratio.")] = None,
+    model: ModelPath = None,
+    ratio: Ratio = None,
+    bytes_per_token: BytesPerToken = None,
     calibration: Calibrated = None,
-    scheduler: Annotated[str | None, typer.Option(help="progressive (LoRC), uniform, energy, loss.")] = None,
-    precision: Annotated[str | None, typer.Option(help="model (LoRC), int8, int4, auto.")] = None,
-    dtype: Annotated[DType, typer.Option(help="What the model runs in.")] = DType.bf16,
+    scheduler: Scheduler = None,
+    precision: Precision = None,
+    dtype: RunsIn = DType.bf16,
     sweep: Annotated[str, typer.Option(help="Ratios whose predicted loss is shown, with commas between.")] = "",
     plot: Annotated[Path | None, typer.Option(help="Also draw the sweep: PATH.png and PATH.svg.")] = None,
     text: Annotated[Path | None, typer.Option(help="Text for --measure; not the one of the calibration.")] = None,
     measure: Annotated[bool, typer.Option("--measure", help="Measure the loss over the text too.")] = False,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens of the text to use, at most.")] = 4096,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures to this file.")] = None,
+    json_file: Json = None,
 ) -> None:
     """Write a plan, which serves its model alone as options={"plan": OUTPUT}; or show what budgets would cost."""
     with reported():
-        ratios = _numbers("sweep", sweep, float)
+        ratios = numbers("sweep", sweep, float)
         with Show() as show:
             show.stage("Importing torch and transformers")
             from lorc_fx import plan_command
@@ -250,99 +344,6 @@ def plan(
     wide().print(plan_command.table(result))
     for path in written:
         out.print(str(path), soft_wrap=True)
-
-
-# --------------------------------------------------------------------------------------------------------- autotune
-
-
-MOST_TOKENS, MOST_BATCH = 1 << 20, 1 << 10
-
-
-@app.command()
-def autotune(
-    model: Annotated[Path | None, typer.Option(help="Local checkpoint: a folder, or a GGUF file.")] = None,
-    plan: Annotated[Path | None, typer.Option(help="The model's plan, from `lorc plan`: tunes what it reads.")] = None,
-    ratio: Annotated[float | None, typer.Option(help="Cache bytes kept, as a fraction of the dense cache.")] = None,
-    bytes_per_token: Annotated[int | None, typer.Option(help="The same budget in bytes, instead of --ratio.")] = None,
-    calibration: Calibrated = None,
-    precision: Annotated[str | None, typer.Option(help="model (LoRC), int8, int4, auto.")] = None,
-    basis: Annotated[str | None, typer.Option(help="joint, identity, auto.")] = None,
-    dtype: Annotated[DType, typer.Option(help="What the model runs in.")] = DType.bf16,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
-    tokens: Annotated[str, typer.Option(help="Cached tokens to tune for, with commas between.")] = "2048,8192",
-    batch: Annotated[str, typer.Option(help="Batch rows to tune for, with commas between.")] = "1",
-    again: Annotated[bool, typer.Option("--again", help="Also time what is in the database already.")] = False,
-    output: Annotated[Path | None, typer.Option(help="The database to write (default: the one that is read).")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures to this file.")] = None,
-) -> None:
-    """Time how attention over the model's stored rows runs fastest here; later runs use it. Interrupted, it goes on
-    where it stopped."""
-    with reported():
-        lengths, rows = _numbers("tokens", tokens, int, "2048,8192"), _numbers("batch", batch, int, "1")
-        with Show() as show:
-            show.stage("Importing torch and transformers")
-            from lorc_fx import autotune as tuner
-            from lorc_fx.models import load_model
-            from lorc_fx.options import Options
-
-            lengths, rows = tuner.sizes("tokens", lengths, MOST_TOKENS), tuner.sizes("batch", rows, MOST_BATCH)
-            where = _device(device)
-            knobs = {"ratio": ratio, "bytes_per_token": bytes_per_token, "calibration": calibration, "basis": basis}
-            knobs |= {"precision": precision, "plan": None if plan is None else str(plan)}
-            options = {name: value for name, value in knobs.items() if value is not None}
-            Options.parse(options)
-            loaded, _ = load_model(model, dtype.torch(), show.stage)
-            show.stage("Finding what reads stored rows in a decode step")
-            problems = tuner.readers(loaded.to(where), options, rows)
-            result = tuner.run(show, tuner.jobs(problems, lengths, rows), output, again)
-        if json_file and result:
-            write_json(json_file, result.json())
-    if result is None:
-        out.print("Nothing to tune: with these options no attention of a decode step reads stored rows.")
-        return
-    wide().print(tuner.table(result))
-    out.print(str(result.file), soft_wrap=True)
-
-
-def _device(name: str) -> Any:
-    """Raises BadOption for a device that is not there."""
-    import torch
-
-    try:
-        chosen = torch.device(name)
-        torch.empty(1, device=chosen)
-    except (RuntimeError, AssertionError) as error:
-        raise BadOption("device", name, "a device that torch has here", "cpu") from error
-    return chosen
-
-
-# ------------------------------------------------------------------------------------------------------------ bench
-
-
-bench = typer.Typer(no_args_is_help=True, help="Measure this machine.")
-app.add_typer(bench, name="bench")
-
-
-@bench.command("device")
-def bench_device(
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
-) -> None:
-    """What the device does at best, measured: the figures that predictions of time are made of."""
-    with reported():
-        with Show() as show:
-            show.stage("Importing torch")
-            from lorc_fx.device import measured
-
-            chosen = _device(device)
-            show.stage("Measuring")
-            found = measured(chosen)
-        if json_file:
-            write_json(json_file, vars(found))
-    out.print(
-        f"{found.name}: reads {found.bandwidth / 1e9:.1f} GB/s, multiplies {found.flops / 1e9:.0f} GFLOP/s (fp32)"
-        + (f", unpacks {found.numbers / 1e9:.1f} billion numbers/s" if math.isfinite(found.numbers) else "")
-    )
 
 
 def main() -> None:

@@ -256,12 +256,18 @@ def turning(size: int, plain: bool, dtype: torch.dtype, device: torch.device) ->
 
 
 def flat_basis(basis: Basis) -> Basis:
-    """``basis`` where nothing is projected: every column as it comes, around zero, all expected to hold the same."""
+    """``basis`` where nothing is projected: every column as it comes, around zero, all expected to hold the same.
+
+    One scale serves a whole row, mean included, so what is rounded has the same size in every direction: its loss is
+    tr(G) / n times a share of E|y|^2, with G = P P^T the metric of the basis and E|y|^2 = tr C + |mu|^2. (Taking tr(G C)
+    for that, as columns of their own scales have it, is ten times too low where large channels matter little.)"""
     n = basis.analysis.shape[0]
     eye = _eye(n, basis.energy.dtype, basis.energy.device)
-    return replace(
-        basis, analysis=eye, synthesis=eye, energy=(basis.energy.sum() / n).expand(n), means=torch.zeros_like(eye[:1])
-    )
+    energy = basis.energy.sum()
+    if basis.informed:
+        size = (basis.energy * basis.synthesis.square().sum(1)).sum() + basis.means[0].square().sum()
+        energy = basis.analysis.square().sum() / n * size
+    return replace(basis, analysis=eye, synthesis=eye, energy=(energy / n).expand(n), means=torch.zeros_like(eye[:1]))
 
 
 _EYES: WeakValueDictionary[tuple[int, torch.dtype, torch.device], torch.Tensor] = WeakValueDictionary()

@@ -321,3 +321,10 @@ def compile_cpp(source: str) -> Any:
     fast = ("-ffp-contract=fast", "-fassociative-math", "-fno-signed-zeros", "-ftree-loop-vectorize")
     asked = "needs_vec_isa" in inspect.signature(CppCodeCache.load_async).parameters  # torch 2.11 always takes it
     return CppCodeCache.load(source, extra_flags=fast, **({"needs_vec_isa": True} if asked else {}))
+
+
+def cpp_compiler() -> str:
+    """The C++ compiler that inductor uses. Raises what it raises where there is none."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    return str(get_cpp_compiler())

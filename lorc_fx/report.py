@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -161,6 +161,21 @@ class Report:
             )
         lines += [f"miss: {miss}" for miss in self.misses]
         return "\n".join(lines or ["No cached key or value comes from a projection of this model."])
+
+    def json(self) -> dict[str, Any]:
+        """All of it as plain data."""
+        coded, dense = self.step_seconds(STEP_TOKENS) if self.sites else (0.0, 0.0)
+        return {
+            "sites": [{**asdict(s), "segments": s.precision()} for s in self.sites],
+            "misses": [asdict(m) for m in self.misses],
+            "bytes_per_token": self.bytes_per_token,
+            "bytes_per_token_dense": self.bytes_per_token_dense,
+            "codec_bytes": self.codec_bytes,
+            "break_even_tokens": self.break_even,
+            "waiting_for_first_prompt": self.waiting,
+            "fidelity": [asdict(f) for f in self.fidelity],
+            "step": {"tokens": STEP_TOKENS, "coded_seconds": coded, "dense_seconds": dense},
+        }
 
     def __str__(self) -> str:
         out = io.StringIO()

@@ -27,6 +27,10 @@ READ_LATENT = 2 * S * H * k
 EPILOGUE = 6 * n
 """FLOPs per cached token of a rotation: two products, a sum and their share of cosines; a norm is about as much."""
 
+PASSES = 4 * k + EPILOGUE
+"""Numbers per cached token that ops read one by one where a token is decoded by ops: unpacking, taking the middle off,
+step and scale for what is stored; then each FLOP of an epilogue, which no product is part of."""
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -51,9 +55,11 @@ LOWERINGS: dict[str, Cost] = {
     # absorbed: the query moves into latent space, or the sum of latents is projected up
     "latent": Cost(B * T * w + MATRIX, B * T * READ_LATENT + B * S * H * 2 * D * k, B * T * k),
     # decoded tile by tile
-    "tiles": Cost(B * T * w + MATRIX, B * T * (DECODE + EPILOGUE + READ_DENSE), B * T * k),
+    "tiles": Cost(B * T * w + MATRIX, B * T * (DECODE + EPILOGUE + READ_DENSE), B * T * PASSES),
     # decoded as a whole: the dense value is written, and read again
-    "decoding": Cost(B * T * (w + 2 * n * e) + MATRIX, B * T * (DECODE + EPILOGUE + READ_DENSE), B * T * k, apart=True),
+    "decoding": Cost(
+        B * T * (w + 2 * n * e) + MATRIX, B * T * (DECODE + EPILOGUE + READ_DENSE), B * T * PASSES, apart=True
+    ),
 }
 """lowering -> its cost. The names are those of ``explain``."""
 
@@ -61,19 +67,22 @@ LOWERINGS: dict[str, Cost] = {
 @dataclass(frozen=True)
 class Device:
     """What a device does at best: ``bandwidth`` in bytes/s, ``flops`` in FLOP/s of the products that readers make,
-    ``numbers``/s that come out of packed rows (inf where that never counts), and whether its dense attention
-    ``repeats`` heads for grouped queries. ``source``: measured here, or a datasheet."""
+    ``numbers``/s that come out of packed rows or pass an op (inf where that never counts), and ``call``, seconds of
+    an attention over a single stored token. ``fused``: whether tiles are decoded inside of one kernel, and dense
+    attention reads a head once for its group; on a CPU tiles are decoded by ops one after the other, and heads are
+    repeated. ``source``: measured here, or a datasheet."""
 
     name: str
     bandwidth: float
     flops: float
     source: str
     numbers: float = math.inf
-    repeats: bool = False
+    call: float = 0.0
+    fused: bool = True
 
 
 TYPICAL = {
-    "cpu": Device("cpu", 1.0, 4.0, "TYPICAL", numbers=0.2, repeats=True),
+    "cpu": Device("cpu", 1.0, 4.0, "TYPICAL", numbers=0.2, fused=False),
 }
 """What a device of a kind does in the time of reading a byte, about. Plans go by these and not by a measurement,
 so that the same options give the same plan each time. (The CPU of bench/results/lowerings.json does 5.1 FLOPs and
@@ -103,12 +112,15 @@ def counted(lowering: str, **sizes: float) -> tuple[float, float, float]:
 
 def seconds(lowering: str, device: Device, **sizes: float) -> float:
     """The least time of a lowering on ``device``: whatever of memory, arithmetic and unpacking takes longest
-    (Williams et al., Roofline, 2009), or their sum where they are ``apart``."""
-    if lowering == "dense" and device.repeats and sizes["H"] * sizes["D"] > sizes["n"]:
-        lowering = "repeated"
+    (Williams et al., Roofline, 2009), or their sum where they are ``apart``; and an operand's share of a call."""
+    apart, call = LOWERINGS[lowering].apart or (lowering == "tiles" and not device.fused), device.call / 2
+    if lowering == "dense":
+        call = 0.0
+        if not device.fused and sizes["H"] * sizes["D"] > sizes["n"]:
+            lowering = "repeated"
     moved, flops, numbers = counted(lowering, **sizes)
     parts = (moved / device.bandwidth, flops / device.flops, numbers / device.numbers)
-    return sum(parts) if LOWERINGS[lowering].apart else max(parts)
+    return call + (sum(parts) if apart else max(parts))
 
 
 _saves = sympy.lambdify((S, H, D, n, k), DECODE + READ_DENSE - READ_LATENT, modules="math")

@@ -15,6 +15,7 @@ from torch.fx import symbolic_trace
 from bench.attention_cases import BF16, F16, F32, Case, build
 from helpers import assert_close
 from lorc_fx.kernels import fused, native, reference, tiled
+from lorc_fx.kernels.attend import intern
 
 TOLERANCE = {F32: 1e-5, BF16: 2e-2, F16: 3e-3}
 
@@ -98,6 +99,18 @@ def test_tiles_are_the_reference(name, way):
         got = tiled.attend(about, query, keys, values, extras, tile)
         assert got.dtype == query.dtype
         assert_close(f"tiles of {tile}", got.double(), want, TOLERANCE[query.dtype])
+
+
+@pytest.mark.parametrize(("batch", "queries"), [(1, 1), (3, 1), (2, 3)])
+@pytest.mark.parametrize("name", TABLE)
+def test_the_op_is_laid_out_as_its_fake_says(name, batch, queries, way):
+    """Compiled code takes strides from the fake, and refuses others."""
+    about, query, keys, values, extras = build(replace(TABLE[name], batch=batch, queries=queries, tokens=40))
+    about = intern(about)
+    sides = (keys.rows, keys.side, list(keys.codec)), (values.rows, values.side, list(values.codec))
+    got = torch.ops.lorc.attend(query, *sides[0], *sides[1], list(extras), about.digest)
+    assert got.shape == (*query.shape[:3], about.values.head_dim)
+    assert got.is_contiguous(), got.stride()
 
 
 @settings(max_examples=40, deadline=None)

@@ -35,13 +35,22 @@ def run(*arguments: str) -> tuple[int, str]:
     return result.exit_code, result.output
 
 
-@pytest.mark.parametrize(
-    "arguments", [["--help"], ["demo", "--help"], ["explain", "--help"], ["autotune", "--help"]], ids=" ".join
-)
-def test_help(arguments: list[str]) -> None:
-    code, text = run(*arguments)
+COMMANDS = ("demo", "explain", "certify", "calibrate", "eval", "plan", "autotune", "doctor", "bench device", "bench decode")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_examples_and_json(command: str) -> None:
+    code, text = run(*command.split(), "--help")
     assert code == 0
-    assert "--help" in text
+    assert "--help" in text and "--json" in text
+    assert text.count(f"lorc {command}") >= 2, "no examples"
+
+
+def test_help_lists_the_commands() -> None:
+    code, text = run("--help")
+    assert code == 0
+    for command in COMMANDS:
+        assert f" {command.partition(' ')[0]} " in text
 
 
 def test_help_lists_what_the_demo_takes() -> None:
@@ -72,6 +81,12 @@ def test_help_lists_what_the_demo_takes() -> None:
         (["autotune", "--device", "abacus"], "device='abacus'"),
         (["autotune", "--plan", "/nowhere.json"], "/nowhere.json"),
         (["autotune", "--basis", "jiont"], "jiont"),
+        (["bench", "decode", "--tokens", "0"], "tokens='0'"),
+        (["bench", "decode", "--ratio", "2"], "ratio=2.0"),
+        (["bench", "decode", "--inner", "inductr"], "Did you mean 'inductor'?"),
+        (["certify", "--prompt", "a", "--text", "b"], "--prompt and --text conflict"),
+        (["certify", "--text", "/nowhere.txt"], "/nowhere.txt"),
+        (["certify", "--ratio", "7"], "ratio=7.0"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else "",
 )
@@ -136,7 +151,7 @@ def test_write_json_is_atomic(tmp_path: Path) -> None:
         cli.write_json(tmp_path / "no" / "folder.json", {})
 
 
-def test_explain(checkpoint: Path) -> None:
+def test_explain(checkpoint: Path, tmp_path: Path) -> None:
     code, text = run("explain", "--model", str(checkpoint), "--ratio", "0.5", "--dtype", "fp32")
     assert code == 0 and "the first prompt of 256 tokens" in " ".join(text.split()), text
     half = ("--ratio", "0.5", "--dtype", "fp32", "--calibration", "none")
@@ -144,6 +159,11 @@ def test_explain(checkpoint: Path) -> None:
     assert code == 0, text
     assert text.count("key") >= 2
     assert "512 bytes per token instead of 1024" in " ".join(text.split()), text
+    found = tmp_path / "found.json"
+    assert run("explain", "--model", str(checkpoint), *half, "--json", str(found))[0] == 0
+    result = json.loads(found.read_text())
+    assert (result["bytes_per_token"], result["bytes_per_token_dense"]) == (512, 1024)
+    assert len(result["sites"]) == 4 and result["misses"] == [] and result["step"]["dense_seconds"] > 0
 
 
 def test_demo_on_a_local_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
@@ -233,3 +253,48 @@ def test_autotune_reads_a_plan(checkpoint: Path, tmp_path: Path, monkeypatch: py
     asked = ("autotune", "--model", str(checkpoint), "--plan", str(plan), "--dtype", "fp32", "--tokens", "256")
     code, text = run(*asked, "--calibration", "none")
     assert code == 0 and "64 columns packed" in " ".join(text.split()), text
+
+
+def test_certify(quiet: None, checkpoint: Path, tmp_path: Path) -> None:
+    small = ("--model", str(checkpoint), "--dtype", "fp32", "--ratio", "0.5", "--calibration", "none")
+    out = tmp_path / "bounds.json"
+    code, text = run("certify", *small, "--prompt", "the sea", "--json", str(out), "--plot", str(tmp_path / "bounds"))
+    assert code == 0, text
+    result = json.loads(out.read_text())
+    assert result["sound"] and len(result["sites"]) == 4 and result["logits"]["positions"] == 7
+    assert "proven unchanged at" in text and "bounds.svg" in text
+    assert (tmp_path / "bounds.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+def test_bench_decode(quiet: None, checkpoint: Path, tmp_path: Path, static: bool) -> None:
+    out = tmp_path / "decode.json"
+    asked = ("bench", "decode", "--model", str(checkpoint), "--dtype", "fp32", "--inner", "eager", "--repeats", "2")
+    more = ("--tokens", "300,40", "--ratio", "0.5", "--batch", "2", "--json", str(out), *(["--static"] if static else []))
+    code, text = run(*asked, *more)
+    assert code == 0, text
+    rows = json.loads(out.read_text())["rows"]
+    assert [(r["tokens"], r["way"]) for r in rows] == [(n, w) for n in (300, 40) for w in ("dense", "lorc, ratio 0.5")]
+    assert all(len(r["seconds"]) == 2 for r in rows)
+    assert rows[1]["held_bytes"] < 0.75 * rows[0]["held_bytes"], "the cache is not compressed"
+    assert "times faster" in text
+
+
+def test_calibrate_leaves_nothing_behind(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import safetensors.torch
+
+    def interrupted(tensors: Any, path: Path, metadata: Any) -> None:
+        Path(path).write_bytes(b"half of it")
+        raise KeyboardInterrupt
+
+    text, out = tmp_path / "text.txt", tmp_path / "known.safetensors"
+    text.write_text("the sea " * 40)
+    asked = ("calibrate", str(out), "--model", str(checkpoint), "--text", str(text), "--json", str(tmp_path / "k.json"))
+    with monkeypatch.context() as patch:
+        patch.setattr(safetensors.torch, "save_file", interrupted)
+        code, said = run(*asked)
+        assert code == 130 and "Interrupted." in said
+    assert list(tmp_path.iterdir()) == [text]
+    code, said = run(*asked)
+    assert code == 0 and out.exists(), said
+    assert json.loads((tmp_path / "k.json").read_text())["sites"] == 4

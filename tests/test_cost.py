@@ -43,7 +43,7 @@ def test_products_are_those_that_are_counted(how, shape, monkeypatch):
     constants = 4 * batch * heads * (width + n)  # what ``half`` adds: one number per query
     assert wanted <= counter.get_total_flops() <= wanted + constants
     bytes_, flops, numbers = cost.counted(how, **sizes)
-    assert numbers == batch * tokens * (n if how == "rows" else width)
+    assert numbers == batch * tokens * {"rows": n, "latent": width, "tiles": 4 * width + 6 * n}[how]
     assert flops >= products[how].subs(given)
     moved = keys.rows.numel() * keys.rows.element_size() + sum(t.numel() * 4 for t in keys.codec)
     assert bytes_ == moved
@@ -57,15 +57,21 @@ def test_what_takes_longest_counts():
     packed = cost.Device("slow to unpack", 1e30, 1e30, "", numbers=1.0)
     assert [cost.seconds("latent", d, **sizes) for d in (slow, weak, packed)] == [bytes_, flops, numbers]
     one = cost.Device("a byte and a FLOP a second", 1.0, 1.0, "")
-    moved, multiplied, _ = cost.counted("decoding", **sizes)
-    assert cost.seconds("decoding", one, **sizes) == moved + multiplied, "ops that write their results one by one"
+    ops = cost.Device("the same by ops", 1.0, 1.0, "", fused=False)
+    for how, device in (("decoding", one), ("decoding", ops), ("tiles", ops)):
+        moved, multiplied, _ = cost.counted(how, **sizes)
+        assert cost.seconds(how, device, **sizes) == moved + multiplied, "ops that write their results one by one"
+    assert cost.seconds("tiles", one, **sizes) == max(cost.counted("tiles", **sizes)[:2])
+    called = cost.Device("slow to call", 1.0, 1.0, "", call=1e6)
+    assert cost.seconds("latent", called, **sizes) == cost.seconds("latent", one, **sizes) + 5e5
+    assert cost.seconds("dense", called, **sizes) == cost.seconds("dense", one, **sizes)
     with pytest.raises(KeyError):
         cost.counted("by magic", **sizes)
 
 
 def test_grouped_heads_are_repeated_where_the_device_does_so():
     sizes = {"B": 1, "T": 1000, "S": 1, "H": 4, "D": 16, "n": 32, "k": 32, "w": 34, "e": 4}
-    plain, repeats = (cost.Device("", 1.0, 1e30, "", repeats=r) for r in (False, True))
+    plain, repeats = (cost.Device("", 1.0, 1e30, "", fused=f) for f in (True, False))
     assert cost.seconds("dense", plain, **sizes) == 1000 * 32 * 4
     assert cost.seconds("dense", repeats, **sizes) == 1000 * 4 * (32 + 2 * 64)
     assert cost.seconds("dense", repeats, **{**sizes, "n": 64}) == 1000 * 64 * 4
@@ -73,7 +79,7 @@ def test_grouped_heads_are_repeated_where_the_device_does_so():
 
 def test_devices():
     here = measured(torch.device("cpu"), repeats=1)
-    assert here.source == "measured" and here.bandwidth > 1e8 and here.flops > 1e8 and 1e7 < here.numbers < 1e13
+    assert here.source == "measured" and here.bandwidth > 1e8 and here.flops > 1e8 and 1e7 < here.numbers < 1e13 and 0 < here.call < 1
     assert device_of(torch.device("cpu")) is device_of(torch.device("cpu")), "measured once"
     assert all("datasheet" in d.source and d.flops > d.bandwidth for d in DATASHEETS)
 

@@ -14,8 +14,11 @@ from oracle import coded_cache, coded_oracle
 import lorc_fx
 from helpers import assert_close, assert_tokens, cache_name, compiled, generate, latents, new_cache, piecewise, prompt
 from lorc_fx import errors
-from lorc_fx.codec import turning
+from lorc_fx.allocate import distortion
+from lorc_fx.codec import Basis, as_it_reads, flat_basis, identity_codec, turning
 from lorc_fx.options import Options
+from lorc_fx.packing import Segment
+from lorc_fx.passes.unprojected import as_it_is
 from lorc_fx.report import examined
 
 TOKENS, NEW = 9, 3
@@ -184,3 +187,23 @@ def test_under_inductor(name, kind, clean):
     got, want = run(compiled(model, **given, inner="inductor"), 3, kind), run(compiled(truth, **given), 3, kind)
     assert_tokens("tokens", got.sequences, want.sequences)
     assert_close("logits", got.logits, want.logits, 1e-4)
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2])
+def test_predicted_loss_counts_the_mean_and_every_direction(bits):
+    """One scale serves a row, mean included, so what is rounded is as large where the loss is steep as where it is
+    flat: predicted and real loss, in the metric of gradients, agree."""
+    generator = torch.Generator().manual_seed(bits)
+    n, steep = 64, torch.logspace(2, -2, 64, dtype=torch.float64)  # what varies little matters much
+    mean = 3 * torch.randn(n, generator=generator, dtype=torch.float64)
+    y = mean + torch.randn(4096, n, generator=generator, dtype=torch.float64) / steep.sqrt()
+    cov = torch.diag(1 / steep)
+    root = torch.diag(steep.sqrt())
+    values, u = torch.linalg.eigh(root @ cov @ root)
+    basis = Basis(root @ u, u.T @ torch.diag(steep.rsqrt()), values, mean[None], informed=True, absolute=True)
+    flat = flat_basis(basis)
+    decoder = as_it_is(("B", 1, "T", n), torch.float32)
+    codec = identity_codec(torch.eye(n), "", (Segment(n, bits),), decoder, torch.float32)
+    real = float(((as_it_reads(codec, y) - y).square() * steep).sum(1).mean())
+    predicted = float(flat.energy.sum()) * distortion(bits)
+    assert 0.7 < predicted / real < 1.5, (predicted, real)

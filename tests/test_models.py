@@ -56,6 +56,25 @@ def test_missing_path() -> None:
         models.load_model("/nowhere/at/all")
 
 
+def test_a_name_of_the_hub(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the hub's own cache has of a model is loaded by its name, without a network."""
+    from huggingface_hub import constants
+
+    hub, revision = tmp_path / "hub", "0" * 40
+    folder = hub / "models--someone--small-model"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text(revision)
+    (folder / "snapshots").mkdir()
+    saved.rename(folder / "snapshots" / revision)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(hub))
+    model, words = models.load_model("someone/small-model", torch.float32)
+    assert torch.equal(model.lm_head.weight, tiny.llama().lm_head.weight)
+    assert words("ab").input_ids == [1, 2]
+    with pytest.raises(BadModel, match="'someone/other' cannot be used: there is no such folder here, and of the hub: "):
+        models.load_model("someone/other")
+
+
 @pytest.mark.parametrize(
     ("names", "reason"),
     [

@@ -9,12 +9,13 @@ from .attention import (
     linearised_output_error,
     linearised_terms,
     output_error,
+    product_error,
     score_error,
     softcap_error,
     total_variation,
     weight_error,
 )
-from .codecs import CodecError, codec_error, computed, quantisation_error, unprojected_error
+from .codecs import CodecError, code_rounding, codec_error, computed, quantisation_error, unprojected_error
 from .matrices import (
     best_error,
     lorc_layer,
@@ -34,6 +35,7 @@ __all__ = [
     "CodecError",
     "accumulated",
     "best_error",
+    "code_rounding",
     "codec_error",
     "computed",
     "distances",
@@ -44,6 +46,7 @@ __all__ = [
     "lorc_layer",
     "lorc_network",
     "output_error",
+    "product_error",
     "quantisation_error",
     "relative_gain",
     "rounded_by",

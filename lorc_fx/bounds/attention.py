@@ -10,6 +10,15 @@ import torch
 from .roundoff import SLACK
 
 
+def product_error(
+    left: torch.Tensor, left_error: torch.Tensor, right: torch.Tensor, right_error: torch.Tensor
+) -> torch.Tensor:
+    """|a' b' - a b| at most, from norms |a|, |a' - a|, |b|, |b' - b| (any shapes that broadcast).
+
+    Proof. a' b' - a b = a db + da b + da db; Cauchy and Schwarz for each."""
+    return left * right_error + left_error * right + left_error * right_error
+
+
 def score_error(
     query: torch.Tensor, key_error: torch.Tensor, scale: float, query_error: torch.Tensor | None = None,
     key: torch.Tensor | None = None,
@@ -17,14 +26,13 @@ def score_error(
     """|s' - s| for s = scale q k^T: [.., S, T] from ``query`` [.., S, D] and |k' - k| ``key_error`` [.., T].
 
     Statement. |s' - s| <= scale (|q| |dk| + |dq| |k| + |dq| |dk|); the last two where ``query_error`` [.., S] (|q'
-    - q|) and ``key`` [.., T, D] are given. Proof. Expand q' k' - q k, Cauchy and Schwarz. Rotary embedding
-    multiplies q and k by orthogonal matrices (one per position): norms, so this bound, are the same before and
-    after it (``isometry``)."""
+    - q|) and ``key`` [.., T, D] are given. Proof. ``product_error``. Rotary embedding multiplies q and k by
+    orthogonal matrices (one per position): norms, so this bound, are the same before and after it (``isometry``)."""
     size = query.double().norm(dim=-1)
-    bound = size[..., :, None] * key_error[..., None, :]
-    if query_error is not None:
-        assert key is not None
-        bound = bound + query_error[..., :, None] * (key.double().norm(dim=-1) + key_error)[..., None, :]
+    moved = torch.zeros_like(size) if query_error is None else query_error
+    length = torch.zeros_like(key_error) if key is None else key.double().norm(dim=-1)
+    assert query_error is None or key is not None
+    bound = product_error(size[..., :, None], moved[..., :, None], length[..., None, :], key_error[..., None, :])
     return bound * abs(scale) * (1 + SLACK)
 
 

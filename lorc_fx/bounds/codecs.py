@@ -66,36 +66,47 @@ class Rounding:
 
 
 def quantisation_error(
-    low: torch.Tensor, high: torch.Tensor, segments: Sequence[tuple[int, int]], weights: torch.Tensor
+    code: torch.Tensor, moves: torch.Tensor, segments: Sequence[tuple[int, int]], weights: torch.Tensor
 ) -> Rounding:
-    """What ``packing.quantise`` loses of columns whose absolute values are between ``low`` and ``high`` [N, q], which
-    weighs errors by ``weights`` [q].
+    """What ``packing.quantise`` loses of columns that are within ``moves`` [N, q] of ``code`` [N, q], which weighs
+    errors by ``weights`` [q].
 
-    Statement. A row takes, of a ladder of scales, the one with the least weighted squares. With the first, which
-    clips nothing, a column loses half a step, and what rounding the scale to fp16 clips; so the weighted squares
-    sum to no more than those. A scale whose clipped excess alone sums to more is not taken; with any other, a
-    column loses half of its (smaller) step, or its excess. Proof. Levels are at odd multiples of half a step from
-    -(2^b - 1) / 2 to (2^b - 1) / 2 steps: within that and half a step more, the nearest is half a step away at
-    most."""
+    Statement. A row takes, of a ladder of scales, the one with the least weighted squares: so these sum to no more
+    than what any of them loses, and one whose clipped excess alone sums to more is not taken. With a given scale a
+    column loses no more than half of its step, or its excess; and no more than ``code`` is away from its own level at
+    that scale, plus ``moves``, plus what that level moves by where the scale is only known to lie in an interval
+    (it goes with the largest column, and is rounded to fp16). Proof. Levels are at odd multiples of half a step from
+    -(2^b - 1) / 2 to (2^b - 1) / 2 steps: within that and half a step more, the nearest is half a step away at most.
+    A column takes the nearest level, which is no farther than any other, that of ``code`` among them."""
     spec = [(columns, bits) for columns, bits in segments if bits != MODEL and columns]
     step = torch.cat([torch.full((n,), STEPS[bits], dtype=torch.float64) for n, bits in spec])
     half = torch.cat([torch.full((n,), 2.0 ** (bits - 1), dtype=torch.float64) for n, bits in spec])
+    low, high = (code.abs() - moves).clamp_min(0), code.abs() + moves
     most, least = ((v / (step * half)).amax(-1, keepdim=True) for v in (high, low))
-    each, first = torch.zeros_like(high), None
+    rungs, best = [], None
     for clip in CLIPS:
         scale = (most * clip * (1 + HALF_ULP) + SUBNORMAL).clamp(TINY, 65504.0)
         smallest = (least * clip * (1 - HALF_ULP) - SUBNORMAL).clamp(TINY, 65504.0)
         lost = torch.maximum(step * scale / 2, high - step * (half - 0.5) * smallest) * (1 + FP32)
-        if first is None:
+        if best is None:
             # Values are at most 2^(bits-1) steps of the unrounded scale: whatever ``low`` is, no more is clipped.
             rounding = most * HALF_ULP + SUBNORMAL + (most - 65504.0).clamp_min(0)
             lost = torch.minimum(lost, step * (scale / 2 + half * rounding) * (1 + FP32))
-            first = (lost * weights).norm(dim=-1, keepdim=True)
+        middle, width = step * (scale + smallest) / 2, step * (scale - smallest) / 2
+        level = (code / middle).floor().clamp(-half, half - 1) + 0.5
+        near = (code - level * middle).abs() + level.abs() * width + moves + FP32 * high
+        lost = torch.minimum(lost, near)
         clipped = ((low - step * half * scale).clamp_min(0) * weights).norm(dim=-1, keepdim=True)
-        each = torch.where(clipped <= first * (1 + FP32), torch.maximum(each, lost), each)
-    assert first is not None
-    each = torch.minimum(each, first / weights)
-    return Rounding(each, torch.minimum(first, (each * weights).norm(dim=-1, keepdim=True)))
+        rungs.append((lost, clipped))
+        size = (lost * weights).norm(dim=-1, keepdim=True)
+        best = size if best is None else torch.minimum(best, size)
+    assert best is not None
+    best = best * (1 + FP32)  # errors are compared in fp32
+    each = torch.zeros_like(high)
+    for lost, clipped in rungs:
+        each = torch.where(clipped <= best, torch.maximum(each, lost), each)
+    each = torch.minimum(each, best / weights)
+    return Rounding(each, torch.minimum(best, (each * weights).norm(dim=-1, keepdim=True)))
 
 
 def codec_error(
@@ -105,9 +116,12 @@ def codec_error(
     x: torch.Tensor,
     radius: torch.Tensor | None = None,
     groups: int = 1,
+    unsure: torch.Tensor | None = None,
 ) -> CodecError:
     """Bounds for a projected site. ``weight`` [n, d] and ``bias`` [n]: the effective ones; ``x`` [N, d]: tokens as
-    the dense model has them; ``radius`` [N, 1]: |x' - x| at most (None: none); ``groups``: heads of n.
+    the dense model has them; ``radius`` [N, 1]: |x' - x| at most (None: none); ``groups``: heads of n; ``unsure`` [N,
+    r]: what a machine's codes may be off by before they are quantised (``code_rounding``; that they are is counted in
+    ``computed``).
 
     Proof. As above, per group of features (rows of S E and of S). Where there are several means, a token may take any
     whose nearness, with the error of x, can be the largest: the worst of these counts.
@@ -123,7 +137,7 @@ def codec_error(
     for choice, possible in _choices(codec, x, radius, tables):
         gap = tables.gaps[choice]
         code = tables.coded(x, choice)
-        quantised, held = _rounding(codec, code, radius, tables, choice)
+        quantised, held = _rounding(codec, code, radius, tables, choice, unsure)
         dropped = _norms(away + gap, groups)
         parts = [dropped, tables.norms(quantised), tables.norms(held)]
         entry = (away + gap).abs() + tables.entries(quantised) + tables.entries(held)
@@ -205,16 +219,15 @@ def _choices(codec: Codec, x: torch.Tensor, radius: torch.Tensor, t: _Tables) ->
 
 
 def _rounding(
-    codec: Codec, code: torch.Tensor, radius: torch.Tensor, t: _Tables, choice: int
+    codec: Codec, code: torch.Tensor, radius: torch.Tensor, t: _Tables, choice: int, unsure: torch.Tensor | None
 ) -> tuple[Rounding, Rounding]:
     """What quantised columns and those in the model's dtype lose, weighted by ``spread``."""
     form = codec.format
     exact = sum(s.columns for s in form.segments if s.bits == MODEL)
-    moves = radius * t.encode[: code.shape[-1]].norm(dim=1)
+    moves = radius * t.encode[: code.shape[-1]].norm(dim=1) + (0.0 if unsure is None else unsure)
     size, coarse = code.abs(), Rounding(torch.zeros_like(code), code.new_zeros((len(code), 1)))
     if form.scaled:
-        low, high = ((size + sign * moves).clamp_min(0)[:, exact:] for sign in (-1, 1))
-        found = quantisation_error(low, high, form.spec, t.spread[exact:])
+        found = quantisation_error(code[:, exact:], moves[:, exact:], form.spec, t.spread[exact:])
         coarse = Rounding(torch.cat([torch.zeros_like(code[:, :exact]), found.each], -1), found.total)
     # A token that may be this near to its mean may be put on it.
     near = SNAP * torch.finfo(form.dtype).eps * float((t.offsets[choice] * t.spread).norm())
@@ -236,11 +249,10 @@ def unprojected_error(
     turn = codec.consts[0].double() if codec.consts else value.new_ones((1, 1), dtype=torch.float64)
     heads = value.double().unflatten(-1, (-1, len(turn)))
     radius = heads.new_zeros((len(heads), 1)) if radius is None else radius.double()
-    size = (heads @ turn).flatten(-2).abs()
-    coarse = torch.zeros_like(size)
+    code = (heads @ turn).flatten(-2)
+    size, coarse = code.abs(), torch.zeros_like(code)
     if form.scaled:
-        low, high = (size - radius).clamp_min(0), size + radius
-        coarse = quantisation_error(low, high, form.spec, torch.ones(size.shape[-1], dtype=torch.float64)).each
+        coarse = quantisation_error(code, radius, form.spec, torch.ones(size.shape[-1], dtype=torch.float64)).each
     stored = rounding_error(size + radius + coarse, form.dtype) + (0.0 if form.plain else 2 * FP32) * (size + radius)
     lost = (coarse + stored).unflatten(-1, (-1, len(turn)))
     each = torch.minimum(lost @ turn.abs().T, lost.norm(dim=-1, keepdim=True)).flatten(-2) * (1 + SLACK)
@@ -249,19 +261,32 @@ def unprojected_error(
     return CodecError(nothing, rounded, held, nothing, each)
 
 
+def code_rounding(codec: Codec, x: torch.Tensor, radius: torch.Tensor | None) -> torch.Tensor:
+    """What a machine's codes are off by, [N, k]; ``x`` [N, d] and ``radius`` as above.
+
+    Statement. A code is a sum of d products in the dtype of ``encode``: gamma_d |E| |x|, then a rounding (Higham,
+    section 3.1)."""
+    return _sums(codec, x, radius) * (
+        gamma(x.shape[-1] + 1, accumulated(codec.encode.dtype)) + unit(codec.encode.dtype)
+    )
+
+
+def _sums(codec: Codec, x: torch.Tensor, radius: torch.Tensor | None) -> torch.Tensor:
+    """|E| |x| and the shift's size: [N, k]."""
+    reach = x.double().abs() + (0.0 if radius is None else radius)
+    return reach @ codec.encode.double().abs().T + (0.0 if codec.shift is None else codec.shift.double().abs())
+
+
 def computed(
     error: CodecError, codec: Codec, x: torch.Tensor, radius: torch.Tensor | None, size: torch.Tensor
 ) -> CodecError:
     """``error`` with the rounding of a machine that computes codes and reads them back: ``each`` and ``stored`` grow.
     ``x`` [N, d] and ``radius`` as above; ``size`` [N, n]: |y| at most.
 
-    Statement. A code is a sum of d products in the dtype of ``encode``, what is read a sum of as many as there are
-    columns in the model's: gamma_d |E| |x| and gamma_k |S| |c|, then a rounding of each (Higham, section 3.1)."""
+    Statement. Codes are off by ``code_rounding``; what is read is a sum of as many products as there are columns, in
+    the model's dtype: gamma_k |S| |c|, then a rounding of each."""
     form, r = codec.format, codec.format.columns
-    encode = codec.encode.double().abs()
-    reach = x.double().abs() + (0.0 if radius is None else radius)
-    sums = reach @ encode.T + (0.0 if codec.shift is None else codec.shift.double().abs())
-    lost = gamma(x.shape[-1] + 1, accumulated(codec.encode.dtype)) * sums + unit(codec.encode.dtype) * sums
+    sums, lost = _sums(codec, x, radius), code_rounding(codec, x, radius)
     if codec.decode is None:
         entries = lost
     else:

@@ -59,7 +59,8 @@ def projected(c: Coding, x: Known, y: Known, rounds: bool = False) -> tuple[Know
     rows, heads = c.site.rows, _heads(c.site)
     radius = None if x.exact else flat_norm(x, rows.x_axes)
     tokens = flat(x.value, rows.x_axes)
-    error = bounds.codec_error(c.codec, c.weight, c.bias, tokens, radius, heads)
+    unsure = bounds.code_rounding(c.codec, tokens, radius)[:, : c.codec.format.columns] if rounds else None
+    error = bounds.codec_error(c.codec, c.weight, c.bias, tokens, radius, heads, unsure)
     if rounds:
         error = bounds.computed(error, c.codec, tokens, radius, y_size(y, rows.y_axes, rows.features))
     each = error.each

@@ -57,7 +57,7 @@ def matmul(a: Known, b: Known, value: torch.Tensor) -> Known:
     size_a, size_b = a.along(-1), b.along(-2) if b.value.dim() > 1 else b.along(-1)
     long_a = a.value.norm(dim=-1, keepdim=True)
     long_b = b.value.norm(dim=-2 if b.value.dim() > 1 else -1, keepdim=True)
-    schwarz = size_a * long_b + long_a * size_b + size_a * size_b
+    schwarz = bounds.product_error(long_a, size_a, long_b, size_b)
     if b.value.dim() == 1:
         schwarz = schwarz.squeeze(-1)
     return known(value, torch.minimum(each, schwarz.expand(each.shape)))
