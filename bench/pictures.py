@@ -242,7 +242,8 @@ def _place(node: Node, below: set[Node], graph: Graph) -> tuple[Any, ...]:
 
 def _box(graph: Graph, group: list[Node], start: Node, kinds: Callable[[Node], str]) -> Box:
     last = group[-1]
-    kind = collections.Counter(map(kinds, group)).most_common(1)[0][0]
+    counted = collections.Counter(map(kinds, group))
+    kind = max(counted, key=lambda name: (counted[name], name in ("replaced", "made")))
     shape = _shape(graph.shapes.get(last.name))
     if last is start:
         return Box(group, ["activation x", shape], "input")
@@ -286,11 +287,9 @@ def laid_out(made: list[Box], arrows: set[tuple[int, int]]) -> None:
     into: dict[int, list[int]] = collections.defaultdict(list)
     for a, b in sorted(arrows):
         into[b].append(a)
-    for i, box in enumerate(made):  # graph order: sources come first, but for boxes of several nodes
-        box.row = 0
     for _ in made:
         for i, box in enumerate(made):
-            box.row = max([made[a].row + 1 for a in into[i]], default=box.row if i in into else 0)
+            box.row = max([made[a].row + 1 for a in into[i]], default=0)
     out: dict[int, list[int]] = collections.defaultdict(list)
     for a, b in arrows:
         out[a].append(b)

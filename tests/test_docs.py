@@ -193,14 +193,14 @@ def test_commands_of_the_budgets_run(quiet: None, tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("LORC_DISABLE", "")
     tiny.letters().save_pretrained("model")
     tiny.llama(heads=8, kv_heads=8).save_pretrained("model")
-    Path("text").write_text("the sea is salty and deep " * 40)
+    Path("text").write_text("the sea is salty and deep " * 12)
     known = "`lorc calibrate known.safetensors --model PATH --text FILE --gradients`"
     assert known in (DOCS / "budgets.md").read_text()
     commands = shell(DOCS / "budgets.md", "lorc")
     order = sorted(commands, key=lambda words: words[0] != "calibrate")
     runner = CliRunner(env={"COLUMNS": "200"})
     for words in order:
-        given = [{"PATH": "model", "FILE": "text"}.get(word, word) for word in words]
+        given = [{"PATH": "model", "FILE": "text", "0.5,0.35,0.25,0.15": "0.5"}.get(word, word) for word in words]
         if "--model" in given:
             result = runner.invoke(cli.app, [*given, "--dtype", "fp32"])
             assert result.exit_code == 0, f"{words}: {result.output}"
@@ -230,7 +230,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 @by_name
 def test_tables_are_those_of_the_results(page: Path) -> None:
-    """``python -m bench.table --write README.md docs/*.md`` changes nothing. An empty place may wait for its results."""
+    """``python -m bench.table --write README.md docs/*.md`` changes nothing. An empty place waits for its results."""
     for name, text in re.findall(r"<!-- ([\w-]+) -->\n(.*?)<!-- /\1 -->", page.read_text(), re.S):
         result = table.RESULTS / f"{name}.json"
         if name in table.TABLES and result.exists():
