@@ -1,6 +1,6 @@
 """The tables of the README and the docs, in markdown, from the JSON that the other programs here wrote.
 
-python -m bench.table [--write README.md docs/quality.md]
+    python -m bench.table [--write README.md docs/*.md]
 
 With ``--write`` the tables of ``bench/results/cpu.json`` replace what stands between ``<!-- cpu -->`` and
 ``<!-- /cpu -->`` in these files, if it is there; and so for the other results.
@@ -15,17 +15,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import cases
+from bench import cases, summaries
 from bench.premise import PARTS, PREDICTORS
+from bench.summaries import markdown
 from lorc_fx import Options
 
 RESULTS = Path(__file__).parent / "results"
-
-
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table whose first column is left-aligned and all others right-aligned."""
-    lines = ["| " + " | ".join(header) + " |", "|" + "|".join([" --- "] + [" ---: "] * (len(header) - 1)) + "|"]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
 
 def times(result: dict[str, Any]) -> str:
@@ -237,6 +232,10 @@ TABLES: dict[str, list[Callable[[dict[str, Any]], str]]] = {
     "bounds": [certificates],
     "premise": [premise],
     "predicted": [predicted, calibration_curve],
+    "decoders": [summaries.classes],
+    "growth": [summaries.grown],
+    "lowerings": [summaries.lowered],
+    "soak": [summaries.soaked],
 }
 
 
@@ -247,8 +246,10 @@ def rendered(name: str, result: dict[str, Any]) -> str:
         where = result  # the demo's own
     if "groups" in result:
         where = next(iter(result["groups"].values()))["machine"]
-    cpu = where.get("cpu", where["machine"] if "machine" in where else "")
-    told = [cpu, f"{where['threads']} threads", f"torch {where['torch']}", f"transformers {where['transformers']}"]
+    cpu = where.get("cpu", where.get("machine"))
+    told = [cpu] if cpu else []
+    told += [f"{where['threads']} threads"] if "threads" in where else []
+    told += [f"{package} {where[package]}" for package in ("torch", "transformers") if package in where]
     told += [result["dtype"]] if "dtype" in result else []
     if "dense_nats" in result:
         told += [f"{result['tokens']} tokens scored, dense {result['dense_nats']:.3f} nats"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 Row = dict[str, Any]
@@ -54,6 +55,22 @@ def verdict(row: Row) -> str:
     return f"part {counts}: {list(row['misses'])[:3] or row['said'][:2]}"
 
 
+def summary(rows: Sequence[Row]) -> list[str]:
+    """A table of how many classes of each kind are coded and right, in lines of markdown."""
+    lines = [
+        "| table | classes | run in eager and cache keys and values | wholly coded | half the bytes checked | wrong |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for kind in KINDS:
+        here = [row for row in rows if row["kind"] == kind]
+        cached = [row for row in here if caches(row)]
+        coded, checked = sum(map(whole, cached)), sum(map(_halved, cached))
+        wrong = sum(verdict(row).startswith(("WRONG", "DIED")) for row in here)
+        share = f"{coded} ({coded / max(len(cached), 1):.1%})"
+        lines.append(f"| {kind} | {len(here)} | {len(cached)} | {share} | {checked} | {wrong} |")
+    return lines
+
+
 def page(result: dict[str, Any]) -> str:
     """The result as a page of documentation."""
     rows = sorted(result["rows"], key=lambda row: (KINDS.index(row["kind"]), row["class"]))
@@ -68,16 +85,8 @@ def page(result: dict[str, Any]) -> str:
         f"steps, with a dynamic and a static cache; logits within {result['tolerance']:g} of the largest, tokens "
         "equal. Vision runs with a dynamic cache and the prompt whole.",
         "",
-        "| table | classes | run in eager and cache keys and values | wholly coded | half the bytes checked | wrong |",
-        "| --- | --- | --- | --- | --- | --- |",
+        *summary(rows),
     ]
-    for kind in KINDS:
-        here = [row for row in rows if row["kind"] == kind]
-        cached = [row for row in here if caches(row)]
-        coded, checked = sum(map(whole, cached)), sum(map(_halved, cached))
-        wrong = sum(verdict(row).startswith(("WRONG", "DIED")) for row in here)
-        share = f"{coded} ({coded / max(len(cached), 1):.1%})"
-        lines.append(f"| {kind} | {len(here)} | {len(cached)} | {share} | {checked} | {wrong} |")
     lines += [
         "",
         "*Lowering*: how decode steps read the cache: the latent, the rows as they are, or decoded. *Coded*: key and "

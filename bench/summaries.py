@@ -1,0 +1,60 @@
+"""Short tables of long results, for the pages that point to them (``bench.table`` writes them)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from bench.verdicts import summary
+
+#: of ``bench.lowerings``: what dense is compared with, as the ways are called there
+READ = ("int8", "int8, values half", "half, absorbed")
+#: of ``bench.growth``: cached tokens
+LENGTHS = (512, 4096)
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table whose first column is left-aligned and all others right-aligned."""
+    lines = ["| " + " | ".join(header) + " |", "|" + "|".join([" --- "] + [" ---: "] * (len(header) - 1)) + "|"]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def classes(result: dict[str, Any]) -> str:
+    """``bench.decoders``: how many classes of each table are coded as a whole, and how many are wrong."""
+    return "\n".join(summary(result["rows"]))
+
+
+def lowered(result: dict[str, Any]) -> str:
+    """``bench.lowerings``: attention of one layer and one step over dense tensors, and how many times faster it is over
+    stored rows."""
+    lines = []
+    for row in result["rows"]:
+        ms = {way["name"]: way["ms"] for way in row["ways"]}
+        ratios = [f"{ms['dense'] / ms[name]:.2f}" for name in READ]
+        name = f"{row['shape']}, batch {row['batch']}, {row['tokens']} tokens"
+        lines.append([name, f"{ms['dense']:.2f} ms", *ratios])
+    return markdown(["attention of one layer", "dense", *READ], lines)
+
+
+def grown(result: dict[str, Any]) -> str:
+    """``bench.growth``: bytes of a cached token and of what a step writes into the cache, by length."""
+    lines = [
+        [f"{name}, {at['tokens']} tokens", f"{at['token']:,.0f}", f"{100 * at['spare']:.1f} %", f"{at['copied']:,.0f}"]
+        for name, found in result["variants"].items()
+        for at in found
+        if at["tokens"] in LENGTHS
+    ]
+    return markdown(["cache", "bytes per token, used", "spare", "bytes written per step"], lines)
+
+
+def soaked(result: dict[str, Any]) -> str:
+    """``bench.soak``: what mixed generations do to results, compiles and memory over time."""
+    forms = ", ".join(f"{count} {name}" for name, count in result["rounds"].items())
+    lines = [
+        ["generations after warm-up", f"{sum(result['rounds'].values())} ({forms})"],
+        ["results that differ from the eager model's", str(len(result["mismatches"]))],
+        ["frames compiled after warm-up", str(result["recompiles"])],
+        ["live tensors, more at the end", str(result["tensors_grown"])],
+        ["resident memory, slope", f"{result['slope_mib_per_minute']:+.2f} MiB per minute"],
+    ]
+    return markdown([f"{result['minutes']:g} minutes", "found"], lines)
