@@ -174,6 +174,7 @@ def examine(
                 query_heads=query_heads(site.reader) or site.decoder.width // site.head,
                 head_dim=site.head,
                 dtype_bytes=site.decoder.dtype.itemsize,
+                singular=tuple(sigma.tolist()),
             )
         )
     return found, matched.misses, complete(prepared, plan)
