@@ -77,7 +77,7 @@ def report(
                 ratios, text, measure, tokens, hidden, needle_keys, timed, repeats=repeats, inner=inner
             )
             html_report.check(output, json_file, asked, options)
-            found = html_report.gather(show, model, dtype.torch(), options, asked)
+            found = html_report.gathered(show, model, dtype.torch(), options, asked)
             show.stage("Drawing")
             page = html_report.render(found)
             html_report.write(output, page)

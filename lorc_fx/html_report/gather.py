@@ -90,7 +90,7 @@ def check(output: Path, json_file: Path | None, asked: Asked, options: Options) 
     plan_plot.require("lorc report")
 
 
-def gather(show: Show, path: Path | None, dtype: Any, options: Options, asked: Asked) -> dict[str, Any]:
+def gathered(show: Show, path: Path | None, dtype: Any, options: Options, asked: Asked) -> dict[str, Any]:
     """All figures. Raises what ``load_model`` raises, BadOption for a text or lengths that do not fit the model, and
     what planning raises for the budget in ``options``."""
     model, tokenizer = load_model(path, dtype, show.stage)

@@ -16,7 +16,7 @@ TEMPLATE = "report.html.j2"
 
 
 def render(found: Mapping[str, Any]) -> str:
-    """What ``gather`` found as HTML. Everything that is no figure of ours is escaped."""
+    """What ``gathered`` returned as HTML. Everything that is no figure of ours is escaped."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("lorc_fx", "data"),
         autoescape=True,

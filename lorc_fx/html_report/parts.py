@@ -43,7 +43,7 @@ class Part:
 
 
 def parts(found: Found) -> list[Part]:
-    """All sections of what ``gather`` found; without a site only what matched and why not."""
+    """All sections of what ``gathered`` returned; without a site only what matched and why not."""
     if not found["sites"]:
         return [_matched(found)]
     return [part(found) for part in (_spectra, _conditions, _bytes, _loss, _needles, _time, _matched)]
