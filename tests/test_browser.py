@@ -78,7 +78,10 @@ def test_figures_are_seen(driver: Any, page: Path, width: int, dark: bool) -> No
         for text in figure["texts"]:
             assert text["contrast"] >= 4.5, (figure["name"], text)
             assert text["height"] >= 8, (figure["name"], text)
-            assert figure["box"][0] - 1 <= text["left"] and text["right"] <= figure["box"][1] + 1, (figure["name"], text)
+            assert figure["box"][0] - 1 <= text["left"] and text["right"] <= figure["box"][1] + 1, (
+                figure["name"],
+                text,
+            )
 
 
 def test_labels_do_not_lie_on_each_other(driver: Any, page: Path) -> None:

@@ -83,7 +83,17 @@ def test_every_part_is_there(full: tuple[str, dict[str, Any]]) -> None:
     assert tuple(attributes["id"] for attributes in page.all("section")) == reported.SECTIONS
     names = [str(attributes["id"]).removeprefix("figure-") for attributes in page.all("figure")]
     spectra = ["weights-key", "weights-value", "statistics-key", "statistics-value"]
-    rest = ["condition", "cumulative", "bytes", "predicted", "measured", "needles-dense", "needles-coded", "steps", "timed"]
+    rest = [
+        "condition",
+        "cumulative",
+        "bytes",
+        "predicted",
+        "measured",
+        "needles-dense",
+        "needles-coded",
+        "steps",
+        "timed",
+    ]
     assert names == spectra + rest
     assert "absent" not in [attributes.get("class") for attributes in page.all("p")], "all was asked for"
     assert len(page.all("figcaption")) == len(names) == len(page.all("svg"))
@@ -185,11 +195,20 @@ def test_misses_are_listed_and_are_all_of_a_model_without_sites(
     miss = Miss("cat_1", "mixes tokens", "cumsum sums over tokens", "model.py:7", "register a rule")
     monkeypatch.setattr(gather, "examined", lambda *args: Report((), (miss,), None))
     out = tmp_path / "page.html"
-    code, text = reported.report(folder, out, "--sweep", "0.5", "--text", str(folder / "text.txt"), "--measure", "--time")
+    code, text = reported.report(
+        folder, out, "--sweep", "0.5", "--text", str(folder / "text.txt"), "--measure", "--time"
+    )
     assert code == 0, text
     page = Page(out.read_text())
     assert [attributes["id"] for attributes in page.all("section")] == ["matched"] and not page.all("figure")
-    for word in ("cat_1", "mixes tokens", "cumsum sums over tokens", "model.py:7", "register a rule", "nothing else to show"):
+    for word in (
+        "cat_1",
+        "mixes tokens",
+        "cumsum sums over tokens",
+        "model.py:7",
+        "register a rule",
+        "nothing else to show",
+    ):
         assert word in page.words
 
 
@@ -277,7 +296,16 @@ def test_without_matplotlib_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPatc
 def test_help_has_examples() -> None:
     code, text = run("report", "--help")
     assert code == 0 and text.count("lorc report") >= 2
-    for option in ("--sweep", "--text", "--measure", "--needle", "--time", "--json", "--calibration", "--bytes-per-token"):
+    for option in (
+        "--sweep",
+        "--text",
+        "--measure",
+        "--needle",
+        "--time",
+        "--json",
+        "--calibration",
+        "--bytes-per-token",
+    ):
         assert option in text
 
 
@@ -323,6 +351,8 @@ def test_long_spectra_are_thinned_and_keep_their_ends() -> None:
     assert figures._thinned(3) == [0, 1, 2]
 
 
-@pytest.mark.parametrize(("count", "words"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (3 * 2**40, "3.07e+03 GiB")])
+@pytest.mark.parametrize(
+    ("count", "words"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (3 * 2**40, "3.07e+03 GiB")]
+)
 def test_sizes(count: int, words: str) -> None:
     assert size(count) == words

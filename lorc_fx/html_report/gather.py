@@ -190,9 +190,7 @@ def _described(report: Report) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------ what is asked for
 
 
-def _curve(
-    show: Show, model: Any, options: Options, asked: Asked, material: Material | None
-) -> dict[str, Any] | None:
+def _curve(show: Show, model: Any, options: Options, asked: Asked, material: Material | None) -> dict[str, Any] | None:
     """Predicted and, where asked for, measured loss of the budget of ``options`` and of each ratio. Ratios that do not
     hold one column per site are in ``refused``."""
     if not asked.ratios and not asked.measure:
@@ -258,4 +256,9 @@ def _about(model: Any) -> dict[str, str]:
     machine = f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads"
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     versions = {"lorc_fx": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
-    return versions | {"Python": platform.python_version(), "machine": machine, "device": str(model.device), "made": now}
+    return versions | {
+        "Python": platform.python_version(),
+        "machine": machine,
+        "device": str(model.device),
+        "made": now,
+    }

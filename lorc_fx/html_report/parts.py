@@ -59,7 +59,10 @@ def tiles(found: Found) -> list[tuple[str, str]]:
         (f"{coded / dense:.1%}", "of the dense cache's bytes"),
         (f"{coded:,}", f"bytes per token, dense {dense:,}"),
         (f"{len(found['sites'])}", f"sites, {len(found['misses'])} misses"),
-        (size(found["codec_bytes"]), f"of codecs, paid for {'at no length' if paid is None else f'after {paid:,} tokens'}"),
+        (
+            size(found["codec_bytes"]),
+            f"of codecs, paid for {'at no length' if paid is None else f'after {paid:,} tokens'}",
+        ),
         (
             f"{1e3 * step['coded_seconds']:.3g} ms",
             f"attention over {step['tokens']:,} tokens in a decode step at least; dense {1e3 * step['dense_seconds']:.3g} ms",
@@ -147,7 +150,9 @@ def _conditions(found: Found) -> Part:
     )
     shown = (
         Figure("condition", figures.conditions("condition", "Condition numbers by layer", kinds), caption),
-        Figure("cumulative", figures.cumulative("cumulative", "Cumulative condition numbers by layer", points), product),
+        Figure(
+            "cumulative", figures.cumulative("cumulative", "Cumulative condition numbers by layer", points), product
+        ),
     )
     return Part("conditions", "Condition numbers", figures=shown)
 
@@ -200,7 +205,9 @@ def _loss(found: Found) -> Part:
     shown = []
     if dense is not None and result["nats"]:
         caption = f"Predicted and measured loss on top of the dense model's {dense:.4f} nats. {about}"
-        svg = figures.losses("loss", "Loss against bytes", shares, predicted + measured, "added loss, nats per token", here)
+        svg = figures.losses(
+            "loss", "Loss against bytes", shares, predicted + measured, "added loss, nats per token", here
+        )
         shown.append(Figure("loss", svg, caption))
     else:
         label = "nats per token" if result["nats"] else "share of energy, summed"
@@ -234,7 +241,9 @@ def _loss_table(result: Mapping[str, Any]) -> Table:
 def _needles(found: Found) -> Part:
     result, title = found["needles"], "Retrieval"
     if result is None:
-        return Part("retrieval", title, absent=("Not asked for: add --needle, and --text FILE for a text of your own.",))
+        return Part(
+            "retrieval", title, absent=("Not asked for: add --needle, and --text FILE for a text of your own.",)
+        )
     shown = []
     for which in ("dense", "coded"):
         mine = result[which]
@@ -243,7 +252,9 @@ def _needles(found: Found) -> Part:
             f"{mine['nats']:.3f} nats per token of the answer."
         )
         if which == "coded":
-            caption += f" Of the {mine['dense_right']} that the dense model finds it finds {mine['right_where_dense_is']}."
+            caption += (
+                f" Of the {mine['dense_right']} that the dense model finds it finds {mine['right_where_dense_is']}."
+            )
         name, what = f"needles-{which}", f"Needles found with the {which} cache, by length and depth"
         shown.append(Figure(name, figures.needles(name, what, mine["trials"]), caption))
     text = "A sentence with a number is hidden at some depth of a text, and asked for through the cache."
@@ -254,7 +265,11 @@ def _time(found: Found) -> Part:
     steps, timed = found["steps"], found["measured"]
     points = steps["points"]
     ahead = next((p["tokens"] for p in points if p["coded_s"] < p["dense_s"]), None)
-    where = "is predicted at no length to be faster" if ahead is None else f"is predicted to be faster from {ahead:,} tokens on"
+    where = (
+        "is predicted at no length to be faster"
+        if ahead is None
+        else f"is predicted to be faster from {ahead:,} tokens on"
+    )
     caption = (
         f"The least time of attention alone in one decode step, batch 1, by the cost model and the figures of "
         f"{steps['device']} ({steps['source']}). The coded cache {where}."
@@ -295,7 +310,9 @@ def _matched(found: Found) -> Part:
     if found["misses"]:
         rows = tuple((m["node"], m["kind"], m["reason"], m["source"], m["step"]) for m in found["misses"])
         tables.append(Table("Misses", ("node", "kind", "why", "line of the model", "what to do"), rows, words=5))
-    lines = [f"{len(found['sites'])} cached projections are understood; {len(found['misses'])} cache writes stay dense."]
+    lines = [
+        f"{len(found['sites'])} cached projections are understood; {len(found['misses'])} cache writes stay dense."
+    ]
     if not found["sites"]:
         lines.append("No cached key or value comes from a projection of this model, so there is nothing else to show.")
     if found["waiting_for_first_prompt"] and found["sites"]:
