@@ -89,7 +89,8 @@ def test_labels_do_not_lie_on_each_other(driver: Any, page: Path) -> None:
     overlaps = driver.execute_script("""
         const found = [];
         for (const figure of document.querySelectorAll("figure")) {
-          const texts = [...figure.querySelectorAll("text")].map(t => [t.textContent.trim(), t.getBoundingClientRect()]);
+          const texts = [...figure.querySelectorAll("text")]
+            .map(t => [t.textContent.trim(), t.getBoundingClientRect()]);
           texts.forEach(([a, x], i) => texts.slice(i + 1).forEach(([b, y]) => {
             const wide = Math.min(x.right, y.right) - Math.max(x.left, y.left);
             const high = Math.min(x.bottom, y.bottom) - Math.max(x.top, y.top);

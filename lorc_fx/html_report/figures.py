@@ -27,8 +27,9 @@ WRONG, RIGHT = "#b4500b", "#1f5fa8"
 """Of a cell of which no needle was found, and all: white text is readable on both, and between them."""
 
 STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none", "svg.hashsalt": "lorc_fx", "font.size": 10.5, "xtick.labelsize": 9.5, "ytick.labelsize": 9.5,
-    "legend.fontsize": 9.5, "legend.frameon": False, "axes.spines.top": False, "axes.spines.right": False,
+    "svg.fonttype": "none", "svg.hashsalt": "lorc_fx", "font.size": 10.5,
+    "xtick.labelsize": 9.5, "ytick.labelsize": 9.5, "legend.fontsize": 9.5,
+    "legend.frameon": False, "axes.spines.top": False, "axes.spines.right": False,
     "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK,
     "axes.linewidth": 0.8, "axes.grid": True, "grid.color": GRID, "grid.linewidth": 0.6, "axes.axisbelow": True,
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""The figures of ``lorc report``, ready for JSON: what is found in a model, what budgets cost, and what was measured."""
+"""The figures of ``lorc report``, ready for JSON: what is found in a model, what budgets cost, what was measured."""
 
 from __future__ import annotations
 

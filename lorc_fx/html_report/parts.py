@@ -65,7 +65,8 @@ def tiles(found: Found) -> list[tuple[str, str]]:
         ),
         (
             f"{1e3 * step['coded_seconds']:.3g} ms",
-            f"attention over {step['tokens']:,} tokens in a decode step at least; dense {1e3 * step['dense_seconds']:.3g} ms",
+            f"attention over {step['tokens']:,} tokens in a decode step at least; dense "
+            f"{1e3 * step['dense_seconds']:.3g} ms",
         ),
     ]
 
@@ -112,7 +113,10 @@ def _spectra(found: Found) -> Part:
             )
             lines = [(s["layer"], s["spread"]) for s in mine]
             shown.append(Figure(name, figures.spectra(name, f"{what}, by layer", lines, "of the largest"), caption))
-    text = "Where a line falls steeply, few columns hold most of what is cached; where it is flat, only lower precision saves."
+    text = (
+        "Where a line falls steeply, few columns hold most of what is cached; where it is flat, only lower precision "
+        "saves."
+    )
     return Part("spectra", "Spectra", (text,), tuple(shown), absent=tuple(absent))
 
 
@@ -141,8 +145,8 @@ def _conditions(found: Found) -> Part:
     points = found["cumulative"]
     first = points[0]
     caption = (
-        f"Largest over smallest singular value of each projection, from {least:.3g} to {most:.3g}. A smallest one below "
-        "1e-7 of the largest counts as that."
+        f"Largest over smallest singular value of each projection, from {least:.3g} to {most:.3g}. A smallest one "
+        "below 1e-7 of the largest counts as that."
     )
     product = (
         "Product of all condition numbers from a layer to the last, as its power of ten: what LoRC's progressive "
@@ -248,8 +252,8 @@ def _needles(found: Found) -> Part:
     for which in ("dense", "coded"):
         mine = result[which]
         caption = (
-            f"{which.capitalize()} cache: {mine['right']} of {mine['of']} numbers hidden in {result['text']} are found, "
-            f"{mine['nats']:.3f} nats per token of the answer."
+            f"{which.capitalize()} cache: {mine['right']} of {mine['of']} numbers hidden in {result['text']} are "
+            f"found, {mine['nats']:.3f} nats per token of the answer."
         )
         if which == "coded":
             caption += (
@@ -302,11 +306,11 @@ def _step_table(about: str, points: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _matched(found: Found) -> Part:
-    head = ("layer", "site", "stored columns", "between projection and cache", "read by", "width", "condition", "energy kept",
-            "bytes", "of", "tokens kept")  # fmt: skip
+    words = ("layer", "site", "stored columns", "between projection and cache", "read by")
+    head = (*words, "width", "condition", "energy kept", "bytes", "of", "tokens kept")
     tables = []
     if found["sites"]:
-        tables.append(Table("Sites", head, tuple(map(_site, found["sites"])), words=5))
+        tables.append(Table("Sites", head, tuple(map(_site, found["sites"])), words=len(words)))
     if found["misses"]:
         rows = tuple((m["node"], m["kind"], m["reason"], m["source"], m["step"]) for m in found["misses"])
         tables.append(Table("Misses", ("node", "kind", "why", "line of the model", "what to do"), rows, words=5))
