@@ -37,6 +37,9 @@ STYLE: dict[Any, Any] = {
 MOST_POINTS = 96
 """Of a spectrum: more cannot be told apart at this width."""
 
+SMALL = 0.01
+"""Added losses, some of them negative, that are all below this are drawn on a linear scale."""
+
 Points = Sequence[Mapping[str, Any]]
 
 
@@ -88,7 +91,7 @@ def spectra(name: str, alt: str, lines: Sequence[tuple[int, Sequence[float]]], l
         axis.set_yscale("log")
         axis.set_xlabel("index, by size")
         axis.set_ylabel(label)
-        axis.legend(loc="lower left")
+        axis.legend()
 
     return drawn(name, alt, paint)
 
@@ -178,6 +181,8 @@ def losses(name: str, alt: str, shares: Sequence[float], series: Points, label: 
         for one in series:
             colour, marker = (ORANGE, "s") if one["measured"] else (BLUE, "o")
             line(axis, shares, one["loss"], colour, marker, one["label"])
+        if axis.get_yscale() == "symlog" and max(abs(y) for one in series for y in one["loss"]) < SMALL:
+            axis.set_yscale("linear")
         axis.axvline(here, color=INK, linewidth=0.8, linestyle=":", label="this page's budget")
         axis.set_xlabel("cache bytes per token, % of dense")
         axis.set_ylabel(label)

@@ -309,8 +309,8 @@ def _matched(found: Found) -> Part:
     words = ("layer", "site", "stored columns", "between projection and cache", "read by")
     head = (*words, "width", "condition", "energy kept", "bytes", "of", "tokens kept")
     tables = []
-    if found["sites"]:
-        tables.append(Table("Sites", head, tuple(map(_site, found["sites"])), words=len(words)))
+    if sites := sorted(found["sites"], key=lambda s: (s["layer"], s["kind"])):
+        tables.append(Table("Sites", head, tuple(map(_site, sites)), words=len(words)))
     if found["misses"]:
         rows = tuple((m["node"], m["kind"], m["reason"], m["source"], m["step"]) for m in found["misses"])
         tables.append(Table("Misses", ("node", "kind", "why", "line of the model", "what to do"), rows, words=5))
