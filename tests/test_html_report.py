@@ -20,7 +20,8 @@ from lorc_fx import html_report, models, plan_plot
 from lorc_fx.calibration import SiteStatistics, covariance
 from lorc_fx.errors import BadOption, LorcWarning, QualityWarning
 from lorc_fx.html_report import figures, gather
-from lorc_fx.html_report.parts import parts, size
+from lorc_fx.html_report.parts import parts
+from lorc_fx.html_report.pieces import size
 from lorc_fx.records import Miss
 from lorc_fx.report import Report
 

@@ -158,6 +158,7 @@ def bytes_by_layer(name: str, alt: str, sites: Points) -> str:
         axis.set_ylabel("bytes per token")
         _by_layer(axis)
         axis.grid(False, axis="x")
+        axis.margins(x=0.01)
         axis.figure.legend(loc="outside upper center", ncols=3)
 
     return drawn(name, alt, paint)

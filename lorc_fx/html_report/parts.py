@@ -3,43 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from . import figures
+from .pieces import Figure, Part, Table, size
 
 Found = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Figure:
-    """``svg`` may stand in the page as it is; ``caption`` is plain text."""
-
-    name: str
-    svg: str
-    caption: str
-
-
-@dataclass(frozen=True)
-class Table:
-    """Plain text in cells; the first ``words`` columns are text, the others are numbers."""
-
-    about: str
-    head: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    words: int = 0
-
-
-@dataclass(frozen=True)
-class Part:
-    """A section. ``absent``: what was not asked for, and how to get it, one line each."""
-
-    name: str
-    title: str
-    lines: tuple[str, ...] = ()
-    figures: tuple[Figure, ...] = ()
-    tables: tuple[Table, ...] = ()
-    absent: tuple[str, ...] = ()
 
 
 def parts(found: Found) -> list[Part]:
@@ -71,15 +40,6 @@ def tiles(found: Found) -> list[tuple[str, str]]:
     ]
 
 
-def size(count: float) -> str:
-    """Bytes with a binary unit."""
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.3g} {unit}" if count % 1 else f"{count:.0f} {unit}"
-        count /= 1024
-    return f"{count:.3g} GiB"
-
-
 # ---------------------------------------------------------------------------------------------- spectra, conditions
 
 
@@ -91,11 +51,11 @@ def _spectra(found: Found) -> Part:
         (flat, flattest), (steep, steepest) = min(conds), max(conds)
         what = f"Singular values of the {kind} projections"
         caption = (
-            f"{what}, each layer relative to its largest, one line per layer from blue (first) to orange (last). "
+            "Each layer relative to its largest, one line per layer from blue (first) to orange (last). "
             f"Layer {flattest} is the flattest: its smallest is 1/{flat:.3g} of its largest; "
             f"layer {steepest} falls furthest, to 1/{steep:.3g}."
         )
-        shown.append(Figure(name, figures.spectra(name, f"{what}, by layer", lines, "of the largest"), caption))
+        shown.append(Figure(name, what, figures.spectra(name, f"{what}, by layer", lines, "of the largest"), caption))
     statistics = found["statistics"]
     if statistics is None:
         absent.append(
@@ -108,11 +68,13 @@ def _spectra(found: Found) -> Part:
             name, half = f"statistics-{kind}", [_columns_for(s["spread"], 0.9) for s in mine]
             what = f"Spread of the {kind}s along their principal axes"
             caption = (
-                f"{what} (standard deviation, relative to the largest of the layer), from {statistics['source']}. "
+                f"Standard deviations, relative to the largest of the layer, from {statistics['source']}. "
                 f"90 % of the variance lies in {_range(half)} of {len(mine[0]['spread'])} axes."
             )
             lines = [(s["layer"], s["spread"]) for s in mine]
-            shown.append(Figure(name, figures.spectra(name, f"{what}, by layer", lines, "of the largest"), caption))
+            shown.append(
+                Figure(name, what, figures.spectra(name, f"{what}, by layer", lines, "of the largest"), caption)
+            )
     text = (
         "Where a line falls steeply, few columns hold most of what is cached; where it is flat, only lower precision "
         "saves."
@@ -152,11 +114,10 @@ def _conditions(found: Found) -> Part:
         "Product of all condition numbers from a layer to the last, as its power of ten: what LoRC's progressive "
         f"schedule gives ranks by. Layer {first['layer']} has 10^{first['log10']:.1f}, and each later layer less."
     )
+    what, whole = "Condition numbers by layer", "Cumulative condition numbers by layer"
     shown = (
-        Figure("condition", figures.conditions("condition", "Condition numbers by layer", kinds), caption),
-        Figure(
-            "cumulative", figures.cumulative("cumulative", "Cumulative condition numbers by layer", points), product
-        ),
+        Figure("condition", what, figures.conditions("condition", what, kinds), caption),
+        Figure("cumulative", whole, figures.cumulative("cumulative", whole, points), product),
     )
     return Part("conditions", "Condition numbers", figures=shown)
 
@@ -169,10 +130,11 @@ def _bytes(found: Found) -> Part:
     parts_of = {k: [s for s in sites if s["kind"] == k] for k in _kinds(sites)}
     shares = [f"{k}s {sum(s['bytes'] for s in m) / sum(s['dense_bytes'] for s in m):.1%}" for k, m in parts_of.items()]
     caption = (
-        f"Bytes per cached token of each layer: filled as coded, the outline as dense. Of the dense bytes "
+        "Filled as coded, the outline as dense. Of the dense bytes "
         f"{' and '.join(shares)} are kept. Positions count with the site that pays for them."
     )
-    drawn = figures.bytes_by_layer("bytes", "Bytes per token by layer, coded and dense", sites)
+    what = "Bytes per cached token by layer"
+    drawn = figures.bytes_by_layer("bytes", what, sites)
     head = ("layer", *(f"{k}s, {what}" for k in parts_of for what in ("coded", "dense")))
     lines = []
     for layer in sorted({s["layer"] for s in sites}):
@@ -182,7 +144,7 @@ def _bytes(found: Found) -> Part:
             cells += [f"{sum(s[what] for s in here):,}" for what in ("bytes", "dense_bytes")]
         lines.append(tuple(cells))
     table = Table("Bytes per token by layer", head, tuple(lines))
-    return Part("bytes", "Bytes", (), (Figure("bytes", drawn, caption),), (table,))
+    return Part("bytes", "Bytes", (), (Figure("bytes", what, drawn, caption),), (table,))
 
 
 # -------------------------------------------------------------------------------------------------------------- loss
@@ -208,19 +170,19 @@ def _loss(found: Found) -> Part:
     about = f"Plans by scheduler and precision {made}, {how}, in {unit}. Dotted: the budget of this page."
     shown = []
     if dense is not None and result["nats"]:
-        caption = f"Predicted and measured loss on top of the dense model's {dense:.4f} nats. {about}"
+        caption = f"On top of the dense model's {dense:.4f} nats. {about}"
         svg = figures.losses(
             "loss", "Loss against bytes", shares, predicted + measured, "added loss, nats per token", here
         )
-        shown.append(Figure("loss", svg, caption))
+        shown.append(Figure("loss", "Predicted and measured loss", svg, caption))
     else:
         label = "nats per token" if result["nats"] else "share of energy, summed"
         svg = figures.losses("predicted", "Predicted loss against bytes", shares, predicted, label, here)
-        shown.append(Figure("predicted", svg, f"What plans predict to lose: down is better. {about}"))
+        shown.append(Figure("predicted", "Predicted loss", svg, f"Down is better. {about}"))
     if dense is not None and not result["nats"]:
-        caption = f"Loss on top of the dense model's {dense:.4f} nats per token, measured through the cache."
+        caption = f"On top of the dense model's {dense:.4f} nats per token, through the cache."
         svg = figures.losses("measured", "Measured loss against bytes", shares, measured, "added, nats per token", here)
-        shown.append(Figure("measured", svg, caption))
+        shown.append(Figure("measured", "Measured loss", svg, caption))
     lines = tuple(f"Ratio {r:g} is left out: it has no room for one column per site." for r in result["refused"])
     return Part("loss", title, lines, tuple(shown), (_loss_table(result),), tuple(absent))
 
@@ -252,15 +214,18 @@ def _needles(found: Found) -> Part:
     for which in ("dense", "coded"):
         mine = result[which]
         caption = (
-            f"{which.capitalize()} cache: {mine['right']} of {mine['of']} numbers hidden in {result['text']} are "
+            f"{mine['right']} of {mine['of']} numbers hidden in {result['text']} are "
             f"found, {mine['nats']:.3f} nats per token of the answer."
         )
         if which == "coded":
             caption += (
                 f" Of the {mine['dense_right']} that the dense model finds it finds {mine['right_where_dense_is']}."
             )
-        name, what = f"needles-{which}", f"Needles found with the {which} cache, by length and depth"
-        shown.append(Figure(name, figures.needles(name, what, mine["trials"]), caption))
+        name = f"needles-{which}"
+        title = f"Needles found with the {which} cache"
+        shown.append(
+            Figure(name, title, figures.needles(name, f"{title}, by length and depth", mine["trials"]), caption)
+        )
     text = "A sentence with a number is hidden at some depth of a text, and asked for through the cache."
     return Part("retrieval", title, (text,), tuple(shown))
 
@@ -275,21 +240,22 @@ def _time(found: Found) -> Part:
         else f"is predicted to be faster from {ahead:,} tokens on"
     )
     caption = (
-        f"The least time of attention alone in one decode step, batch 1, by the cost model and the figures of "
+        f"What it takes at least, batch 1, by the cost model and the figures of "
         f"{steps['device']} ({steps['source']}). The coded cache {where}."
     )
     label = "attention, ms"
-    shown = [Figure("steps", figures.steps("steps", "Predicted time of a decode step", points, label, True), caption)]
+    what, whole = "Predicted time of attention in a decode step", "Measured time of whole decode steps"
+    shown = [Figure("steps", what, figures.steps("steps", what, points, label, True), caption)]
     tables, absent = [_step_table("Predicted, attention alone", points)], []
     if timed is None:
         absent.append("Predicted only: add --time to time decode steps of both models in turns.")
     else:
         caption = (
-            f"Whole decode steps, weights included: medians of {timed['repeats']} steps of each model in turns, "
+            f"Weights included, batch 1: medians of {timed['repeats']} steps of each model in turns, "
             f"{timed['inner']}, {timed['threads']} threads."
         )
-        svg = figures.steps("timed", "Measured time of a decode step", timed["points"], "whole step, ms", False)
-        shown.append(Figure("timed", svg, caption))
+        svg = figures.steps("timed", whole, timed["points"], "whole step, ms", False)
+        shown.append(Figure("timed", whole, svg, caption))
         tables.append(_step_table("Measured, whole steps", timed["points"]))
     return Part("time", "Decode time by context", (), tuple(shown), tuple(tables), tuple(absent))
 
