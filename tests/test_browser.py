@@ -38,15 +38,17 @@ return {
     box: box(figure.querySelector("svg")),
     caption: box(figure.querySelector("figcaption")),
     texts: [...figure.querySelectorAll("text")].map(text => {
-      const [left, right, , height] = box(text), fill = getComputedStyle(text).fill;
-      const inside = fill === "rgb(255, 255, 255)" && figure.id.includes("needles");
-      const behind = inside ? "rgb(31, 95, 168)" : getComputedStyle(figure).backgroundColor;
+      const {left, right, top, bottom, height} = text.getBoundingClientRect(), fill = getComputedStyle(text).fill;
+      const cell = figure.id.includes("needles") && [...figure.querySelectorAll("path")].find(path => {
+        const r = path.getBoundingClientRect(), filled = getComputedStyle(path).fill !== "none";
+        return filled && r.left <= left && r.right >= right && r.top <= top && r.bottom >= bottom;
+      });
+      const behind = cell ? getComputedStyle(cell).fill : getComputedStyle(figure).backgroundColor;
       return {words: text.textContent.trim(), left, right, height, contrast: contrast(fill, behind)};
     }),
   })),
 };
 """
-"""White words of the needles' cells stand on the cells' own colours."""
 
 
 @pytest.fixture(scope="module")

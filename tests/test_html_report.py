@@ -101,7 +101,7 @@ def test_every_part_is_there(full: tuple[str, dict[str, Any]]) -> None:
         assert svg["role"] == "img" and svg["aria-label"] and svg["viewbox"]
     for name in ("lorc_fx", "torch", "transformers", "Python", "machine", "options"):
         assert name in page.words.partition("Misses")[0]
-    assert f"torch {torch.__version__}" in page.words
+    assert f"torch {torch.__version__}" in page.words and "Retrieval A sentence" in page.words
 
 
 def test_nothing_comes_from_elsewhere(full: tuple[str, dict[str, Any]]) -> None:

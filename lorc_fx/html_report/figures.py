@@ -23,8 +23,9 @@ THEME = {INK: "currentColor", GRID: "var(--grid)", BLUE: "var(--key)", ORANGE: "
 DEPTH = ("#2f6fd0", "#7a5fc0", "#c0508a", "#d9622b")
 """First layer to last, each with a contrast of 3 to 1 on white and on the dark page."""
 
-WRONG, RIGHT = "#b4500b", "#1f5fa8"
-"""Of a cell of which no needle was found, and all: white text is readable on both, and between them."""
+WRONG, RIGHT = "#b4500b", "#20609a"
+"""Of a cell of which no needle was found, and all: white text is readable on both, and between them. They are none of
+``THEME``'s, which turn light where the page is dark."""
 
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none", "svg.hashsalt": "lorc_fx", "font.size": 10.5,
@@ -185,6 +186,7 @@ def losses(name: str, alt: str, shares: Sequence[float], series: Points, label: 
         if axis.get_yscale() == "symlog" and max(abs(y) for one in series for y in one["loss"]) < SMALL:
             axis.set_yscale("linear")
         axis.axvline(here, color=INK, linewidth=0.8, linestyle=":", label="this page's budget")
+        axis.xaxis.set_major_formatter(lambda share, _: f"{share:g}")
         axis.set_xlabel("cache bytes per token, % of dense")
         axis.set_ylabel(label)
         axis.legend()
@@ -228,7 +230,7 @@ def steps(name: str, alt: str, points: Points, label: str, log: bool) -> str:
         if log:
             axis.set_yscale("log")
         else:
-            axis.set_ylim(bottom=0)
+            axis.set_ylim(0, 1.1e3 * max(max(p["dense_s"], p["coded_s"]) for p in points))
         axis.set_xticks(x[:: 1 + (len(x) - 1) // 5])
         axis.xaxis.set_major_formatter(FuncFormatter(lambda n, _: f"{n / 1024:g}k" if n >= 1024 else f"{n:g}"))
         axis.xaxis.set_minor_formatter(NullFormatter())

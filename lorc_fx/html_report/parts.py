@@ -222,10 +222,8 @@ def _needles(found: Found) -> Part:
                 f" Of the {mine['dense_right']} that the dense model finds it finds {mine['right_where_dense_is']}."
             )
         name = f"needles-{which}"
-        title = f"Needles found with the {which} cache"
-        shown.append(
-            Figure(name, title, figures.needles(name, f"{title}, by length and depth", mine["trials"]), caption)
-        )
+        what = f"Needles found with the {which} cache"
+        shown.append(Figure(name, what, figures.needles(name, f"{what}, by length and depth", mine["trials"]), caption))
     text = "A sentence with a number is hidden at some depth of a text, and asked for through the cache."
     return Part("retrieval", title, (text,), tuple(shown))
 
