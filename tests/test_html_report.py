@@ -120,6 +120,7 @@ def test_nothing_comes_from_elsewhere(full: tuple[str, dict[str, Any]]) -> None:
             if value and "url(" in value:
                 assert value.partition("url(#")[2].partition(")")[0] in ids, value
     assert figures.INK not in html and figures.GRID not in html, "a colour that is none of the page's"
+    assert not {figures.WRONG, figures.RIGHT} & figures.THEME.keys(), "white text on what is light in the dark"
 
 
 def test_numbers_are_those_of_the_plan(folder: Path, full: tuple[str, dict[str, Any]]) -> None:
