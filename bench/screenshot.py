@@ -1,6 +1,6 @@
 """A page in headless Chromium: how it looks, for docs and for eyes.
 
-    python -m bench.screenshot report.html docs/figures/report.png --width 1280 --height 1600 [--dark]
+    python -m bench.screenshot report.html docs/figures/report.png --width 1280 --height 1060 [--part spectra] [--dark]
 
 Needs the extra ``browser`` and the system's Chromium with its driver (Debian: chromium, chromium-driver).
 """
@@ -48,13 +48,13 @@ def browser() -> Iterator[Any]:
             driver.quit()
 
 
-def show(driver: Any, path: Path, width: int, height: int = 900, dark: bool = False) -> None:
-    """Open a file in a window of ``width`` x ``height`` CSS pixels."""
+def show(driver: Any, path: Path, width: int, height: int = 900, dark: bool = False, part: str = "") -> None:
+    """Open a file in a window of ``width`` x ``height`` CSS pixels, at the section ``part`` if one is named."""
     window = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < PHONE}
     driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", window)
     scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
     driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme]})
-    driver.get(path.resolve().as_uri())
+    driver.get(path.resolve().as_uri() + (f"#{part}" if part else ""))
 
 
 def picture(driver: Any, path: Path, whole: bool = False) -> None:
@@ -72,10 +72,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--width", type=int, default=1280)
     parser.add_argument("--height", type=int, default=0, help="of the picture; 0: the whole page")
+    parser.add_argument("--part", default="", help="the section that is shown first (with --height)")
     parser.add_argument("--dark", action="store_true")
     args = parser.parse_args(argv)
     with browser() as driver:
-        show(driver, args.page, args.width, args.height or 900, args.dark)
+        show(driver, args.page, args.width, args.height or 900, args.dark, args.part)
         picture(driver, args.out, whole=not args.height)
     print(args.out)
 
