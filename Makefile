@@ -1,4 +1,4 @@
-# make demo | test | check | venv | matrix | decoders | elsewhere | bench | clean
+# make demo | test | check | venv | browser | matrix | decoders | elsewhere | bench | clean
 # Everything runs in ./.venv, made on first use. The stamp's name holds a checksum of pyproject.toml and the torch pin, so
 # a second run installs nothing, and a changed pyproject.toml installs once.
 
@@ -13,13 +13,13 @@ TYPED := build/typed
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
 
-.PHONY: help demo test check lint types pytest matrix decoders elsewhere bench venv clean
+.PHONY: help demo test check lint types pytest browser matrix decoders elsewhere bench venv clean
 
 help:
 	@echo "make demo    set up $(VENV), then compress the cache of a real model and show what it costs"
 	@echo "make test    set up $(VENV), then ruff, mypy and all tests"
 	@echo "make check   ruff, mypy and the quick tests (under two minutes)"
-	@echo "make matrix  every family;  make decoders  every class;  make elsewhere  other packages';  make bench  timings;  make clean  remove $(VENV)"
+	@echo "make browser lorc report in Chromium;  make matrix  every family;  make decoders  every class;  make elsewhere  other packages';  make bench  timings;  make clean  remove $(VENV)"
 
 venv: $(STAMP)
 
@@ -67,6 +67,12 @@ types: $(STAMP)
 pytest: $(STAMP)
 	@echo "== pytest"
 	@OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 $(PYTEST_ARGS)
+
+# Chromium and its driver are of the system (Debian: apt-get install chromium chromium-driver).
+browser: $(STAMP)
+	@echo "== what lorc report writes, in Chromium"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)" -e ".[browser]"
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -m browser $(PYTEST_ARGS)
 
 decoders: $(STAMP)
 	@echo "== every decoder of transformers"

@@ -30,8 +30,9 @@ from .passes.epilogue import may_project
 from .passes.lower import absorb, readings
 from .passes.normalise import logical, normalise, placeholders
 from .passes.readers import query_heads
-from .passes.sites import Matched, match
+from .passes.sites import Matched, Site, match
 from .passes.unprojected import without_projection
+from .prepared import Prepared
 from .records import Miss, Plan
 from .runtime import Compiled
 from .scalars import ByScalars, scalar_places
@@ -174,6 +175,7 @@ def examine(
                 query_heads=query_heads(site.reader) or site.decoder.width // site.head,
                 head_dim=site.head,
                 dtype_bytes=site.decoder.dtype.itemsize,
+                singular=tuple(sigma.tolist()),
             )
         )
     return found, matched.misses, complete(prepared, plan)
@@ -181,11 +183,21 @@ def examine(
 
 def plans(gm: GraphModule, example_inputs: Sequence[Any], many: Sequence[Options]) -> list[Plan]:
     """A plan for each of ``many`` options that differ in how bytes are given and spent only: weights are factorised
-    once. Raises what planning raises."""
-    canonical, matched, example_inputs = read_graph(gm, example_inputs, many[0])
-    builder = Builder(canonical, matched, many[0])
-    prepared = builder.prepared(matched.sites, example_inputs)
-    return [complete(prepared, builder.plan(prepared, options)) for options in many]
+    once for all budgets that keep the same sites as they are. Raises what planning raises."""
+    opened, take = in_parts(gm, example_inputs)
+    arguments = take(example_inputs)
+    canonical = normalise(opened, arguments)
+    matched, found = match(canonical), []
+    made: dict[tuple[bool, ...], tuple[Builder, dict[Site, Prepared]]] = {}
+    for options in many:
+        chosen = without_projection(matched, options)
+        kept = tuple(site.unprojected for site in chosen.sites)
+        if kept not in made:
+            builder = Builder(canonical, chosen, options)
+            made[kept] = builder, builder.prepared(chosen.sites, arguments)
+        builder, prepared = made[kept]
+        found.append(complete(prepared, builder.plan(prepared, options)))
+    return found
 
 
 def _untouched(gm: GraphModule, options: Options, why: LorcError) -> Callee:

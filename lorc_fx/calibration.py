@@ -225,10 +225,7 @@ def basis_of(site: SiteStatistics, gram: torch.Tensor, name: str = "") -> Basis:
         text = f"{name}: statistics of {site.tokens} tokens for {n} columns; the weight's own spectrum fills in"
         warnings.warn(f"{text}, more calibration text is better", QualityWarning, stacklevel=2)
     device, groups = gram.device, len(site.outer)
-    count = max(site.tokens, 1)
-    mean = (site.total / count).to(device)
-    centre = mean.unflatten(0, (groups, -1))
-    cov = (site.outer / count).to(device) - centre.unsqueeze(2) * centre.unsqueeze(1)
+    mean, cov = covariance(site, device)
     prior = _blocks(gram, groups)
     size, own = float(_trace(cov)), float(_trace(prior))
     scale = size / own if own > 0 and size > 0 else 1.0
@@ -245,6 +242,14 @@ def basis_of(site: SiteStatistics, gram: torch.Tensor, name: str = "") -> Basis:
     weighted = root @ c @ root
     energy, u = torch.linalg.eigh((weighted + weighted.mT) / 2)
     return _joined(root @ u, u.mT @ inverse, energy, means, absolute=not site.local)
+
+
+def covariance(site: SiteStatistics, device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean [n] and covariance within each group of columns [g, w, w] of the tokens that are no sinks, fp64."""
+    count = max(site.tokens, 1)
+    mean = (site.total / count).to(device)
+    centre = mean.unflatten(0, (len(site.outer), -1))
+    return mean, (site.outer / count).to(device) - centre.unsqueeze(2) * centre.unsqueeze(1)
 
 
 def _blocks(matrix: torch.Tensor, groups: int) -> torch.Tensor:

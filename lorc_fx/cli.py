@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lorc_fx import cli_machine
+from lorc_fx import cli_machine, cli_report
 from lorc_fx.cli_options import (
     BytesPerToken,
     Calibrated,
@@ -31,6 +31,7 @@ from lorc_fx.errors import ConflictingOptions
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 cli_machine.add_to(app)
+cli_report.add_to(app)
 SWEEP = "1.0"
 
 

@@ -62,11 +62,13 @@ def prompts(
     depths: Sequence[float] = DEPTHS,
     keys: int = 2,
     seed: int = 0,
+    limit: int | None = None,
 ) -> list[Prompt]:
     """``keys`` prompts for each length (tokens) and depth, each with its own city, number and piece of the text.
 
-    ``beginning`` and ``body`` are what ``texts.tokenized`` gives. Raises BadOption for a length that leaves no room for
-    a haystack, or a text that is shorter than the haystack.
+    ``beginning`` and ``body`` are what ``texts.tokenized`` gives; ``limit``: the positions that the model has. Raises
+    BadOption for a length that leaves no room for a haystack or is past the limit, or a text that is shorter than the
+    haystack.
     """
     draw = random.Random(seed)
     found = []
@@ -79,6 +81,8 @@ def prompts(
                 raise BadOption("needle_lengths", length, f"a number of tokens above {length - room}")
             if room > len(body):
                 raise BadOption("needle_lengths", length, f"at most {length - room + len(body)} for this text")
+            if limit is not None and length + len(answer) > limit:
+                raise BadOption("needle_lengths", length, f"at most {limit - len(answer)} for this model", LENGTHS)
             start = draw.randrange(len(body) - room + 1)
             hay = body[start : start + room]
             cut = round(depth * room)

@@ -22,7 +22,7 @@ from lorc_fx.errors import BadOption, QualityWarning
 from lorc_fx.evaluate import Scores, Show, bytes_per_token, compressed, first_prompt, token_scores
 from lorc_fx.models import load_model
 from lorc_fx.options import FIRST_PROMPT, FIRST_PROMPT_TOKENS, Options
-from lorc_fx.texts import read_text, tokenized
+from lorc_fx.texts import positions, read_text, tokenized
 
 PROMPT_TOKENS = 1024
 
@@ -112,18 +112,13 @@ def _material(
     beginning: torch.Tensor, body: torch.Tensor, model: Any, tokenizer: Any, text: Path, asked: Asked
 ) -> Material:
     """Raises BadOption for a text or lengths that do not fit each other or the model's positions."""
-    cut, limit = asked.prompt_tokens, getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    limit = limit or len(beginning) + len(body)
+    cut, limit = asked.prompt_tokens, positions(model) or len(beginning) + len(body)
     if len(body) < cut + 2:
         allowed = f"a text of at least {cut + 2} tokens, and this one has {len(body)}"
         raise BadOption("text", str(text), allowed, hint=" Give a longer text, or a smaller --prompt-tokens.")
     # one token more than are scored or read: the first is not scored, and the last is not read
     scored = torch.cat([beginning, body[cut:]])[: min(asked.tokens, limit) + 1]
-    needles = needle.prompts(beginning, body, tokenizer, asked.needle_lengths, keys=asked.needle_keys)
-    for prompt in needles:
-        if prompt.length + len(prompt.answer) > limit:
-            allowed = f"at most {limit - len(prompt.answer)} for this model"
-            raise BadOption("needle_lengths", prompt.length, allowed, needle.LENGTHS)
+    needles = needle.prompts(beginning, body, tokenizer, asked.needle_lengths, keys=asked.needle_keys, limit=limit)
     return Material(torch.cat([beginning, body[:cut]])[:limit], scored, asked.chunk, needles)
 
 

@@ -17,10 +17,10 @@ WIDTH, HEIGHT, DPI = 6.0, 3.6, 200
 """Inches per panel; 1200 pixels wide, so that half of that is still sharp."""
 
 
-def require() -> None:
-    """Raises MissingExtra where there is no matplotlib."""
+def require(what: str = "--plot") -> None:
+    """Raises MissingExtra of ``what`` where there is no matplotlib."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise MissingExtra("--plot", "matplotlib", "plot")
+        raise MissingExtra(what, "matplotlib", "plot")
 
 
 def paths(path: Path) -> tuple[Path, Path]:
@@ -53,10 +53,10 @@ def draw(result: dict[str, Any], path: Path, unit: str) -> tuple[Path, Path]:
         count = 1 if together else 2
         figure, axes = pyplot.subplots(count, 1, figsize=(WIDTH, HEIGHT * count), sharex=True, squeeze=False)
         top, bottom = axes[0, 0], axes[-1, 0]
-        _line(top, shares, predicted, BLUE, "o", "predicted")
+        line(top, shares, predicted, BLUE, "o", "predicted")
         top.set_ylabel(f"predicted loss\n({unit})")
         if added is not None:
-            _line(bottom, shares, added, ORANGE, "s", f"measured, {result['tokens']:,} tokens")
+            line(bottom, shares, added, ORANGE, "s", f"measured, {result['tokens']:,} tokens")
             bottom.set_ylabel("added loss\n(nats per token)")
         for axis in axes[:, 0]:
             axis.grid(True, which="major", color="#d9d9d9", linewidth=0.6)
@@ -79,7 +79,7 @@ def save(figure: Any, targets: tuple[Path, Path]) -> tuple[Path, Path]:
     return targets
 
 
-def _line(axis: Any, x: Sequence[float], y: Sequence[float], colour: str, marker: str, label: str) -> None:
+def line(axis: Any, x: Sequence[float], y: Sequence[float], colour: str, marker: str, label: str) -> None:
     """On a logarithmic scale where all losses are positive (a measured one may be below the dense model's)."""
     axis.plot(x, y, color=colour, marker=marker, linewidth=1.8, markersize=5, label=label)
     if min(y) > 0 and (not axis.lines[:-1] or axis.get_yscale() == "log"):

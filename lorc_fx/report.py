@@ -31,7 +31,8 @@ STEP_TOKENS = 8192
 class SiteReport:
     """One site: widths and ranks in columns, ``segments`` how many of them at which precision, bytes per token,
     ``energy`` the share of the site's energy (without statistics: of its weight's squared singular values) that the
-    stored columns hold, ``lowering`` how a decode step reads it."""
+    stored columns hold, ``lowering`` how a decode step reads it, ``singular`` its weight's singular values, descending
+    (too many for ``Report.json``)."""
 
     layer: int
     kind: str
@@ -53,12 +54,17 @@ class SiteReport:
     query_heads: int
     head_dim: int
     dtype_bytes: int
+    singular: tuple[float, ...] = ()
 
     def sizes(self, tokens: int, batch: int) -> dict[str, int]:
         """What ``cost.counted`` needs for one decode step."""
         kept = tokens if self.window is None else min(tokens, self.window)
         sizes = {"B": batch, "T": kept, "S": 1, "H": self.query_heads, "D": self.head_dim, "n": self.width}
         return sizes | {"k": self.latent_width, "w": self.row_bytes, "e": self.dtype_bytes}
+
+    def line(self) -> dict[str, Any]:
+        """As plain data, without the singular values."""
+        return {name: v for name, v in asdict(self).items() if name != "singular"} | {"segments": self.precision()}
 
     def precision(self) -> str:
         """The stored columns in words: "115", or "64 x 8 bits + 128 x 4 bits"."""
@@ -166,7 +172,7 @@ class Report:
         """All of it as plain data."""
         coded, dense = self.step_seconds(STEP_TOKENS) if self.sites else (0.0, 0.0)
         return {
-            "sites": [{**asdict(s), "segments": s.precision()} for s in self.sites],
+            "sites": [s.line() for s in self.sites],
             "misses": [asdict(m) for m in self.misses],
             "bytes_per_token": self.bytes_per_token,
             "bytes_per_token_dense": self.bytes_per_token_dense,

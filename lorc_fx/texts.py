@@ -9,6 +9,9 @@ import torch
 
 from lorc_fx.errors import BadModel, BadOption
 
+ROW_TOKENS = 1024
+"""Tokens of a row of text, where a text is cut into rows."""
+
 
 def read_text(path: Path) -> str:
     """A file in UTF-8. Raises BadOption (of the option ``text``)."""
@@ -26,3 +29,16 @@ def tokenized(written: str, tokenizer: Any, model: object) -> tuple[torch.Tensor
     ids = torch.tensor(tokenizer(written, verbose=False).input_ids, dtype=torch.int64)
     begins = tokenizer.bos_token_id is not None and len(ids) > 0 and int(ids[0]) == tokenizer.bos_token_id
     return ids[: int(begins)], ids[int(begins) :]
+
+
+def positions(model: Any) -> int | None:
+    """The tokens that a text may have at most for ``model``; None where its config does not say."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def rows_of(beginning: torch.Tensor, body: torch.Tensor, tokens: int, row: int = ROW_TOKENS) -> list[torch.Tensor]:
+    """At most ``tokens`` tokens of a text (both parts of it as ``tokenized`` gives them) as rows of at most ``row``,
+    int64 [2 or more], each of which begins as a text does."""
+    parts = body[: tokens - len(beginning)].split(row - len(beginning))
+    rows = [torch.cat([beginning, part]) for part in parts]
+    return [ids for ids in rows if len(ids) > 1]

@@ -34,6 +34,7 @@ from lorc_fx.kernels import launch, tiled
 from importlib import resources
 assert resources.files("lorc_fx.kernels").joinpath("attend.cpp").is_file()
 assert resources.files("lorc_fx").joinpath("data/text.txt").is_file()
+assert resources.files("lorc_fx").joinpath("data/report.html.j2").is_file()
 print("works")
 """
 

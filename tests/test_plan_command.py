@@ -83,6 +83,17 @@ def test_a_sweep_predicts_what_each_plan_says() -> None:
     assert not plans[0].nats
 
 
+def test_budgets_of_a_sweep_keep_each_what_they_would_alone(folder: Path) -> None:
+    """Where there are bytes some sites are cached as they are, at few none is: in one sweep too."""
+    model, ratios = tiny.llama(heads=8, kv_heads=8), (0.3, 0.15)
+    known = lorc_fx.Calibration.load(folder / "plain.calibration")
+    plans = plan_command.planned(model, [Options.parse({"ratio": r, "calibration": known}) for r in ratios])
+    assert [any(not s.projected for s in plan.sites) for plan in plans] == [True, False]
+    for found, ratio in zip(plans, ratios, strict=True):
+        options = {"ratio": ratio, "calibration": known}
+        assert found == lorc_fx.make_plan(model, torch.arange(1, 17)[None], options=options)
+
+
 def test_predicted_nats_are_half_the_energy() -> None:
     """Second order: dropping a column of energy L in the metric of the gradients costs L / 2 nats per token."""
     site = Columns((3.0, 2.0, 1.0), (MODEL,), 4, 1, 1)
