@@ -27,7 +27,7 @@ def main(path: str | None = None, **options: Any) -> dict[str, Any]:
     inputs = tokenizer("the river bends", return_tensors="pt").to(device)
     out = model.generate(**inputs, max_new_tokens=8, do_sample=False, return_dict_in_generate=True)
     cache = out[cache_keyword(model)]
-    print(f"on {model.hf_device_map}: {tokenizer.decode(out.sequences[0])!r}")
+    print(f"on {model.device}: {tokenizer.decode(out.sequences[0])!r}")
     print(f"{lorc_fx.cache_nbytes(cache, used=True):,} bytes of cache")
     return {"model": model, "inputs": inputs, "tokens": out.sequences, "cache": cache}
 

@@ -39,6 +39,8 @@ if __name__ == "__main__":
     if len(sys.argv) < 2 or not dist.is_torchelastic_launched():
         sys.exit("usage: torchrun --nproc-per-node 2 examples/tensor_parallel.py MODEL [OPTIONS AS JSON]")
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    print(json.dumps(main(sys.argv[1], **json.loads(sys.argv[2] if len(sys.argv) > 2 else "{}"))), flush=True)
-    dist.barrier()
+    found = [None] * dist.get_world_size()
+    dist.all_gather_object(found, main(sys.argv[1], **json.loads(sys.argv[2] if len(sys.argv) > 2 else "{}")))
+    if dist.get_rank() == 0:
+        print("\n".join(map(json.dumps, found)))
     dist.destroy_process_group()

@@ -27,7 +27,7 @@ from .cost import seconds, typical
 from .epilogue import aten, from_rows
 from .operands import features, selection
 from .readers import query_heads
-from .sites import Matched, Site
+from .sites import Matched, Site, affordable
 
 IDENTITY, AUTO = "identity", "auto"
 
@@ -46,10 +46,11 @@ what a mix does)."""
 
 
 def without_projection(matched: Matched, options: Options) -> Matched:
-    """``matched`` where the sites that ``options`` (or the cache that comes in) want unprojected are so."""
+    """``matched`` where the sites that ``options`` (or the cache that comes in) want unprojected are so. Only then is it
+    known what the others keep beside their codes, and whether that is too much."""
     chosen = _chosen(matched, options)
     sites = tuple(_unprojected(site) if _wanted(site, chosen) else site for site in matched.sites)
-    return matched if sites == matched.sites else replace(matched, sites=sites)
+    return affordable(matched if sites == matched.sites else replace(matched, sites=sites))
 
 
 def _chosen(matched: Matched, options: Options) -> set[Site]:
