@@ -2,7 +2,8 @@
 
 python examples/assisted.py [MODEL [DRAFT]]     (default draft: the model itself, which is always right)
 
-Tokens are those of the compressed model alone, whatever the draft says: what is thrown away is cut from both caches.
+Tokens are those of the compressed model alone, whatever the draft says: what is thrown away is cut from both
+caches.
 """
 
 import sys

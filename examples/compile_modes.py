@@ -2,7 +2,7 @@
 
 python examples/compile_modes.py [MODEL [MODE]]     (a mode of inductor: reduce-overhead, max-autotune, ...)
 
-``mode`` beside ``options`` is refused by torch.compile, so it is an option of ours too; without options both work. It is
+torch.compile refuses ``mode`` beside ``options``, so it is an option of ours too; without options both work. It is
 the mode of the inner compiler: inductor has modes, inner="eager" has none and refuses one.
 """
 

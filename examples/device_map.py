@@ -2,8 +2,8 @@
 
 python examples/device_map.py [MODEL]
 
-On one device ``device_map`` adds no hooks, so all is as without it. Over several devices, or with parts on disk, hooks
-on every module end the graph at each of them: then nothing is compressed, and a warning says so.
+On one device ``device_map`` adds no hooks, so all is as without it. Over several devices, or with parts on disk,
+hooks on every module end the graph at each of them: then nothing is compressed, and a warning says so.
 """
 
 import sys

@@ -2,8 +2,8 @@
 
 python examples/exporting.py [MODEL]
 
-An exported program is one graph of plain tensors, so it cannot make a compressed cache. It can read one: a compressed
-cache may be an input of it, and is decoded where it goes in (``strict=False``, which is torch's default).
+An exported program is one graph of plain tensors, so it cannot make a compressed cache. It can read one: a
+compressed cache may be an input of it, and is decoded where it goes in (``strict=False``, which is torch's default).
 """
 
 import sys

@@ -2,9 +2,9 @@
 
 python examples/layer_by_layer.py [MODEL]
 
-Dynamo makes graphs for each layer (the cache is told its number), so its limits must be raised. A layer is given cosines
-and sines, not positions, and keys that must be decoded need them again: see docs/beside.md. Compiling the whole model
-has neither limit.
+Dynamo makes graphs for each layer (the cache is told its number), so its limits must be raised. A layer is given
+cosines and sines, not positions, and keys that must be decoded need them again: see docs/beside.md. Compiling the
+whole model has neither limit.
 """
 
 import sys

@@ -2,8 +2,8 @@
 
 python examples/peft_adapters.py [MODEL]     (extra `adapted`)
 
-Compile ``get_base_model()``: that is what ``generate`` calls, and the adapters lie inside it. Codecs follow the adapter
-that is active; Dynamo compiles once for each set of adapters.
+Compile ``get_base_model()``: that is what ``generate`` calls, and the adapters lie inside it. Codecs follow the
+adapter that is active; Dynamo compiles once for each set of adapters.
 """
 
 import sys

@@ -2,8 +2,8 @@
 
 python examples/static_cache.py [MODEL]
 
-``CompileConfig(backend="lorc")`` compiles decode steps only, after an uncompiled prefill has filled a dense cache: that
-cache stays dense and right, with a warning (on a CPU transformers compiles under a private switch alone).
+``CompileConfig(backend="lorc")`` compiles decode steps only, after an uncompiled prefill has filled a dense cache:
+that cache stays dense and right, with a warning (on a CPU transformers compiles under a private switch alone).
 """
 
 import sys

@@ -2,8 +2,8 @@
 
 python examples/torchao_int8.py [MODEL]     (extra `adapted`)
 
-Quantise first, then compile: what is coded is what the quantised weights make. Configs that quantise activations to
-integers too (``Int8DynamicActivationInt8WeightConfig``) leave the cache dense, with a warning that says why.
+Quantise first, then compile: what is coded is what the quantised weights make. Configs that quantise activations
+to integers too (``Int8DynamicActivationInt8WeightConfig``) leave the cache dense, with a warning that says why.
 """
 
 import sys

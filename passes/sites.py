@@ -165,9 +165,9 @@ def _not_understood(why: NoSite) -> Miss:
 
 
 def affordable(matched: Matched) -> Matched:
-    """``matched`` less the groups that would keep more of each token beside its codes than ``SIDE_SHARE`` of the dense
-    bytes, with what they share counted once, where they can share. Those are misses. Sites that are unprojected keep
-    nothing beside."""
+    """``matched`` less the groups that would keep more of each token beside its codes than ``SIDE_SHARE`` of the
+    dense bytes, with what they share counted once, where they can share: those are misses. Sites that are unprojected
+    keep nothing beside."""
     together: dict[Any, list[Site]] = {}
     for site in matched.sites:
         if site.decoder.side is not None and site.decoder.side.width is not None:

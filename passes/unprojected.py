@@ -46,8 +46,8 @@ what a mix does)."""
 
 
 def without_projection(matched: Matched, options: Options) -> Matched:
-    """``matched`` where the sites that ``options`` (or the cache that comes in) want unprojected are so. Only then is it
-    known what the others keep beside their codes, and whether that is too much."""
+    """``matched`` where the sites that ``options`` (or the cache that comes in) want unprojected are so. Only then is
+    it known what the others keep beside their codes, and whether that is too much."""
     chosen = _chosen(matched, options)
     sites = tuple(_unprojected(site) if _wanted(site, chosen) else site for site in matched.sites)
     return affordable(matched if sites == matched.sites else replace(matched, sites=sites))
