@@ -16,7 +16,10 @@ import lorc_fx
 from lorc_fx.evaluate import cache_keyword
 from lorc_fx.models import load_model
 
-PLAIN = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
+PLAIN = (
+    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
 TURNS = ("where does the river bend", "why there", "and then")
 
 

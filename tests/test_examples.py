@@ -21,6 +21,7 @@ from transformers import LlamaForCausalLM
 
 from bench.zoo import randomise
 from helpers import assert_close, assert_tokens, latents
+from lorc_fx import latent_ops
 from lorc_fx.errors import DenseCacheWarning, EagerWarning
 from lorc_fx.latent import LatentKV, cache_nbytes
 from lorc_fx.models import load_model
@@ -223,12 +224,13 @@ def test_a_strict_export_refuses_a_compressed_cache(checkpoint: str, quiet: None
         torch.export.export(found["step"], (found["ids"][:, -1:], keys, values), strict=True)
 
 
-def test_layer_by_layer(tmp_path: Path) -> None:
+def test_layer_by_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """More graphs than Dynamo's limit: the example raises it. Without that later layers stay dense, and right."""
     path = made(tmp_path, 8, 8, layers=6)
     want = dense(path)
     agree(example("layer_by_layer").main(path, **EXACT), want)
     torch._dynamo.reset()
+    monkeypatch.setattr(latent_ops, "_hinted", set())  # it is said once per process
     model, _ = load_model(path, dtype=None)
     for layer in model.model.layers:
         layer.compile(backend="lorc", options=EXACT)
