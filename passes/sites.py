@@ -164,29 +164,29 @@ def _not_understood(why: NoSite) -> Miss:
     return Miss(why.node.name, "not understood", why.reason, source_line(why.node), why.step)
 
 
-def affordable(matched: Matched) -> Matched:
-    """``matched`` less the groups that would keep more of each token beside its codes than ``SIDE_SHARE`` of the
-    dense bytes, with what they share counted once, where they can share: those are misses. Sites that are unprojected
-    keep nothing beside."""
+def costly(matched: Matched) -> dict[Group, Miss]:
+    """Groups that would keep more of each token beside its codes than ``SIDE_SHARE`` of the dense bytes, with what they
+    share counted once, where they can share. Sites that are unprojected keep nothing beside."""
     together: dict[Any, list[Site]] = {}
     for site in matched.sites:
         if site.decoder.side is not None and site.decoder.side.width is not None:
             key = (site.rows.sides, id(site.group.find()) if site.group.in_place else site.window)
             together.setdefault(key, []).append(site)
-    costly: dict[Group, Miss] = {}
+    found: dict[Group, Miss] = {}
     for (sides, _), items in together.items():
         side = items[0].decoder.side
         dense = {s.group: math.prod(x for x in s.decoder.layout if isinstance(x, int)) for s in items}
         size = sum(dense.values()) * items[0].decoder.dtype.itemsize
         if side is not None and side.nbytes > SIDE_SHARE * size:
             reason = f"it needs {side.nbytes} bytes per token beside the projection, and the cache {size}"
-            costly |= {group: _not_understood(NoSite(sides[0][0], reason, INSIDE)) for group in dense}
-    if not costly:
-        return matched
-    sites = tuple(site for site in matched.sites if site.group not in costly)
-    return replace(
-        matched, sites=sites, misses=(*matched.misses, *costly.values()), coded=matched.coded - costly.keys()
-    )
+            found |= {group: _not_understood(NoSite(sides[0][0], reason, INSIDE)) for group in dense}
+    return found
+
+
+def without(matched: Matched, lost: dict[Group, Miss]) -> Matched:
+    """``matched`` with the groups ``lost`` left dense."""
+    sites = tuple(site for site in matched.sites if site.group not in lost)
+    return replace(matched, sites=sites, misses=(*matched.misses, *lost.values()), coded=matched.coded - lost.keys())
 
 
 _CUTS = {aten.slice.Tensor, aten.select.int, aten.split.Tensor, aten.split_with_sizes.default, operator.getitem}
