@@ -65,15 +65,20 @@ class Seen:
 @contextlib.contextmanager
 def watching(seen: Seen) -> Iterator[None]:
     """The pipeline's stages, with a note of what passes between them."""
-    match, made, rewrite = backend.match, builder.Builder.made, builder.rewrite
+    match, settle = backend.match, backend.without_projection
+    made, rewrite = builder.Builder.made, builder.rewrite
 
     def matching(graph: Any) -> Any:
         found = match(graph)
         seen.sites |= {s.name: s.decoder.words for s in found.sites}
-        seen.misses |= {m.reason: m.kind for m in found.misses}
         chains = {node for site in found.sites for node, _ in site.rows.chain.nodes}
         seen.also |= {s.name for s in found.sites if any(set(w.users) - chains for w in s.weights)}
         return found
+
+    def settling(found: Any, options: Any) -> Any:
+        settled = settle(found, options)
+        seen.misses |= {m.reason: m.kind for m in settled.misses}
+        return settled
 
     def making(self: Any, prepared: Any, plan: Any, arguments: Any) -> Any:
         for (site, p), line in zip(prepared.items(), plan.sites, strict=True):
@@ -90,6 +95,7 @@ def watching(seen: Seen) -> Iterator[None]:
 
     with (
         mock.patch.object(backend, "match", matching),
+        mock.patch.object(backend, "without_projection", settling),
         mock.patch.object(builder, "rewrite", rewriting),
         mock.patch.object(builder.Builder, "made", making),
         warnings.catch_warnings(record=True) as caught,

@@ -7,7 +7,7 @@ import math
 import operator
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -130,10 +130,6 @@ def match(gm: GraphModule) -> Matched:
                 coded.add(group)
         except NoSite as why:
             misses.append(_not_understood(why))
-    for group, why in _costly(found).items():
-        misses.append(_not_understood(why))
-        found = [item for item in found if item[2] is not group]
-        coded.discard(group)
     for write in caches.dense:
         try:
             facts.describe(write.rows, write.token)
@@ -168,23 +164,29 @@ def _not_understood(why: NoSite) -> Miss:
     return Miss(why.node.name, "not understood", why.reason, source_line(why.node), why.step)
 
 
-def _costly(found: list[Found]) -> dict[Group, NoSite]:
-    """Groups that would keep more of each token beside its codes than ``SIDE_SHARE`` of the dense bytes: with what they
-    share counted once, where they can share."""
-    together: dict[Any, list[Found]] = {}
-    for item in found:
-        _, rows, group, decoder, _ = item
-        if decoder.side is not None and decoder.side.width is not None:
-            together.setdefault((rows.sides, id(group) if group.in_place else group.window), []).append(item)
-    costly = {}
+def costly(matched: Matched) -> dict[Group, Miss]:
+    """Groups that would keep more of each token beside its codes than ``SIDE_SHARE`` of the dense bytes, with what they
+    share counted once, where they can share. Sites that are unprojected keep nothing beside."""
+    together: dict[Any, list[Site]] = {}
+    for site in matched.sites:
+        if site.decoder.side is not None and site.decoder.side.width is not None:
+            key = (site.rows.sides, id(site.group.find()) if site.group.in_place else site.window)
+            together.setdefault(key, []).append(site)
+    found: dict[Group, Miss] = {}
     for (sides, _), items in together.items():
-        side = items[0][3].side
-        dense = {group: math.prod(x for x in d.layout if isinstance(x, int)) for _, _, group, d, _ in items}
-        size = sum(dense.values()) * items[0][3].dtype.itemsize
+        side = items[0].decoder.side
+        dense = {s.group: math.prod(x for x in s.decoder.layout if isinstance(x, int)) for s in items}
+        size = sum(dense.values()) * items[0].decoder.dtype.itemsize
         if side is not None and side.nbytes > SIDE_SHARE * size:
             reason = f"it needs {side.nbytes} bytes per token beside the projection, and the cache {size}"
-            costly |= {group: NoSite(sides[0][0], reason, INSIDE) for group in dense}
-    return costly
+            found |= {group: _not_understood(NoSite(sides[0][0], reason, INSIDE)) for group in dense}
+    return found
+
+
+def without(matched: Matched, lost: dict[Group, Miss]) -> Matched:
+    """``matched`` with the groups ``lost`` left dense."""
+    sites = tuple(site for site in matched.sites if site.group not in lost)
+    return replace(matched, sites=sites, misses=(*matched.misses, *lost.values()), coded=matched.coded - lost.keys())
 
 
 _CUTS = {aten.slice.Tensor, aten.select.int, aten.split.Tensor, aten.split_with_sizes.default, operator.getitem}

@@ -7,7 +7,9 @@ levels.
 
 ``auto`` is joint, but where that is predicted to be slower than the dense cache: keys that would have to be decoded at
 each step (rotated or normed ones), and what a device reads more slowly as latents of all heads than head by head. It
-needs bits: at few, dropping columns by what they hold is worth more.
+needs bits: at few, dropping columns by what they hold is worth more. At any number of bits it is identity where
+decoding would need more beside the codes than ``sites.SIDE_SHARE`` (cosines of each token, say, of a layer that is
+compiled by itself): dense is what is left else.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from .cost import seconds, typical
 from .epilogue import aten, from_rows
 from .operands import features, selection
 from .readers import query_heads
-from .sites import Matched, Site
+from .sites import Matched, Site, costly, without
 
 IDENTITY, AUTO = "identity", "auto"
 
@@ -46,9 +48,18 @@ what a mix does)."""
 
 
 def without_projection(matched: Matched, options: Options) -> Matched:
-    """``matched`` where the sites that ``options`` (or the cache that comes in) want unprojected are so."""
-    chosen = _chosen(matched, options)
-    sites = tuple(_unprojected(site) if _wanted(site, chosen) else site for site in matched.sites)
+    """``matched`` where the sites that ``options`` (or the cache that comes in) want unprojected are so. Only then is
+    it known what the others keep beside their codes. Where that is too much, ``auto`` keeps them as they are too, at
+    whatever bits there are; what no option lets be unprojected stays dense."""
+    found = _as_they_are(matched, _chosen(matched, options))
+    if options.plan is None and options.precision == "auto":
+        lost = costly(found)
+        found = _as_they_are(found, {s for s in found.sites if s.group in lost and options.basis_for(s.kind) == AUTO})
+    return without(found, costly(found))
+
+
+def _as_they_are(matched: Matched, chosen: set[Site]) -> Matched:
+    sites = tuple(s if s.unprojected or not _wanted(s, chosen) else _unprojected(s) for s in matched.sites)
     return matched if sites == matched.sites else replace(matched, sites=sites)
 
 

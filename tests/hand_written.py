@@ -218,12 +218,12 @@ def run(call, cache=None, tokens=9, steps=3, turn=False):
     return torch.cat(logits, 1), cache
 
 
-def check(model, ratio=1.0, cache=None, **how):
+def check(model, ratio=1.0, cache=None, basis="auto", **how):
     """The compiled model is the eager one at full rank; returns (values in the cache, graphs, messages)."""
     again = None if cache is None else [tuple(t.clone() for t in pair) for pair in cache]
     want, _ = run(model, again, **how)
     recorder = Recorder()
-    call = torch.compile(model, backend="lorc", options=options(ratio=ratio, inner=recorder))
+    call = torch.compile(model, backend="lorc", options=options(ratio=ratio, inner=recorder, basis=basis))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         got, cache = run(call, cache, **how)

@@ -72,6 +72,13 @@ def test_angles_as_inputs_of_the_call():
     assert any("bytes per token beside the projection" in text for text in said), said
 
 
+def test_angles_as_inputs_cost_nothing_where_keys_are_kept_as_they_are():
+    """Nothing is decoded then, so nothing is kept beside."""
+    values, _, said = check(decoder(), turn=True, basis="identity")
+    assert all(isinstance(v, LatentKV) for v in values) and not said, said
+    assert all(k.positions is None for k in values[::2])
+
+
 @pytest.mark.parametrize("ratio", [1.0, 0.75])
 def test_angles_as_inputs_are_kept_where_that_costs_little(monkeypatch, ratio):
     """They are kept for each token, once for all layers that share them."""
