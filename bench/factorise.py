@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from bench.resident import resident, reset_peak
 from bench.run import machine
 from lorc_fx import PAPER
 from lorc_fx.codec import Codec, prior_basis
@@ -104,18 +105,6 @@ class Clock:
         self.wall.setdefault(what, []).append(time.perf_counter() - wall)
         self.cpu.setdefault(what, []).append(time.process_time() - cpu)
         return made
-
-
-def resident(field: str) -> int:
-    """Bytes of this process: ``VmRSS`` now, ``VmHWM`` at most since ``reset_peak``."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
-
-
-def reset_peak() -> int:
-    """Bytes now, from which a new peak counts."""
-    Path("/proc/self/clear_refs").write_text("5")
-    return resident("VmRSS")
 
 
 def layer_by_layer(shape: Shape, dtype: torch.dtype, layers: int) -> dict[str, Any]:

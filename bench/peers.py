@@ -3,9 +3,10 @@
     python -m bench.peers --handbook FOLDER [--only lorc] [--kvpress-venv FOLDER] [--out bench/results/peers.json]
 
 Two protocols on the held-out text of ``bench.quality``: ``chunks``, fed in chunks of 32, so that the cache is read from
-the first chunk on (transformers' QuantizedCache: pip install optimum-quanto hqq, the extra ``peers``); and ``prompt``,
-2048 tokens in one piece, after which the rest is scored in one pass (kvpress, in an environment of its own, which is
-made in ``--kvpress-venv`` if it is not there). Groups that are not named in ``--only`` keep their rows in the file.
+the first chunk on (transformers' QuantizedCache: pip install optimum-quanto hqq, the extra ``peers``; LoRC as published,
+``bench.straightforward``); and ``prompt``, 2048 tokens in one piece, after which the rest is scored in one pass (kvpress,
+in an environment of its own, which is made in ``--kvpress-venv`` if it is not there). Groups that are not named in
+``--only`` keep their rows in the file.
 
 Bytes are those of keys and values shown, scales, zero points, positions and dense residual tokens included, and
 ``fraction`` is of the 16-bit cache of the same tokens. QuantizedCache refuses sliding windows; here it is told that all
@@ -16,7 +17,6 @@ cache that it is compared with.
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import math
 import subprocess
@@ -34,18 +34,22 @@ import torch
 import lorc_fx
 from bench import kvpress_rows
 from bench.environments import environment
+from bench.peer_steps import quantized_cache, shown, stored
 from bench.prompted import prompted
 from bench.quality import METHODS, RESULTS, Text, calibrations, read_text
 from bench.run import machine
+from bench.straightforward import straightforward
 from lorc_fx import models
 from lorc_fx.console import write_json
-from lorc_fx.evaluate import cache_bytes, cache_keyword, chunked_loss, compressed
+from lorc_fx.evaluate import cache_keyword, chunked_loss, compressed
 
 TOKENS, CHUNK, PROMPT = 4096, 32, 2048
 COMPRESSIONS = (0.5, 0.75, 0.9)
 #: of lorc in the prompt protocol; in chunks it gets the bytes of each quantized cache
 RATIOS = (0.5, 0.25, 0.1)
 LORC = ("calibrated", "calibrated with gradients")
+#: of LoRC as published
+PUBLISHED = 0.5
 
 #: backend -> setting -> arguments of QuantizedCache. KIVI's axes (keys by channel, values by token) need groups that
 #: divide the first chunk. hqq's other axis groups tokens far apart; its 3 bits fail where 10 does not divide the rows.
@@ -77,16 +81,6 @@ class Setup(NamedTuple):
         return self.text.scored[0][None]
 
 
-def shown(cache: Any) -> dict[str, int]:
-    """Bytes shown by a dense or latent cache, and all storages behind them (spare capacity, what a window cut off)."""
-    return {"bytes": lorc_fx.cache_nbytes(cache, used=True), "held_bytes": cache_bytes(cache)}
-
-
-def stored(cache: Any) -> dict[str, int]:
-    """Bytes of a QuantizedCache, which has no spare: its tensors lie in dicts and in tensor subclasses."""
-    return {"bytes": cache_bytes(cache), "held_bytes": cache_bytes(cache)}
-
-
 def in_chunks(setup: Setup, cache: Any, count: Callable[[Any], dict[str, int]] = shown) -> Row:
     """Loss and bytes with this cache, fed in chunks."""
     loss = chunked_loss(setup.model, setup.ids[0], CHUNK, cache=cache)
@@ -115,16 +109,27 @@ def dense(setup: Setup) -> Iterator[Row]:
     yield {"setting": "", **after_prompt(setup)}
 
 
+def static(setup: Setup) -> Iterator[Row]:
+    """transformers' StaticCache, with room for the text: its loss is the dense one's but for rounding."""
+    from transformers import StaticCache
+
+    cache = StaticCache(config=setup.model.config, max_cache_len=setup.ids.shape[1])
+    yield {"setting": "", **in_chunks(setup, cache)}
+
+
+def published(setup: Setup) -> Iterator[Row]:
+    """LoRC as published, by the straightforward implementation."""
+    with straightforward(setup.model, PUBLISHED):
+        for measure in (lambda: in_chunks(setup, dense_cache(setup)), lambda: after_prompt(setup)):
+            yield {"setting": f"{PUBLISHED:g}", **measure()}
+
+
 def quantized(backend: str) -> Callable[[Setup], Iterator[Row]]:
     """transformers' QuantizedCache with this backend."""
 
     def measure(setup: Setup) -> Iterator[Row]:
-        from transformers import QuantizedCache
-
-        config = copy.deepcopy(setup.model.config)
-        config.layer_types = ["full_attention"] * config.num_hidden_layers
         for setting, given in QUANTIZED[backend].items():
-            cache = QuantizedCache(backend=backend, config=config, **given)
+            cache = quantized_cache(setup.model.config, {"backend": backend, **given})
             yield {"setting": setting, "given": given, **in_chunks(setup, cache, stored)}
 
     return measure
@@ -147,9 +152,10 @@ def kvpress(setup: Setup) -> Iterator[Row]:
     python = environment(setup.options.kvpress_venv, kvpress_rows.REQUIREMENTS)
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder, "in.json"), Path(folder, "out.json")
-        checkpoint = setup.options.model or models.demo_checkpoint()
+        checkpoint = Path(setup.options.model or models.demo_checkpoint()).expanduser()
         given = {"checkpoint": str(checkpoint), "ids": setup.ids[0].tolist(), "prompt": setup.options.prompt}
-        source.write_text(json.dumps({**given, "compressions": COMPRESSIONS}))
+        given |= {"dtype": str(setup.model.dtype).removeprefix("torch."), "compressions": COMPRESSIONS}
+        source.write_text(json.dumps(given))
         command = [python, "-m", "bench.kvpress_rows", source, target]
         subprocess.run(command, check=True, cwd=Path(__file__).parents[1])
         found = json.loads(target.read_text())
@@ -159,6 +165,8 @@ def kvpress(setup: Setup) -> Iterator[Row]:
 
 GROUPS: dict[str, Callable[[Setup], Iterator[Row]]] = {
     "dense": dense,
+    "static": static,
+    "straightforward": published,
     **{backend: quantized(backend) for backend in QUANTIZED},
     "kvpress": kvpress,
     "lorc": lorc,

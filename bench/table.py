@@ -144,6 +144,41 @@ def peers(result: dict[str, Any]) -> str:
     return markdown(["cache", "protocol", "bytes, of 16-bit", "added loss"], lines)
 
 
+def peers_run(result: dict[str, Any]) -> str:
+    """Loss, bytes held, time as a share of DynamicCache's and peak memory, a row per model and cache, by context."""
+    found: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
+    for row in sorted(result["rows"], key=lambda row: not row["timed"]):
+        if row["when"] != "end":
+            found.setdefault((row["model"], row["peer"]), {}).setdefault(row["context"], row)
+    contexts = sorted({row["context"] for row in result["rows"]})
+
+    def cell(rows: dict[int, dict[str, Any]], key: str, shape: Callable[[float], str]) -> str:
+        values = [rows.get(context, {}).get(key) for context in contexts]
+        return " / ".join("–" if value is None else shape(value) for value in values)
+
+    lines = []
+    for loss in result["losses"]:
+        rows = found.get((loss["model"], loss["peer"]), {})
+        base = any(row["when"] for row in rows.values())  # what the others' times are shares of
+        known = loss["added"] is not None
+        told = [f"{loss['fraction']:.3f}", f"{100 * loss['added']:+.2f} %"] if known else ["–", "–"]
+        times = [
+            cell(rows, f"{what}_median_s", lambda s: f"{1e3 * s:.0f} ms") if base else cell(rows, key, "{:.2f}".format)
+            for what, key in (("prefill", "prefill_ratio"), ("decode", "decode_ratio"))
+        ]
+        sizes = [cell(rows, key, lambda b: f"{b / 2**20:.1f}") for key in ("held_bytes", "decode_peak_bytes")]
+        lines.append([f"{loss['model']}: {loss['peer']}", *told, sizes[0], *times, sizes[1]])
+    at = " / ".join(map(str, contexts))
+    header = ["cache", "bytes, of 16-bit", "added loss", f"MiB held at {at} tokens", "prefill", "decode step"]
+    weights = "; ".join(f"{name}: {about['weights']}" for name, about in result["models"].items())
+    table = markdown([*header, "peak while decoding, MiB"], lines)
+    said = [f"Weights: {weights}."]
+    if drift := result.get("drift"):
+        apart = [f"{100 * max(abs(row[what]) for row in drift):.0f} % in {what}" for what in ("prefill", "decode")]
+        said.append(f"DynamicCache at the start and at the end of a context differs by at most {' and '.join(apart)}.")
+    return f"{table}\n\n{' '.join(said)}"
+
+
 def ablation(result: dict[str, Any]) -> str:
     """Divergence and added loss with one part changed, a pair of columns per ratio."""
     found = {(row["change"], row["ratio"]): row for row in result["rows"]}
@@ -227,6 +262,7 @@ TABLES: dict[str, list[Callable[[dict[str, Any]], str]]] = {
     "quality-mha": [quality],
     "quality-gqa": [quality],
     "peers": [peers],
+    "peers-run": [peers_run],
     "ablation": [ablation],
     "demo": [demo],
     "bounds": [certificates],
