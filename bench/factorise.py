@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from bench.resident import resident, reset_peak
+from bench.resident import reset_peak, resident
 from bench.run import machine
 from lorc_fx import PAPER
 from lorc_fx.codec import Codec, prior_basis

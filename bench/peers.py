@@ -2,11 +2,11 @@
 
     python -m bench.peers --handbook FOLDER [--only lorc] [--kvpress-venv FOLDER] [--out bench/results/peers.json]
 
-Two protocols on the held-out text of ``bench.quality``: ``chunks``, fed in chunks of 32, so that the cache is read from
-the first chunk on (transformers' QuantizedCache: pip install optimum-quanto hqq, the extra ``peers``; LoRC as published,
-``bench.straightforward``); and ``prompt``, 2048 tokens in one piece, after which the rest is scored in one pass (kvpress,
-in an environment of its own, which is made in ``--kvpress-venv`` if it is not there). Groups that are not named in
-``--only`` keep their rows in the file.
+Two protocols on the held-out text of ``bench.quality``. ``chunks``: fed in chunks of 32, so that the cache is read from
+the first chunk on (transformers' QuantizedCache: pip install optimum-quanto hqq, the extra ``peers``; LoRC as
+published, ``bench.straightforward``). ``prompt``: 2048 tokens in one piece, after which the rest is scored in one pass
+(kvpress, in an environment of its own, which is made in ``--kvpress-venv`` if it is not there). Groups that are not
+named in ``--only`` keep their rows in the file.
 
 Bytes are those of keys and values shown, scales, zero points, positions and dense residual tokens included, and
 ``fraction`` is of the 16-bit cache of the same tokens. QuantizedCache refuses sliding windows; here it is told that all
@@ -31,7 +31,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-import lorc_fx
 from bench import kvpress_rows
 from bench.environments import environment
 from bench.peer_steps import quantized_cache, shown, stored

@@ -33,7 +33,7 @@ class Material:
 
 
 def material(name: str, handbook: str | None, tokens: int) -> Material:
-    """Makes what is not there: a converted or random checkpoint, a calibration. ``tokens``: how long the text must be."""
+    """Makes what is not there: a converted or random checkpoint, a calibration. ``tokens``: of the text."""
     folder = cache_root() / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     trained = cache_root() / "trained" / name

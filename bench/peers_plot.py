@@ -1,6 +1,6 @@
 """Caches beside each other, from what ``bench.peers_run`` wrote: added loss against bytes, then time and memory.
 
-    python -m bench.peers_plot [--model gemma] [--out docs/figures/peers.svg]
+python -m bench.peers_plot [--model gemma] [--out docs/figures/peers.svg]
 """
 
 from __future__ import annotations

@@ -7,11 +7,11 @@ Losses and the bytes they belong to are those of ``bench.peers``; groups that it
 it first (``--no-steps``: nothing else is). Then each peer, model and context has a process of its own
 (``bench.peer_steps``). DynamicCache without a compiler comes first and last of each context, and times are given as
 shares of the mean of the two; how far they differ is the drift. kvpress's are shares of DynamicCache's in its own
-environment, which has an older transformers. ``--no-times`` measures bytes and peaks only, for a machine that is not idle.
+environment, which has an older transformers. ``--no-times``: bytes and peaks only, for a machine that is not idle.
 
 What is in the file is not measured again, unless it has no times and they are wanted. The small Llamas are those of
-``bench.models`` if they have been trained, else the same shapes with random weights and without losses. The trained ones
-know 1024 positions: what longer contexts show of them is time and memory, not sense.
+``bench.models`` if they have been trained, else the same shapes with random weights and without losses. The trained
+ones know 1024 positions: what longer contexts show of them is time and memory, not sense.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ def measured(peer: Peer, made: Material, context: int, python: Path, args: argpa
             [python, "-m", "bench.peer_steps", source, target],
             check=True,
             cwd=Path(__file__).parents[1],
-            env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(cache_root() / FOLDER / "inductor"), "TOKENIZERS_PARALLELISM": "false"},
+            env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(cache_root() / FOLDER / "inductor")},
         )
         found = json.loads(target.read_text())
     if args.no_times:
@@ -175,9 +175,9 @@ def related(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
     for session in dict.fromkeys(row["session"] for row in timed):
         ends = {r["when"]: r for r in timed if r["session"] == session and r["when"]}
         if len(ends) == 2:
-            about = {key: ends["end"][key] for key in ("session", "model", "context")}
-            apart = {w: ends["end"][f"{w}_median_s"] / ends["start"][f"{w}_median_s"] - 1 for w in ("prefill", "decode")}
-            drift.append(about | apart)
+            start, end = ends["start"], ends["end"]
+            apart = {what: end[f"{what}_median_s"] / start[f"{what}_median_s"] - 1 for what in ("prefill", "decode")}
+            drift.append({key: end[key] for key in ("session", "model", "context")} | apart)
     return found, drift
 
 
@@ -204,7 +204,8 @@ def one_context(name: str, made: Material, context: int, chosen: Sequence[Peer],
         try:
             row |= measured(peer, made, context, run.pythons[peer.environment], run.args)
         except subprocess.CalledProcessError as error:
-            run.result["failed"].append({"model": name, "context": context, "peer": peer.name, "code": error.returncode})
+            case = {"model": name, "context": context, "peer": peer.name}
+            run.result["failed"].append(case | {"code": error.returncode})
             continue
         same = (name, context, peer.name, when)
         kept = [r for r in run.result["rows"] if (r["model"], r["context"], r["peer"], r["when"]) != same or r["timed"]]

@@ -1,7 +1,7 @@
 """LoRC as published (arXiv 2410.03111), written the straightforward way: what ``backend="lorc"`` is compared with.
 
 Key and value projections become a product of two thin matrices, a stock transformers cache stores what the first gives,
-and each step decodes all cached keys and values to memory, rotates the keys, and runs the model's own attention on them.
+and each step decodes all cached keys and values to memory, rotates the keys, and runs the model's own attention.
 For decoders like Llama's (``k_proj``, ``v_proj``, ``k_norm`` where there is one, rotary positions), without padding.
 """
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import families
 import pytest
+import tiny
 import torch
 from transformers import DynamicCache
 
-import families
-import tiny
 from bench import peer_steps, peers_plot, peers_run, table
 from bench.straightforward import ranks, straightforward
 from lorc_fx.evaluate import cache_bytes, cache_keyword
@@ -67,13 +67,13 @@ def test_straightforward_lorc_holds_the_bytes_of_its_ranks() -> None:
     model = tiny.llama(heads=8, kv_heads=4)
     _, dense = logits(model)
     attentions = [layer.self_attn for layer in model.model.layers]
-    with straightforward(model, 0.4) as chosen:
+    with straightforward(model, 0.6) as chosen:
         _, cache = logits(model)
     assert cache_bytes(cache) == sum(2 * rank * 4 * sum(PIECES) for rank in chosen)
-    assert cache_nbytes(cache, used=True) <= 0.4 * cache_nbytes(dense, used=True)
-    conds = [[float(torch.linalg.cond(p.weight.detach())) for p in (a.k_proj, a.v_proj)] for a in attentions]
-    published = [progressive_ranks(*zip(*conds, strict=True), d_min=low, d_max=32) for low in range(1, 33)]
-    assert chosen in published and chosen[0] > chosen[1]  # the paper's schedule: shallow layers are wide
+    assert cache_nbytes(cache, used=True) <= 0.6 * cache_nbytes(dense, used=True)
+    conds = [[float(torch.linalg.cond(a.get_submodule(p).weight)) for a in attentions] for p in ("k_proj", "v_proj")]
+    published = [progressive_ranks(*conds, d_min=low, d_max=32) for low in range(1, 33)]
+    assert chosen == max(r for r in published if sum(r) <= 0.6 * 64)  # the paper's schedule: shallow layers are wide
     assert sum(ranks(attentions, 0.2)) <= 0.2 * 64 < sum(published[0])  # too few bytes for that: the most falls
     with pytest.raises(ValueError, match="0.01"):
         ranks(attentions, 0.01)
@@ -90,8 +90,6 @@ CASES = {
 
 @pytest.mark.parametrize("kind", CASES)
 def test_a_case_is_measured(kind: str, tmp_path: Path, quiet: None) -> None:
-    if kind == "quantized":
-        pytest.importorskip("transformers.cache_utils", reason="no QuantizedCache").QuantizedCache  # noqa: B018
     tiny.llama(heads=8, kv_heads=4).save_pretrained(tmp_path)
     case = peer_steps.Case(kind, CASES[kind], kind == "lorc", str(tmp_path), [3] * 40, 32, 2, 3, 1)
     found = peer_steps.measure(case)
@@ -115,11 +113,12 @@ def test_an_unknown_kind_is_refused(tmp_path: Path) -> None:
         peer_steps.measure(peer_steps.Case("paged", {}, False, str(tmp_path), [3] * 9, 4, 1, 1, 1))
 
 
-def row(peer: str, prefill: float, decode: float, when: str = "", environment: str = "own", **more: Any) -> dict[str, Any]:
+def row(peer: str, prefill: float, decode: float, when: str = "", environment: str = "own", **more: Any) -> Any:
     """A made-up measurement."""
-    times = {"prefill_median_s": prefill, "decode_median_s": decode, "held_bytes": 2 << 20, "decode_peak_bytes": 3 << 20}
+    sizes = {"held_bytes": 2 << 20, "decode_peak_bytes": 3 << 20}
+    times = {"prefill_median_s": prefill, "decode_median_s": decode}
     about = {"model": "gemma", "context": 512, "session": "one", "timed": True}
-    return {"peer": peer, "when": when, "environment": environment} | about | times | more
+    return {"peer": peer, "when": when, "environment": environment} | about | sizes | times | more
 
 
 ROWS = [
@@ -133,7 +132,7 @@ ROWS = [
 LOSSES = [
     {"peer": "dense", "setting": "", "protocol": "chunks", "nats": 3.0, "added": 0.0, "fraction": 1.0},
     {"peer": "hqq", "setting": "int4", "protocol": "chunks", "nats": 3.1, "added": 0.06, "fraction": 0.31},
-    {"peer": "lorc", "setting": "calibrated, 0.31", "protocol": "chunks", "nats": 3.0, "added": 0.001, "fraction": 0.31},
+    {"peer": "lorc", "setting": "calibrated, 0.31", "protocol": "chunks", "nats": 3, "added": 0.001, "fraction": 0.31},
     {"peer": "lorc", "setting": "calibrated, 0.5", "protocol": "chunks", "nats": 3.0, "added": 0.0, "fraction": 0.5},
     {"peer": "lorc", "setting": "calibrated, 0.1", "protocol": "prompt", "nats": 3.0, "added": 0.1, "fraction": 0.1},
 ]
@@ -145,7 +144,8 @@ def test_times_are_shares_of_the_base_of_their_environment() -> None:
     assert found["lorc, 0.5"] == pytest.approx((2.0, 0.5))
     assert found["kvpress, SnapKVPress 0.5"] == pytest.approx((1.25, 0.5))
     assert found["hqq, int4"] == (None, None)
-    assert [(d["session"], d["prefill"], d["decode"]) for d in drift] == [("one", pytest.approx(0.2), pytest.approx(0.2))]
+    assert [d["session"] for d in drift] == ["one"]
+    assert (drift[0]["prefill"], drift[0]["decode"]) == pytest.approx((0.2, 0.2))
 
 
 def test_what_is_there_is_not_measured_again() -> None:
@@ -176,7 +176,8 @@ def test_the_table_and_the_figure_show_what_was_measured(tmp_path: Path) -> None
         "models": {"gemma": {"weights": "pretrained"}},
     }
     lines = table.peers_run(result).splitlines()
-    cells = {line.split(" | ")[0].removeprefix("| gemma: "): line.split(" | ")[1:] for line in lines if "gemma:" in line}
+    split = [line.split(" | ") for line in lines if line.startswith("| gemma:")]
+    cells = {first.removeprefix("| gemma: "): others for first, *others in split}
     assert cells["DynamicCache"][:5] == ["1.000", "+0.00 %", "2.0", "1000 ms", "100 ms"]
     assert cells["lorc, 0.5"][1:5] == ["+0.00 %", "2.0", "2.00", "0.50"]
     assert cells["hqq, int4"][:5] == ["0.310", "+6.00 %", "2.0", "–", "–"]  # not timed
