@@ -85,8 +85,8 @@ TYPICAL = {
     "cpu": Device("cpu", 1.0, 4.0, "TYPICAL", numbers=0.2, fused=False),
 }
 """What a device of a kind does in the time of reading a byte, about. Plans go by these and not by a measurement,
-so that the same options give the same plan each time. (The CPU of bench/results/lowerings.json does 5.1 FLOPs and
-0.34 numbers at best, and its readers of 8192 tokens 1.8 to 2.9 and 0.09 to 0.17.)"""
+so that the same options give the same plan each time. (The CPU of bench/results/lowerings.json does 5.0 FLOPs and
+0.73 numbers at best, and readers of long caches a half to a quarter of that.)"""
 
 OTHERS = Device("accelerator", 1.0, 100.0, "TYPICAL")
 """GPUs in datasheets: 150 to 300 FLOPs a byte."""
