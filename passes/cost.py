@@ -86,7 +86,7 @@ TYPICAL = {
 }
 """What a device of a kind does in the time of reading a byte, about. Plans go by these and not by a measurement,
 so that the same options give the same plan each time. (The CPU of bench/results/lowerings.json does 5.0 FLOPs and
-0.73 numbers at best, and readers of long caches a half to a quarter of that.)"""
+0.73 numbers at best; readers of long caches take up to four times what that says.)"""
 
 OTHERS = Device("accelerator", 1.0, 100.0, "TYPICAL")
 """GPUs in datasheets: 150 to 300 FLOPs a byte."""
