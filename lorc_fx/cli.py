@@ -27,7 +27,7 @@ from lorc_fx.cli_options import (
     numbers,
 )
 from lorc_fx.console import DType, Show, out, reported, wide, write_json
-from lorc_fx.errors import ConflictingOptions
+from lorc_fx.errors import BadOption, ConflictingOptions
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 cli_machine.add_to(app)
@@ -174,13 +174,15 @@ def certify(
             from lorc_fx.texts import read_text, tokenized
 
             if plot is not None:
-                plan_plot.require()
+                plan_plot.check("plot", plot)
             knobs = {"calibration": calibration, "scheduler": scheduler, "precision": precision}
-            budget = {"ratio": ratio, "bytes_per_token": bytes_per_token}
-            options = Options.parse({}, **knobs, **budget)
-            words = prompt or (read_text(text) if text is not None else sample_text())
+            options = Options.parse({}, ratio=ratio, bytes_per_token=bytes_per_token, **knobs)
+            given = prompt if text is None else read_text(text)
             loaded, tokenizer = load_model(model, dtype.torch(), show.stage)
-            ids = torch.cat(tokenized(words, tokenizer, model))[:tokens]
+            ids = torch.cat(tokenized(sample_text() if given is None else given, tokenizer, model))[:tokens]
+            if not len(ids):
+                name = "prompt" if text is None else "text"
+                raise BadOption(name, prompt if text is None else str(text), "a text of at least one token")
             show.stage(f"Walking both models over {len(ids)} tokens in fp64")
             certificate = certified(loaded, ids, options=options.given(), rounding=rounding)
             written = certificate.plot(plot) if plot is not None else ()
@@ -227,18 +229,14 @@ def calibrate(
         out.print(f"{output}: {len(found.sites)} sites, {least} tokens", soft_wrap=True)
 
 
-ROW_TOKENS = 1024
-
-
 def _rows(path: Path, model: Path | None, tokenizer: Any, tokens: int) -> Any:
-    """The text as rows of ROW_TOKENS that begin as the tokenizer begins a text. Raises BadOption, BadModel."""
-    import torch
+    """The text as rows that begin as the tokenizer begins a text. Raises BadOption, BadModel."""
+    from lorc_fx.texts import read_text, rows_of, tokenized
 
-    from lorc_fx.texts import read_text, tokenized
-
-    beginning, body = tokenized(read_text(path), tokenizer, model)
-    room = tokens - len(beginning)
-    return [torch.cat([beginning, part]) for part in body[:room].split(ROW_TOKENS - len(beginning))]
+    rows = rows_of(*tokenized(read_text(path), tokenizer, model), tokens)
+    if not rows:
+        raise BadOption("text", str(path), "a text of at least two tokens, and this one has fewer")
+    return rows
 
 
 # ------------------------------------------------------------------------------------------------------------- eval

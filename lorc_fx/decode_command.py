@@ -76,8 +76,8 @@ class Runner:
             torch.cuda.synchronize(out.logits.device)
         return time.perf_counter() - start
 
-    def filled(self, ids: torch.Tensor) -> tuple[Any, float]:
-        """A cache of ``ids`` [B, T] with room for the steps, and the seconds of the prompt."""
+    def filled(self, ids: torch.Tensor) -> Any:
+        """A cache of ``ids`` [B, T] with room for the steps."""
         config, room = self.model.config, WARMUP + self.asked.repeats + 1
         length = ids.shape[1] + room
         cache = (
@@ -85,7 +85,8 @@ class Runner:
             if self.asked.static
             else transformers.DynamicCache(config=config)
         )
-        return cache, self.call(ids, cache, self.filler)
+        self.call(ids, cache, self.filler)
+        return cache
 
 
 def twin(model: Any) -> Any:
@@ -126,7 +127,7 @@ def _measured(show: Show, runners: Sequence[Runner], tokens: int, asked: Asked) 
     caches = []
     for runner in runners:
         show.stage(f"A prompt of {tokens} tokens and first steps: {runner.name}")
-        caches.append(runner.filled(ids)[0])
+        caches.append(runner.filled(ids))
         for _ in range(WARMUP):
             runner.call(ids[:, :1], caches[-1])
     held = [cache_bytes(cache) for cache in caches]

@@ -114,13 +114,10 @@ def _required(requirement: Requirement) -> Finding:
 
 def extras() -> Iterator[Finding]:
     """Each extra: what it lacks, if anything."""
-    wanted: dict[str, list[Requirement]] = {}
-    for requirement in _requirements():
-        for extra in importlib.metadata.metadata(DISTRIBUTION).get_all("Provides-Extra") or ():
-            if requirement.marker is not None and requirement.marker.evaluate({"extra": extra}):
-                if not requirement.marker.evaluate({"extra": ""}):
-                    wanted.setdefault(extra, []).append(requirement)
-    for extra, needed in sorted(wanted.items()):
+    optional = [r for r in _requirements() if r.marker is not None and not r.marker.evaluate({"extra": ""})]
+    names = importlib.metadata.metadata(DISTRIBUTION).get_all("Provides-Extra") if optional else ()
+    for extra in sorted(names or ()):
+        needed = [r for r in optional if r.marker is not None and r.marker.evaluate({"extra": extra})]
         lacking = [r.name for r in needed if _version(r.name) is None]
         step = f"pip install '{DISTRIBUTION}[{extra}]'" if lacking else ""
         text = f"without {', '.join(lacking)}" if lacking else "complete"

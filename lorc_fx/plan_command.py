@@ -37,11 +37,10 @@ def check(output: Path | None, ratios: Sequence[float], plot: Path | None, text:
         raise ConflictingOptions(("--plot", "no --sweep"), "there is nothing to draw", "Give --sweep 0.5,0.35,0.25")
     if measure != (text is not None):
         raise ConflictingOptions(("--text", "--measure"), "each needs the other", "Give both, or none")
-    for name, path in (("output", output), ("plot", plot)):
-        if path is not None and not path.resolve().parent.is_dir():
-            raise BadOption(name, str(path), "a path in a folder that exists")
+    if output is not None and not output.resolve().parent.is_dir():
+        raise BadOption("output", str(output), "a path in a folder that exists")
     if plot is not None:
-        plan_plot.require()
+        plan_plot.check("plot", plot)
 
 
 def asked(knobs: Mapping[str, Any], budget: Mapping[str, Any], ratios: Sequence[float], single: bool) -> list[Options]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .errors import MissingExtra
+from .errors import BadOption, MissingExtra
 from .plan_file import replaced
 
 BLUE, ORANGE = "#1f5fa8", "#c2570c"
@@ -21,6 +21,13 @@ def require(what: str = "--plot") -> None:
     """Raises MissingExtra of ``what`` where there is no matplotlib."""
     if importlib.util.find_spec("matplotlib") is None:
         raise MissingExtra(what, "matplotlib", "plot")
+
+
+def check(option: str, path: Path) -> None:
+    """Before anything slow starts: raises BadOption where ``path`` is in no folder, and what ``require`` raises."""
+    if not path.resolve().parent.is_dir():
+        raise BadOption(option, str(path), "a path in a folder that exists")
+    require()
 
 
 def paths(path: Path) -> tuple[Path, Path]:

@@ -98,6 +98,7 @@ def test_help_lists_what_the_demo_takes() -> None:
         (["certify", "--prompt", "a", "--text", "b"], "--prompt and --text conflict"),
         (["certify", "--text", "/nowhere.txt"], "/nowhere.txt"),
         (["certify", "--ratio", "7"], "ratio=7.0"),
+        (["certify", "--plot", "/no/such/folder/bounds"], "plot='/no/such/folder/bounds'"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else "",
 )
@@ -319,3 +320,14 @@ def test_calibrate_leaves_nothing_behind(checkpoint: Path, tmp_path: Path, monke
     code, said = run(*asked)
     assert code == 0 and out.exists(), said
     assert json.loads((tmp_path / "k.json").read_text())["sites"] == 4
+
+
+def test_a_text_without_tokens_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    """And not replaced by the sample text, which nobody asked for."""
+    text = tmp_path / "empty.txt"
+    text.write_text("")
+    small = ("--model", str(checkpoint), "--dtype", "fp32")
+    code, said = run("certify", *small, "--prompt", "")
+    assert code == 2 and "prompt='' is not allowed" in said
+    code, said = run("calibrate", str(tmp_path / "known"), *small, "--text", str(text))
+    assert code == 2 and "at least two tokens" in said
