@@ -5,7 +5,7 @@
 //
 // A row is made of planes (packing.py): numbers of the model's dtype, or whole bytes that hold 8, 4, 2 or 1 bits of 1, 2, 4
 // or 8 columns each. What a plane holds is linear in its bytes' fields, so a column of 3 bits is two columns, in two planes,
-// and the caller lays the weights out plane by plane, field by field, each run padded to LANES. A block g of a row is a head
+// and the caller lays the weights out plane by plane, field by field, each run padded to PAD. A block g of a row is a head
 // where nothing is projected: some bytes of a plane in one of its fields, or all of its bytes in some fields.
 #include <algorithm>
 #include <cmath>
@@ -13,19 +13,47 @@
 #include <cstring>
 #include <vector>
 #include <omp.h>
-#ifdef __AVX512F__
+#if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
-constexpr int LANES = 16;
-typedef float V __attribute__((vector_size(4 * LANES), aligned(4)));
+// Lanes of a vector, and how many registers of them there are for the sums of a tile (the rest is for what is read).
+#ifdef __AVX512F__
+constexpr int LANES = 16, SUMS = 16;
+#else
+constexpr int LANES = 8, SUMS = 8;
+#endif
+constexpr int PAD = 16;     // runs of weights are padded to (native.py)
+typedef float V __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t I __attribute__((vector_size(4 * LANES), aligned(4)));
-typedef uint16_t B16 __attribute__((vector_size(2 * LANES), aligned(2)));
+
+// (A memcpy of a vector goes by halves over the stack in GCC 12 for AVX2, and waits for its own stores.)
+static inline V load(const void* p) { return *(const V*)p; }
+static inline void store(float* p, V v) { *(V*)p = v; }
 
 // kind: 0 fp32, 1 bf16, 2 fp16, else 8 + the bits of a field; ``offset`` in the row; ``step`` between blocks that lie beside
 // one another, of which there are ``beside``; ``count`` of elements (bytes of a quantised plane) and ``fields`` in a block;
 // ``at``: where its weights begin.
 struct Plane { int64_t kind, offset, step, beside, count, fields, at; };
+
+// Where a row's last plane ends.
+static inline int64_t row_bytes(const Plane* planes, int64_t n) {
+  int64_t end = 0;
+  for (int64_t k = 0; k < n; k++) {
+    const Plane& p = planes[k];
+    end = std::max(end, p.offset + (p.beside - 1) * p.step + p.count * (p.kind == 0 ? 4 : p.kind <= 2 ? 2 : 1));
+  }
+  return end;
+}
+
+struct Layout {
+  const uint8_t* rows; int64_t tokens, batch, stride_t, stride_b;      // strides in bytes
+  int64_t scale;                                                       // offset of the fp16 scale, -1 where there is none
+  const Plane* planes; int64_t n, blocks, m, width;                    // m weight vectors of ``width`` floats per block
+  int64_t line;                                                        // between the scores of two weight vectors
+  int64_t end = row_bytes(planes, n);
+  bool exact = n > 0 && planes[0].kind <= 2;                           // planes of numbers come first
+};
 
 static inline float half_to_float(uint16_t h) {
   uint32_t sign = uint32_t(h & 0x8000) << 16, mantissa = h & 0x3ff, exponent = (h >> 10) & 31, bits;
@@ -41,16 +69,27 @@ static inline float half_to_float(uint16_t h) {
 template <int KIND> static inline V numbers(const uint8_t* p, int64_t count) {
   V v = {};
   if (KIND == 0) {
-    if (count == LANES) std::memcpy(&v, p, sizeof(V)); else std::memcpy(&v, p, 4 * count);
+    if (count == LANES) return load(p);
+    std::memcpy(&v, p, 4 * count);
     return v;
   }
   uint16_t raw[LANES] = {};
-  if (count == LANES) std::memcpy(raw, p, sizeof(raw)); else std::memcpy(raw, p, 2 * count);
-  uint32_t wide[LANES];
-  for (int i = 0; i < LANES; i++) wide[i] = uint32_t(raw[i]) << 16;
-  if (KIND == 1) std::memcpy(&v, wide, sizeof(V));
-  else for (int i = 0; i < LANES; i++) v[i] = half_to_float(raw[i]);
+  if (count < LANES) { std::memcpy(raw, p, 2 * count); p = (const uint8_t*)raw; }
+#if defined(__AVX512F__)
+  const __m256i few = _mm256_loadu_si256((const __m256i*)p);
+  return KIND == 1 ? (V)_mm512_slli_epi32(_mm512_cvtepu16_epi32(few), 16) : (V)_mm512_cvtph_ps(few);
+#elif defined(__AVX2__) && defined(__F16C__)
+  const __m128i few = _mm_loadu_si128((const __m128i*)p);
+  return KIND == 1 ? (V)_mm256_slli_epi32(_mm256_cvtepu16_epi32(few), 16) : (V)_mm256_cvtph_ps(few);
+#else
+  for (int i = 0; i < LANES; i++) {
+    uint16_t half; std::memcpy(&half, p + 2 * i, 2);
+    const uint32_t wide = uint32_t(half) << 16;
+    float f; std::memcpy(&f, &wide, 4);
+    v[i] = KIND == 1 ? f : half_to_float(half);
+  }
   return v;
+#endif
 }
 
 // ``count`` <= LANES bytes as integers; CENTRED: less 128, so that sums of levels are small numbers and rounded as such.
@@ -62,6 +101,10 @@ template <bool CENTRED> static inline I bytes(const uint8_t* p, int64_t count) {
   const __m128i raw = _mm_loadu_si128((const __m128i*)p);
   if (CENTRED) return (I)_mm512_cvtepi8_epi32(_mm_xor_si128(raw, _mm_set1_epi8(-128)));
   return (I)_mm512_cvtepu8_epi32(raw);
+#elif defined(__AVX2__)
+  const __m128i raw = _mm_loadl_epi64((const __m128i*)p);
+  if (CENTRED) return (I)_mm256_cvtepi8_epi32(_mm_xor_si128(raw, _mm_set1_epi8(-128)));
+  return (I)_mm256_cvtepu8_epi32(raw);
 #else
   int32_t wide[LANES];
   for (int i = 0; i < LANES; i++) wide[i] = int32_t(p[i]) - (CENTRED ? 128 : 0);
@@ -75,34 +118,50 @@ template <int BITS> static inline V field(I wide, int64_t f) {   // BITS below 1
   return __builtin_convertvector(bits == 8 ? wide : (wide >> int(f * bits)) & ((1 << bits) - 1), V);
 }
 
-typedef float Q __attribute__((vector_size(LANES), aligned(4)));
+typedef float Q __attribute__((vector_size(16), aligned(4)));
+
+// A vector's quarters, or halves, added up.
+static inline Q folded(V v) {
+  constexpr int parts = LANES / 4;
+  Q q[parts]; std::memcpy(q, &v, sizeof(V));
+  for (int n = parts / 2; n; n /= 2) for (int i = 0; i < n; i++) q[i] += q[i + n];
+  return q[0];
+}
 
 static inline float total(V v) {
-  typedef float H __attribute__((vector_size(2 * LANES)));
-  H h[2]; std::memcpy(h, &v, sizeof(V));
-  h[0] += h[1];
-  Q q[2]; std::memcpy(q, h, sizeof(H));
-  q[0] += q[1];
-  return (q[0][0] + q[0][1]) + (q[0][2] + q[0][3]);
+  const Q q = folded(v);
+  return (q[0] + q[1]) + (q[2] + q[3]);
 }
 
 // The totals of four vectors.
 static inline Q totals(V a, V b, V c, V d) {
-  typedef int32_t J __attribute__((vector_size(4 * LANES)));
-  constexpr J low = {0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29};
-  constexpr J high = {2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31};
-  constexpr J lower = {0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29};
-  constexpr J upper = {2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31};
+  typedef int32_t J __attribute__((vector_size(16)));
+#if defined(__AVX512F__)
+  typedef int32_t K __attribute__((vector_size(4 * LANES)));
+  constexpr K low = {0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29};
+  constexpr K high = {2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31};
+  constexpr K lower = {0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29};
+  constexpr K upper = {2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31};
   const V ab = __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, high);    // per quarter: a, b, a, b
   const V cd = __builtin_shuffle(c, d, low) + __builtin_shuffle(c, d, high);
-  const V each = __builtin_shuffle(ab, cd, lower) + __builtin_shuffle(ab, cd, upper);   // per quarter: a, b, c, d
-  Q q[4]; std::memcpy(q, &each, sizeof(V));
-  return (q[0] + q[1]) + (q[2] + q[3]);
+  return folded(__builtin_shuffle(ab, cd, lower) + __builtin_shuffle(ab, cd, upper));   // per quarter: a, b, c, d
+#else
+  const Q p = folded(a), q = folded(b), r = folded(c), s = folded(d);
+  const Q pq = __builtin_shuffle(p, q, J{0, 4, 1, 5}) + __builtin_shuffle(p, q, J{2, 6, 3, 7});
+  const Q rs = __builtin_shuffle(r, s, J{0, 4, 1, 5}) + __builtin_shuffle(r, s, J{2, 6, 3, 7});
+  return __builtin_shuffle(pq, rs, J{0, 1, 4, 5}) + __builtin_shuffle(pq, rs, J{2, 3, 6, 7});
+#endif
 }
 
-static inline int64_t padded(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
+static inline int64_t padded(int64_t n) { return (n + PAD - 1) / PAD * PAD; }
 
 template <int KIND> constexpr int size_of = KIND == 0 ? 4 : KIND <= 2 ? 2 : 1;
+
+// How many elements to read for the last ``count`` of a run: what comes behind may be read as well, if it is bytes of the same
+// row. It meets weights of zero, or is never looked at.
+template <int KIND> static inline int64_t readable(const Layout& a, int64_t at, int64_t count) {
+  return KIND > 8 && at + LANES <= a.end ? LANES : count;
+}
 
 // LANES columns (or the last few) of NT rows of a plane, from element j on: of numbers, or as bytes.
 template <int KIND, int NT>
@@ -115,7 +174,7 @@ __attribute__((always_inline)) static inline void take(const uint8_t* const* row
 // Dot products of NT rows with NM weight vectors over one plane of block g. The sums are copied, so that they stay in
 // registers, and whole vectors are apart from what is left: else GCC 12 keeps the sums on the stack.
 template <int KIND, int NT, int NM>
-static inline void dot_plane(const uint8_t* const* rows, const float* w, int64_t ws, const Plane& p, int64_t g,
+static inline void dot_plane(const uint8_t* const* rows, const float* w, const Layout& a, const Plane& p, int64_t g,
                              V (*total)[NM]) {
   const int64_t base = p.offset + g % p.beside * p.step, run = padded(p.count), first = g / p.beside * p.fields;
   const int64_t fields = KIND <= 2 || KIND == 16 ? 1 : p.fields, count = p.count, whole = count / LANES * LANES;
@@ -132,33 +191,33 @@ static inline void dot_plane(const uint8_t* const* rows, const float* w, int64_t
       }
 #pragma GCC unroll 4
       for (int m = 0; m < NM; m++) {
-        V a; std::memcpy(&a, w + m * ws + p.at + f * run + j, sizeof(V));
+        const V weight = load(w + m * a.width + p.at + f * run + j);
 #pragma GCC unroll 8
-        for (int t = 0; t < NT; t++) sum[t][m] += a * x[t];
+        for (int t = 0; t < NT; t++) sum[t][m] += weight * x[t];
       }
     }
   };
   for (int64_t j = 0; j < whole; j += LANES) part(j, LANES);
-  if (whole < count) part(whole, count - whole);
+  if (whole < count) part(whole, readable<KIND>(a, base + whole, count - whole));
   std::memcpy(total, sum, sizeof(sum));
 }
 
 // Over the planes of numbers (or, FIELDS, of fields) of block g: apart, because the sums of both would not fit the registers.
 template <bool FIELDS, int NT, int NM>
-static inline void dots(const uint8_t* const* rows, const float* w, int64_t ws, const Plane* planes, int64_t n, int64_t g,
+static inline void dots(const uint8_t* const* rows, const float* w, const Layout& a, int64_t g,
                         float (*out)[NT]) {
   V sum[NT][NM] = {};
-  for (int64_t k = 0; k < n; k++) {
-    const Plane& p = planes[k];
+  for (int64_t k = 0; k < a.n; k++) {
+    const Plane& p = a.planes[k];
     if (FIELDS) switch (p.kind) {
-      case 16: dot_plane<16, NT, NM>(rows, w, ws, p, g, sum); break;
-      case 12: dot_plane<12, NT, NM>(rows, w, ws, p, g, sum); break;
-      case 10: dot_plane<10, NT, NM>(rows, w, ws, p, g, sum); break;
-      case 9: dot_plane<9, NT, NM>(rows, w, ws, p, g, sum); break;
+      case 16: dot_plane<16, NT, NM>(rows, w, a, p, g, sum); break;
+      case 12: dot_plane<12, NT, NM>(rows, w, a, p, g, sum); break;
+      case 10: dot_plane<10, NT, NM>(rows, w, a, p, g, sum); break;
+      case 9: dot_plane<9, NT, NM>(rows, w, a, p, g, sum); break;
     } else switch (p.kind) {
-      case 0: dot_plane<0, NT, NM>(rows, w, ws, p, g, sum); break;
-      case 1: dot_plane<1, NT, NM>(rows, w, ws, p, g, sum); break;
-      case 2: dot_plane<2, NT, NM>(rows, w, ws, p, g, sum); break;
+      case 0: dot_plane<0, NT, NM>(rows, w, a, p, g, sum); break;
+      case 1: dot_plane<1, NT, NM>(rows, w, a, p, g, sum); break;
+      case 2: dot_plane<2, NT, NM>(rows, w, a, p, g, sum); break;
     }
   }
   for (int m = 0; m < NM; m++) {
@@ -170,19 +229,9 @@ static inline void dots(const uint8_t* const* rows, const float* w, int64_t ws, 
   }
 }
 
-struct Layout {
-  const uint8_t* rows; int64_t tokens, batch, stride_t, stride_b;      // strides in bytes
-  int64_t scale;                                                       // offset of the fp16 scale, -1 where there is none
-  const Plane* planes; int64_t n, blocks, m, width;                    // m weight vectors of ``width`` floats per block
-  int64_t line;                                                        // between the scores of two weight vectors
-  bool exact = n > 0 && planes[0].kind <= 2;                           // planes of numbers come first
-};
-
 constexpr int CHUNK = 64;   // tokens whose rows stay in the first cache while all blocks of them are read
 
 static inline V constant(float x) { return x - V{}; }   // a loop over lanes becomes LANES masked broadcasts in GCC 12
-static inline V load(const float* p) { V v; std::memcpy(&v, p, sizeof(V)); return v; }
-static inline void store(float* p, V v) { std::memcpy(p, &v, sizeof(V)); }
 
 // Of tokens [start, stop): their scales (1 where rows have none), and 1 for those with the second mean; zeros behind.
 static inline void scales_of(const Layout& a, int64_t b, int64_t start, int64_t stop, float* size, float* second) {
@@ -204,11 +253,11 @@ static inline void score_some(const Layout& a, int64_t b, int64_t g, int64_t t, 
   float found[NM][NT];
   const int64_t line = g * a.m + m;
   if (a.exact) {
-    dots<false, NT, NM>(rows, w + line * a.width, a.width, a.planes, a.n, g, found);
+    dots<false, NT, NM>(rows, w + line * a.width, a, g, found);
     for (int k = 0; k < NM; k++) std::memcpy(exact + (line + k) * a.line, found[k], sizeof(found[k]));
   }
   if (a.scale >= 0) {
-    dots<true, NT, NM>(rows, w + line * a.width, a.width, a.planes, a.n, g, found);
+    dots<true, NT, NM>(rows, w + line * a.width, a, g, found);
     for (int k = 0; k < NM; k++) std::memcpy(levels + (line + k) * a.line, found[k], sizeof(found[k]));
   }
 }
@@ -216,9 +265,17 @@ static inline void score_some(const Layout& a, int64_t b, int64_t g, int64_t t, 
 template <int NT>
 static inline void score_all(const Layout& a, int64_t b, int64_t g, int64_t t, const float* w, float* levels, float* exact) {
   int64_t m = 0;
-  if (NT <= 4) for (; m + 4 <= a.m; m += 4) score_some<NT, 4>(a, b, g, t, m, w, levels, exact);   // in registers
-  if (NT <= 4) for (; m + 2 <= a.m; m += 2) score_some<NT, 2>(a, b, g, t, m, w, levels, exact);
+  if (4 * NT <= SUMS) for (; m + 4 <= a.m; m += 4) score_some<NT, 4>(a, b, g, t, m, w, levels, exact);   // in registers
+  if (2 * NT <= SUMS) for (; m + 2 <= a.m; m += 2) score_some<NT, 2>(a, b, g, t, m, w, levels, exact);
   for (; m < a.m; m++) score_some<NT, 1>(a, b, g, t, m, w, levels, exact);
+}
+
+// ``tiles(g, t, stop)`` for all blocks of tokens [start, stop): block by block where rows lie close to one another, and else
+// (several texts, rows of thousands of bytes) a few whole rows after the other, as nothing fetches them ahead.
+template <typename F> static inline void each_block(const Layout& a, int64_t start, int64_t stop, F tiles) {
+  const int64_t few = a.stride_t > 2 * a.end || a.end > 2048 ? 8 : stop - start;
+  for (int64_t t = start; t < stop; t += few)
+    for (int64_t g = 0; g < a.blocks; g++) tiles(g, t, std::min(t + few, stop));
 }
 
 // Scores of all blocks of tokens [start, stop) of batch row b, ``a.line`` apart, into ``out`` (``exact``: as much room).
@@ -226,12 +283,11 @@ static inline void score_all(const Layout& a, int64_t b, int64_t g, int64_t t, c
 static inline void score_chunk(const Layout& a, const float* size, const float* second, int64_t b, int64_t start, int64_t stop,
                                const float* w, const float* shift, const float* further, float* out, float* exact) {
   if (a.scale < 0) exact = out;
-  for (int64_t g = 0; g < a.blocks; g++) {
-    int64_t t = start;
-    if (a.m == 1) for (; t + 8 <= stop; t += 8) score_all<8>(a, b, g, t, w, out + (t - start), exact + (t - start));
-    for (; t + 4 <= stop; t += 4) score_all<4>(a, b, g, t, w, out + (t - start), exact + (t - start));
-    for (; t < stop; t++) score_all<1>(a, b, g, t, w, out + (t - start), exact + (t - start));
-  }
+  each_block(a, start, stop, [&](int64_t g, int64_t t, int64_t end) {
+    if (a.m == 1) for (; t + 8 <= end; t += 8) score_all<8>(a, b, g, t, w, out + (t - start), exact + (t - start));
+    for (; t + 4 <= end; t += 4) score_all<4>(a, b, g, t, w, out + (t - start), exact + (t - start));
+    for (; t < end; t++) score_all<1>(a, b, g, t, w, out + (t - start), exact + (t - start));
+  });
   if (a.scale < 0) return;
   for (int64_t l = 0; l < a.blocks * a.m; l++) for (int64_t i = 0; i < stop - start; i += LANES) {
     float* const at = out + l * a.line + i;
@@ -269,9 +325,9 @@ extern "C" void lorc_scores(const uint8_t* rows, int64_t tokens, int64_t batch, 
 template <int NT>
 static inline void add(const Layout& a, const V* x, const float* weight, float* place) {
   for (int64_t m = 0; m < a.m; m++, weight += a.line, place += a.width) {
-    V sum; std::memcpy(&sum, place, sizeof(V));
+    V sum = load(place);
     for (int i = 0; i < NT; i++) sum += x[i] * weight[i];
-    std::memcpy(place, &sum, sizeof(V));
+    store(place, sum);
   }
 }
 
@@ -293,7 +349,7 @@ static inline void sum_plane(const Layout& a, const uint8_t* const* rows, const 
     }
   };
   for (int64_t j = 0; j < whole; j += LANES) part(j, LANES);
-  if (whole < count) part(whole, count - whole);
+  if (whole < count) part(whole, readable<KIND>(a, base + whole, count - whole));
 }
 
 // Adds NT rows, weighted, to the sums of one block. ``p``: at this token's weight of the first line of batch row b, and the
@@ -331,11 +387,10 @@ static inline void sum_chunk(const Layout& a, const float* size, const float* se
     scales[l] += total(sum);
     further[l] += total(others);
   }
-  for (int64_t g = 0; g < a.blocks; g++) {
-    int64_t t = start;
-    for (; t + 8 <= stop; t += 8) sum_some<8>(a, b, g, t, p + (t - start), scaled + (t - start), acc);
-    for (; t < stop; t++) sum_some<1>(a, b, g, t, p + (t - start), scaled + (t - start), acc);
-  }
+  each_block(a, start, stop, [&](int64_t g, int64_t t, int64_t end) {
+    for (; t + 8 <= end; t += 8) sum_some<8>(a, b, g, t, p + (t - start), scaled + (t - start), acc);
+    for (; t < end; t++) sum_some<1>(a, b, g, t, p + (t - start), scaled + (t - start), acc);
+  });
 }
 
 // p [B, blocks, m, T] -> acc [threads, B, blocks, m, width], and [threads, B, blocks, m] the sums of p scale and of p where a
