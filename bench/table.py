@@ -283,7 +283,7 @@ def rendered(name: str, result: dict[str, Any]) -> str:
     if "groups" in result:
         where = next(iter(result["groups"].values()))["machine"]
     cpu = where.get("cpu", where.get("machine"))
-    told = [cpu] if cpu else []
+    told = [f"{cpu} ({where['instructions']})" if where.get("instructions") else cpu] if cpu else []
     told += [f"{where['threads']} threads"] if "threads" in where else []
     told += [f"{package} {where[package]}" for package in ("torch", "transformers") if package in where]
     told += [result["dtype"]] if "dtype" in result else []

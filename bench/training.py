@@ -106,8 +106,8 @@ def optimizers(model: Any) -> list[torch.optim.Optimizer]:
 
 
 def train(config: Any, rows: Callable[[int], torch.Tensor], steps: int, seed: int = 0) -> tuple[Any, list[float], int]:
-    """A model after ``steps`` (matmuls in bf16 where the CPU is fast at it, weights in fp32; warm-up, then a cosine to a tenth), its loss in nats
-    at each step, and the tokens it has seen."""
+    """A model after ``steps`` (matmuls in bf16 where the CPU is fast at it, weights in fp32; warm-up, then a cosine to
+    a tenth), its loss in nats at each step, and the tokens it has seen."""
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
@@ -115,7 +115,7 @@ def train(config: Any, rows: Callable[[int], torch.Tensor], steps: int, seed: in
     both = optimizers(model)
     schedules = [torch.optim.lr_scheduler.LambdaLR(each, lambda step: learning_rate(step, steps)) for each in both]
     losses, seen, begin = [], 0, time.perf_counter()
-    quick = torch.backends.cpu.get_cpu_capability().startswith("AVX512")  # AVX2 takes ten times as long in bf16 as in fp32
+    quick = torch.backends.cpu.get_cpu_capability().startswith("AVX512")  # bf16 takes AVX2 many times as long as fp32
     for step, batch in enumerate(batches(rows, config.max_position_embeddings, steps, seed)):
         with torch.autocast("cpu", torch.bfloat16, enabled=quick):
             loss = model(input_ids=batch, labels=batch, use_cache=False).loss
