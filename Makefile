@@ -87,8 +87,8 @@ matrix: $(STAMP)
 	@OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "matrix or slow" $(PYTEST_ARGS)
 
 bench: $(STAMP)
-	@echo "== bench/run.py"
-	@$(BIN)/python bench/run.py
+	@echo "== bench.run"
+	@$(BIN)/python -m bench.run
 
 clean:
 	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache

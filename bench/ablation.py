@@ -26,7 +26,7 @@ import torch
 import lorc_fx
 from bench.prompted import PIECE
 from bench.quality import RESULTS, Text, read_text
-from bench.run import machine
+from bench.run import command, machine
 from bench.scoring import compared
 from lorc_fx import allocate, calibration, gather, models, packing
 from lorc_fx.allocate import DROPPED, Columns
@@ -214,7 +214,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     about = {"model": models.DEMO_NAME, "dtype": "float32", "tokens": args.tokens, "dense_nats": dense}
     about |= {"calibration_tokens": sum(map(len, bench.text.calibration))}
     rows: list[dict[str, Any]] = []
-    command = f"python -m bench.ablation {' '.join(argv or sys.argv[1:])}"
+    about |= {"command": command("ablation", argv)}
     for name in args.only:
         for ratio in args.ratios:
             begin = time.perf_counter()
@@ -223,7 +223,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             rows.append({"change": name, "ratio": ratio, "nats": nats, "added": added, "divergence": divergence})
             told = f"{name} at {ratio}: {100 * added:+.2f} %, KL {divergence:.4f}"
             print(f"{told} ({time.perf_counter() - begin:.0f} s)", file=sys.stderr, flush=True)
-        write_json(args.out, {"machine": machine(), **about, "rows": rows, "command": command})
+        write_json(args.out, {"machine": machine(), **about, "rows": rows})
 
 
 if __name__ == "__main__":

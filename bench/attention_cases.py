@@ -137,8 +137,8 @@ def decoder_of(rotary: str | None, norm: str | None, heads: int, dim: int, dtype
 
 def program(kind: str, dim: int) -> tuple[GraphModule, tuple[Extra, ...], int | None]:
     """What scores become: ``none``, ``bool`` (a mask), ``hidden`` (one in which a batch row sees nothing), ``free``
-    and ``free bias`` (a long end that none sees), ``add`` (a bias), ``alibi`` (a bias per head), ``head`` (one number
-    per head), ``cap`` (a soft cap and a bias)."""
+    and ``free bias`` (a long end that none sees), ``add`` (a bias), ``alibi`` (a bias per head), ``untold`` (the same,
+    though it is said to have no axis of tokens), ``head`` (one number per head), ``cap`` (a soft cap and a bias)."""
     graph = Graph()
     made = graph.call_function(aten.mul.Tensor, (graph.placeholder("scores"), 1 / math.sqrt(dim)))
     if kind != "none":

@@ -16,22 +16,21 @@ from __future__ import annotations
 import argparse
 import itertools
 import statistics
-import sys
-import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench import models
-from bench.run import RESULTS, WARMUP, machine
+from bench.run import RESULTS, command, machine, say
 from lorc_fx.console import write_json
-from lorc_fx.decode_command import interleaved, twin
-from lorc_fx.evaluate import cache_bytes, cache_keyword
+from lorc_fx.decode_command import WARMUP, Runner, interleaved, twin
+from lorc_fx.evaluate import cache_bytes
 from lorc_fx.latent import LatentKV, cache_nbytes
+from lorc_fx.options import Options
 
 TOKENS, BATCHES, DTYPES = (512, 2048, 8192, 32768), (1, 8), ("float32", "bfloat16")
 RATIOS = (0.45, 0.25)
@@ -56,6 +55,11 @@ class Way:
         ratio = None if self.options is None else self.options["ratio"]
         return {"variant": self.name, "ratio": ratio, "kind": self.name.replace(f"-{ratio:g}" if ratio else "", "")}
 
+    def runner(self, model: Any) -> Runner:
+        """A module of its own over the weights of ``model``, compiled apart from the others."""
+        options = None if self.options is None else Options.parse(self.options)
+        return Runner(options, twin(model), "inductor" if self.compiled else None, self.static)
+
 
 def ways(ratios: Sequence[float]) -> tuple[Way, ...]:
     """Dense ones, the default at each ratio with both kinds of caches, and LoRC's joint basis at the smallest."""
@@ -68,41 +72,11 @@ def ways(ratios: Sequence[float]) -> tuple[Way, ...]:
     return (Way(EAGER, compiled=False), Way(DYNAMIC), Way(STATIC, static=True), *lorc, joint)
 
 
-@dataclass
-class Runner:
-    """One way of one model: a module of its own over shared weights, compiled apart from the others."""
-
-    way: Way
-    model: Any
-    filler: Any = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.filler = twin(self.model)
-        apart: dict[str, Any] = {"isolate_recompiles": True, "recompile_limit": 64}
-        if self.way.options is not None:
-            self.model.compile(backend="lorc", options=self.way.options, **apart)
-            self.filler.compile(backend="lorc", options={**self.way.options, "inner": "eager"}, **apart)
-        elif self.way.compiled:
-            self.model.compile(backend="inductor", **apart)
-        self.keyword = cache_keyword(self.model)
-
-    @torch.no_grad()
-    def call(self, ids: torch.Tensor, cache: Any, model: Any = None) -> float:
-        """Feed ``ids`` [B, S]; seconds of the call."""
-        start = time.perf_counter()
-        (model or self.model)(input_ids=ids, use_cache=True, logits_to_keep=1, **{self.keyword: cache})
-        return time.perf_counter() - start
-
-    def filled(self, tokens: int, batch: int, room: int) -> Any:
-        """A cache of ``tokens`` whose rows repeat those of ``FILL`` real ones; static ones have ``room`` more."""
-        from transformers import DynamicCache, StaticCache
-
-        config = self.model.config
-        length = tokens + room
-        cache = StaticCache(config=config, max_cache_len=length) if self.way.static else DynamicCache(config=config)
-        self.call(models.random_ids(FILL).expand(batch, -1).contiguous(), cache, self.filler)
-        _repeat(cache, tokens)
-        return cache
+def filled(runner: Runner, tokens: int, batch: int, room: int) -> Any:
+    """A cache of ``tokens`` whose rows repeat those of ``FILL`` real ones; static ones have ``room`` more."""
+    cache = runner.filled(models.random_ids(FILL).expand(batch, -1).contiguous(), tokens + room - FILL)
+    _repeat(cache, tokens)
+    return cache
 
 
 def _repeat(cache: Any, tokens: int) -> None:
@@ -143,20 +117,19 @@ def _in_step(cache: Any, tokens: int) -> None:
             value.rows.moved_to(first.rows.track)
 
 
-def measure(runners: Sequence[Runner], tokens: int, batch: int, repeats: int) -> list[dict[str, Any]]:
-    """One step of each runner on a cache of ``tokens``, in turns; each step appends a token."""
-    room = WARMUP + repeats + 1
+def measure(runners: Sequence[tuple[Way, Runner]], tokens: int, batch: int, repeats: int) -> list[dict[str, Any]]:
+    """One step of each way's runner on a cache of ``tokens``, in turns; each step appends a token."""
     token = models.random_ids(1).expand(batch, -1).contiguous()
     caches = []
-    for runner in runners:
-        caches.append(runner.filled(tokens, batch, room))
+    for _, runner in runners:
+        caches.append(filled(runner, tokens, batch, WARMUP + repeats + 1))
         for _ in range(WARMUP):
             runner.call(token, caches[-1])
     sizes = [{"held_bytes": cache_bytes(c), "used_bytes": cache_nbytes(c, used=True)} for c in caches]
-    times = interleaved([lambda r=r, c=c: r.call(token, c) for r, c in zip(runners, caches, strict=True)], repeats)
+    steps = [lambda r=r, c=c: r.call(token, c) for (_, r), c in zip(runners, caches, strict=True)]
     return [
-        runner.way.about | {"seconds": seconds, "median_s": statistics.median(seconds)} | size
-        for runner, seconds, size in zip(runners, times, sizes, strict=True)
+        way.about | {"seconds": seconds, "median_s": statistics.median(seconds)} | size
+        for (way, _), seconds, size in zip(runners, interleaved(steps, repeats), sizes, strict=True)
     ]
 
 
@@ -191,30 +164,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     warnings.simplefilter("ignore")
-    command = f"python -m bench.decode {' '.join(argv if argv is not None else sys.argv[1:])}"
-    found: dict[str, Any] = {"command": command.strip(), "machine": machine(), "fill": FILL, "rows": [], "left_out": []}
+    about = {"command": command("decode", argv), "machine": machine(), "fill": FILL}
+    found: dict[str, Any] = {**about, "rows": [], "left_out": []}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     for name, dtype, layers in itertools.product(args.models, args.dtype, args.layers or [None]):
         torch.compiler.reset()
         model = models.build(name, getattr(torch, dtype), layers=layers)
-        runners = [Runner(w, twin(model)) for w in ways(args.ratios) if not args.ways or w.name in args.ways]
+        chosen = [w for w in ways(args.ratios) if not args.ways or w.name in args.ways]
+        runners = [(way, way.runner(model)) for way in chosen]
         for batch, tokens in itertools.product(args.batch, args.tokens):
             case = {"model": name, "dtype": dtype, "layers": layers, "batch": batch, "tokens": tokens}
             one = dense_bytes(model.config, tokens, batch, model.dtype)
-            kept = affordable([r.way for r in runners], one)
-            missing = [r.way.name for r in runners if r.way not in kept]
+            kept = affordable(chosen, one)
+            missing = [way.name for way in chosen if way not in kept]
             if missing:
                 found["left_out"].append({**case, "ways": missing, "dense_bytes": one})
-            _say(f"{name} {dtype}, batch {batch}, {tokens} tokens" + (f"; without {missing}" if missing else ""))
-            for row in measure([r for r in runners if r.way in kept], tokens, batch, args.repeats) if kept else []:
+            say(f"{name} {dtype}, batch {batch}, {tokens} tokens" + (f"; without {missing}" if missing else ""))
+            for row in measure([(w, r) for w, r in runners if w in kept], tokens, batch, args.repeats) if kept else []:
                 found["rows"].append({**case, **row})
-                _say(f"  {row['variant']:24} {1e3 * row['median_s']:9.2f} ms {row['used_bytes'] / 2**20:9.1f} MiB")
+                say(f"  {row['variant']:24} {1e3 * row['median_s']:9.2f} ms {row['used_bytes'] / 2**20:9.1f} MiB")
             write_json(args.out, found)
-    _say(f"written to {args.out}")
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    say(f"written to {args.out}")
 
 
 if __name__ == "__main__":

@@ -30,13 +30,12 @@ import torch
 
 import lorc_fx
 from bench import zoo
-from bench.run import machine
+from bench.run import RESULTS, machine
 from bench.verdicts import TOLERANCE, Row, page, verdict
 from lorc_fx import backend, builder
 from lorc_fx.console import write_json
 from lorc_fx.latent import LatentKV
 
-RESULTS = Path(__file__).parent / "results"
 PROMPT, PAD, CHUNK, NEW = 9, 3, 5, 5
 LIMIT_S = 600
 

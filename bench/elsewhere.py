@@ -27,12 +27,11 @@ import torch
 from bench.decoders import Ran, Seen, apart, compared, is_coded, said
 from bench.elsewhere_zoo import FAMILIES, ROOM, WAYS, Family, Held
 from bench.environments import environment
-from bench.run import machine
+from bench.run import RESULTS, machine
 from bench.verdicts import TOLERANCE, Row, elsewhere_page, verdict
 from lorc_fx import models
 from lorc_fx.console import write_json
 
-RESULTS = Path(__file__).parent / "results"
 NEW, PAD = 5, 3
 
 

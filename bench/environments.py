@@ -18,6 +18,8 @@ def environment(folder: Path, requirements: Sequence[str], alone: Sequence[str] 
     that neither torch nor transformers is installed again.
     """
     python, stamp = folder / "bin" / "python", folder / "requirements"
+    if not borrow:
+        requirements = [f"torch=={torch.__version__.partition('+')[0]}", *requirements]
     wanted = "\n".join([*requirements, *alone, str(borrow)])
     if python.exists() and stamp.exists() and stamp.read_text() == wanted:
         return python
@@ -26,8 +28,6 @@ def environment(folder: Path, requirements: Sequence[str], alone: Sequence[str] 
         paths = {"base": str(folder), "platbase": str(folder)}
         lent = Path(sysconfig.get_path("purelib", "venv", vars=paths)) / "borrowed.pth"
         lent.write_text(f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})\n")
-    else:
-        requirements = [f"torch=={torch.__version__.partition('+')[0]}", *requirements]
     for packages in (["--no-deps", *alone] if alone else [], requirements):
         if packages:
             command = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *packages]

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 
 from bench.resident import reset_peak, resident
-from bench.run import machine
+from bench.run import RESULTS, machine
 from lorc_fx import PAPER
 from lorc_fx.codec import Codec, prior_basis
 from lorc_fx.console import write_json
@@ -42,7 +42,6 @@ from lorc_fx.packing import MODEL, Segment
 from lorc_fx.prepared import Prepared
 from lorc_fx.records import PlannedSite
 
-RESULTS = Path(__file__).parent / "results"
 DECADES = 2.0  # over which a weight's columns fall
 COMPARED = 3  # layers whose weights numpy decomposes too
 

@@ -3,7 +3,6 @@ whose decode steps and prompts are timed."""
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,10 +11,9 @@ from typing import Any
 import torch
 
 from lorc_fx import PAPER
-from lorc_fx.compat import compile_limits
-from lorc_fx.decode_command import twin
+from lorc_fx.decode_command import apart, twin
 from lorc_fx.errors import KernelWarning
-from lorc_fx.evaluate import RECOMPILE_LIMIT, cache_keyword, compress
+from lorc_fx.evaluate import cache_keyword, compress
 from lorc_fx.latent import LatentKV, cache_nbytes
 
 ROWS = {"calibration": "none", "scheduler": "uniform", "basis": "identity", "ratio": 0.6}
@@ -189,14 +187,11 @@ def ready(model: Any, variant: Variant, prompt: torch.Tensor, tokens: int, room:
     """``model`` (shared weights) compiled as ``variant`` says, its cache filled by a prompt that is repeated up to
     ``tokens``, with ``room`` for as many steps."""
     own = twin(model)
-    more: dict[str, Any] = dict(compile_limits(RECOMPILE_LIMIT))
-    if "isolate_recompiles" in inspect.signature(torch.compile).parameters:  # not in torch 2.11
-        more["isolate_recompiles"] = True
     if variant.options is None:
-        own.compile(backend=inner or "inductor", **({} if inner else {"mode": variant.mode}), **more)
+        own.compile(backend=inner or "inductor", **({} if inner else {"mode": variant.mode}), **apart())
     else:
         extra = {"inner": inner} if inner else {"mode": variant.mode} if variant.mode else {}
-        own.compile(backend="lorc", options={**variant.options, **extra}, **more)
+        own.compile(backend="lorc", options={**variant.options, **extra}, **apart())
     return Ready(own, variant, prompt, tokens, room)
 
 

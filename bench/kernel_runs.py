@@ -1,9 +1,9 @@
 """Runs generated kernels in a process of its own: Triton decides at its import whether it interprets kernels, and on a
 GPU one bad access ends all that the process does there.
 
-    python -m bench.kernel_runs values DEVICE NAME..    error of each case (of its own dtype, or of NAME@bfloat16)
-    python -m bench.kernel_runs build TARGET NAME..     compiles each for a device that is not there: its size
-    python -m bench.kernel_runs warm DEVICE WAY:I..     compiles configs of bench.gpu_cases, for Triton's own cache
+    python -m bench.kernel_runs values DEVICE NAME..       error of each case (of its own dtype, or of NAME@bfloat16)
+    python -m bench.kernel_runs build TARGET NAME..        compiles each for a device that is not there: its size
+    python -m bench.kernel_runs warm DEVICE WAY:I:BATCH..  compiles configs of bench.gpu_cases, for Triton's own cache
 
 ``values cpu`` is meant for TRITON_INTERPRET=1. Prints one JSON object per line: name -> what was found.
 """

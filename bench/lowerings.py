@@ -16,6 +16,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from torch.fx import symbolic_trace
 
 from bench.run import RESULTS, machine
 from lorc_fx.console import write_json
+from lorc_fx.decode_command import interleaved
 from lorc_fx.decoder import POSITION, Decoder, decode_dense
 from lorc_fx.device import measured
 from lorc_fx.kernels import tiled
@@ -136,6 +138,7 @@ def _decoding(query: Any, k: Operand, keys: Stored, v: Operand, values: Stored, 
 
 
 def predicted(way: Way, device: cost.Device, tokens: int, batch: int, shape: tuple[int, int, int]) -> float:
+    """Seconds by the cost model."""
     query_heads, heads, dim = shape
     n = heads * dim
     total = 0.0
@@ -147,17 +150,17 @@ def predicted(way: Way, device: cost.Device, tokens: int, batch: int, shape: tup
 
 
 def measure(tokens: int, batch: int, shape: tuple[int, int, int], repeats: int) -> list[float]:
+    """Median seconds of each of ``WAYS``."""
     calls = runs(tokens, batch, shape)
-    times: list[list[float]] = [[] for _ in calls]
     for call in calls:
         call()
-    for repeat in range(repeats):
-        for i in range(len(calls)):
-            at = (i + repeat) % len(calls)
-            start = time.perf_counter()
-            calls[at]()
-            times[at].append(time.perf_counter() - start)
-    return [statistics.median(t) for t in times]
+    return [statistics.median(t) for t in interleaved([partial(seconds, call) for call in calls], repeats)]
+
+
+def seconds(call: Callable[[], torch.Tensor]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
 
 
 def ranked(took: list[float], wanted: list[float]) -> tuple[int, int]:

@@ -3,7 +3,8 @@
     python -m bench.matching [--out bench/results/matching.json]
 
 For the graph of a prompt and that of a decode step, the processor seconds of each pass: ``normalise``, ``match``,
-``rewrite``. The exponent is the slope of their logarithms between the two deepest models; 1 is linear.
+``rewrite``. The exponent is the slope of their logarithms between a model of eight layers or more and the deepest; 1 is
+linear.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import transformers
 from torch.fx import GraphModule
 from transformers import AutoModelForCausalLM
 
-from bench.run import machine
+from bench.run import RESULTS, machine
 from lorc_fx import PAPER
 from lorc_fx.backend import compile_graph
 from lorc_fx.builder import Builder
@@ -38,7 +39,6 @@ from lorc_fx.passes.sites import match
 
 Measure = Callable[[Callable[[], Any]], float]
 
-RESULTS = Path(__file__).parent / "results"
 LAYERS, REPEATS = (2, 8, 32, 80), 3
 PASSES = ("normalise", "match", "rewrite")
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "head_dim": 16}
@@ -117,12 +117,15 @@ def measured(kind: str, layers: int, measure: Measure) -> list[dict[str, Any]]:
 
 
 def exponents(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The slope of each pass between the two deepest models, for each kind and graph."""
+    """The slope of each pass for each kind and graph, between the shallowest and the deepest model of eight layers or
+    more, or of all where only one has so many. One depth alone has none."""
     found = []
     for kind, graph in sorted({(r["kind"], r["graph"]) for r in rows}):
         same = sorted((r for r in rows if (r["kind"], r["graph"]) == (kind, graph)), key=lambda r: r["layers"])
-        chosen = [r for r in same if r["layers"] >= 8] if len(same) > 2 else same
-        low, high = chosen[0], chosen[-1]
+        deep = [r for r in same if r["layers"] >= 8]
+        low, high = (deep if len(deep) > 1 else same)[0], same[-1]
+        if low["layers"] == high["layers"]:
+            continue
         steps = math.log(high["layers"] / low["layers"])
         slopes = {name: math.log(high[name] / low[name]) / steps for name in ("nodes", *PASSES)}
         found.append({"kind": kind, "graph": graph, "between": [low["layers"], high["layers"]], **slopes})

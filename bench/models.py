@@ -53,7 +53,7 @@ def gpt2_shaped() -> Any:
 
 
 def small_llama(kv_heads: int) -> Any:
-    """d 256, 8 layers, 8 heads of 32: what an hour of a CPU can train."""
+    """d 256, 8 layers, 8 heads of 32: small enough for a CPU to train."""
     from transformers import LlamaConfig
 
     return LlamaConfig(

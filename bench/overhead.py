@@ -29,10 +29,10 @@ from unittest import mock
 import torch
 
 from bench import models
-from bench.cases import BASE, CHUNK, Variant
-from bench.run import RESULTS, WARMUP, Handle, machine
+from bench.cases import BASE, Variant
+from bench.run import RESULTS, Handle, filled, machine
 from lorc_fx.console import write_json
-from lorc_fx.decode_command import twin
+from lorc_fx.decode_command import WARMUP, twin
 from lorc_fx.runtime import Compiled
 
 VARIANTS = (BASE, Variant("lorc-1.0", 1.0), Variant("lorc-0.45", 0.45))
@@ -65,24 +65,10 @@ class Binding:
         self.patch = mock.patch.object(Compiled, "__call__", timed)
 
 
-def prepared(handles: Sequence[Handle], tokens: int) -> list[Any]:
-    """A cache of ``tokens`` for each handle, its decode step compiled."""
-    ids, token = models.random_ids(tokens), models.random_ids(1)
-    caches = []
-    for handle in handles:
-        cache = handle.cache(tokens)
-        for start in range(0, tokens, CHUNK):
-            handle.call(ids[:, start : start + CHUNK], cache)
-        for _ in range(WARMUP):
-            handle.call(token, cache)
-        caches.append(cache)
-    return caches
-
-
 def measure(model: Any, tokens: int, repeats: int, stubbed: bool) -> list[dict[str, Any]]:
     """One row per variant, with the times of each repeat; variants take turns."""
     handles = [Handle(variant, twin(model)) for variant in VARIANTS]
-    caches, token = prepared(handles, tokens), models.random_ids(1)
+    caches, token = filled(handles, tokens, repeats), models.random_ids(1)
     if stubbed:  # the caches were filled by real steps; the steps that are timed come from stubs
         for handle, cache in zip(handles, caches, strict=True):
             handle.inner.lower = stub

@@ -147,8 +147,8 @@ def _only(forced: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
 
 
 def observed(model: Any, way: Way, inner: str) -> dict[str, Any]:
-    """One way on one process: tokens, logits' sum, bytes used, ranks and bits per site, and what was said. The names of
-    an exception where there is one."""
+    """One way on one process: tokens, logits' sum, bytes used, ranks and bits per site, and what was said; the name
+    and the first line of an exception where there is one."""
     from lorc_fx import PAPER, LatentKV, LorcWarning, cache_nbytes
 
     torch._dynamo.reset()
@@ -162,7 +162,7 @@ def observed(model: Any, way: Way, inner: str) -> dict[str, Any]:
             model.compile(backend="lorc", options=options)
             got, logits, cache = run(model, way)
         except Exception as error:
-            return found | {"fails": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
+            return found | {"fails": f"{type(error).__name__}: {error}".splitlines()[0]}
     held = [t for layer in cache.layers for t in (layer.keys, layer.values)]
     coded = [t for t in held if isinstance(t, LatentKV)]
     return found | {

@@ -19,7 +19,7 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -205,10 +205,10 @@ def measure(case: Case) -> dict[str, Any]:
     return found | {"versions": versions(), "load": os.getloadavg()[0]}
 
 
-def versions() -> dict[str, str]:
-    """Of the packages that are installed here."""
+def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
+    """Of those packages that are installed here."""
     found = {}
-    for name in PACKAGES:
+    for name in packages:
         with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
     return found

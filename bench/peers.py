@@ -25,7 +25,6 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,10 +32,10 @@ import torch
 
 from bench import kvpress_rows
 from bench.environments import environment
-from bench.peer_steps import quantized_cache, shown, stored
+from bench.peer_steps import quantized_cache, shown, stored, versions
 from bench.prompted import prompted
 from bench.quality import METHODS, RESULTS, Text, calibrations, read_text
-from bench.run import machine
+from bench.run import command, machine
 from bench.straightforward import straightforward
 from lorc_fx import models
 from lorc_fx.console import write_json
@@ -215,19 +214,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"{row['peer']} {row['setting']} ({row['protocol']}): {told} ({seconds:.0f} s)", file=sys.stderr)
         result["rows"][:] = [row for row in result["rows"] if row["group"] != group] + fresh
         result["groups"][group] = {"machine": machine(), "versions": versions(PACKAGES.get(group, ()))}
-        result["groups"][group]["command"] = f"python -m bench.peers {' '.join(argv or sys.argv[1:])}"
+        result["groups"][group]["command"] = command("peers", argv)
         write_json(args.out, result)
-
-
-def versions(packages: Sequence[str]) -> dict[str, str]:
-    """Of the packages of a group that are installed here."""
-    found = {}
-    for name in packages:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 if __name__ == "__main__":

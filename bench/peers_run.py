@@ -1,7 +1,7 @@
 """Peers in one run: loss, bytes, prefill and decode time and peak memory of each cache, in 16 bits.
 
     python -m bench.peers_run [--handbook FOLDER] [--models gemma gqa mha] [--contexts 512 2048 8192]
-        [--peers dynamic lorc ...] [--no-steps | --no-times] [--out bench/results/peers-run.json]
+        [--peers dynamic lorc ...] [--no-losses] [--no-steps | --no-times] [--out bench/results/peers-run.json]
 
 Losses and the bytes they belong to are those of ``bench.peers``; groups that its file for a model lacks are measured by
 it first (``--no-steps``: nothing else is). Then each peer, model and context has a process of its own
@@ -36,7 +36,7 @@ from bench import kvpress_rows, peers
 from bench.environments import environment
 from bench.peer_steps import WARMUP, Case
 from bench.peers_material import FOLDER, MODELS, Material, material
-from bench.run import RESULTS, machine
+from bench.run import RESULTS, command, machine, say
 from lorc_fx.console import write_json
 from lorc_fx.models import cache_root
 
@@ -206,6 +206,8 @@ def one_context(name: str, made: Material, context: int, chosen: Sequence[Peer],
         except subprocess.CalledProcessError as error:
             case = {"model": name, "context": context, "peer": peer.name}
             run.result["failed"].append(case | {"code": error.returncode})
+            say(f"  its process ended with {error.returncode}")
+            write_json(run.args.out, run.result)
             continue
         same = (name, context, peer.name, when)
         kept = [r for r in run.result["rows"] if (r["model"], r["context"], r["peer"], r["when"]) != same or r["timed"]]
@@ -243,8 +245,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         KVPRESS: environment(args.venvs / "kvpress-venv", kvpress_rows.REQUIREMENTS),
     }
     result = json.loads(args.out.read_text()) if args.out.exists() else {"models": {}, "losses": [], "rows": []}
-    command = f"python -m bench.peers_run {' '.join(argv if argv is not None else sys.argv[1:])}".strip()
-    result |= {"machine": machine() | {"threads": args.threads}, "command": command, "dtype": "bfloat16", "failed": []}
+    result |= {"machine": machine() | {"threads": args.threads}, "command": command("peers_run", argv)}
+    result |= {"dtype": "bfloat16", "failed": []}
     run = Run(args, pythons, result)
     for name in args.models:
         made = material(name, args.handbook, max(args.contexts) + WARMUP + args.steps)
@@ -258,10 +260,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         for context in [] if args.no_steps else args.contexts:
             one_context(name, made, context, wanted, run)
     say(f"written to {args.out}")
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from bench.run import machine
+from bench.run import RESULTS, machine
 from lorc_fx.allocate import BLOCK, DROPPED, Columns, allocate
 from lorc_fx.console import write_json
 from lorc_fx.factors import factorise
@@ -26,7 +26,6 @@ from lorc_fx.packing import BITS, MODEL
 from lorc_fx.records import SiteSpec
 from lorc_fx.schedulers import schedule
 
-RESULTS = Path(__file__).parent / "results"
 LAYERS, WIDTH, HIDDEN, ELEMENT, REPEATS = 80, 1024, 8192, 2, 5
 RATIO = 0.25
 #: precision -> levels, columns that climb together

@@ -18,7 +18,7 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results"
 MODELS = ("llama", "gpt2")
 COLOURS = {"inductor": "#555555", "inductor-static": "#999999", "eager": "#cccccc", "joint": "#d95f02"}
-GREENS = ("#1b9e77", "#7570b3", "#e7298a", "#66a61e", "#e6ab02", "#a6761d")
+CYCLE = ("#1b9e77", "#7570b3", "#e7298a", "#66a61e", "#e6ab02", "#a6761d")
 Row = dict[str, Any]
 
 
@@ -83,7 +83,7 @@ def draw(name: str, found: Sequence[Row], path: Path) -> None:
                 lines.setdefault(line, []).append(row)
             for i, (line, points) in enumerate(lines.items()):
                 points.sort(key=at)
-                colour = COLOURS.get("joint" if line.endswith("joint") else line, GREENS[i % len(GREENS)])
+                colour = COLOURS.get("joint" if line.endswith("joint") else line, CYCLE[i % len(CYCLE)])
                 x, y = [at(p) for p in points], [1e3 * p["median_s"] for p in points]
                 axis.plot(x, y, marker="o", markersize=4, linewidth=1.6, color=colour, label=line)
             axis.set_title(model)

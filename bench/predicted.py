@@ -27,7 +27,7 @@ import lorc_fx
 from bench.correlation import spearman
 from bench.plots import panels
 from bench.quality import RESULTS, read_text
-from bench.run import machine
+from bench.run import command, machine
 from bench.scoring import Reference, known
 from lorc_fx import Options, Plan, models
 from lorc_fx.console import write_json
@@ -197,13 +197,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     about = {"model": models.DEMO_NAME, "dtype": "float32", "tokens": reference.tokens, "dense_nats": reference.nats}
     about |= {"calibration_tokens": sum(map(len, text.calibration))}
     rows: list[dict[str, Any]] = []
-    command = f"python -m bench.predicted {' '.join(argv if argv is not None else sys.argv[1:])}"
     for setting, plan in zip(SETTINGS, made, strict=True):
         begin = time.perf_counter()
         rows.append(measure(model, reference, setting, plan))
         told = f"predicted {rows[-1]['predicted']:.4f}, KL {rows[-1]['divergence']:.4f}, added {rows[-1]['added']:+.4f}"
         print(f"{setting}: {told} ({time.perf_counter() - begin:.0f} s)", file=sys.stderr, flush=True)
-        written = {"rows": rows, "correlations": correlations(rows), "command": command}
+        written = {"rows": rows, "correlations": correlations(rows), "command": command("predicted", argv)}
         write_json(args.out, {"machine": machine(), **about, **written})
 
 

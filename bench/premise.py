@@ -32,7 +32,7 @@ import lorc_fx
 from bench.ablation import NOWHERE, Bench, Key
 from bench.correlation import spearman
 from bench.quality import RESULTS, read_text
-from bench.run import machine
+from bench.run import command, machine
 from bench.scoring import Reference, known
 from lorc_fx import models
 from lorc_fx.allocate import DROPPED, Columns, predicted
@@ -199,14 +199,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "premise.json")
     args = parser.parse_args(argv)
     warnings.simplefilter("ignore")
-    command = f"python -m bench.premise {' '.join(argv if argv is not None else sys.argv[1:])}"
     for given in args.models:
         path, name = None if given == models.DEMO_NAME else given, Path(given).name
         model, tokenizer = models.load_model(path, dtype=torch.float32)
         text = read_text(model, tokenizer, path, args.handbook, args.tokens)
         text = text._replace(calibration=text.calibration[: args.calibration_rows])
         calibration = known(model, text.calibration, args.calibrations, name)
-        made = {"command": command, **trained(path), **study(model, text, calibration)}
+        made = {"command": command("premise", argv), **trained(path), **study(model, text, calibration)}
         found = json.loads(args.out.read_text())["models"] if args.out.exists() else {}
         found[name] = made
         write_json(args.out, {"machine": machine(), "dtype": "float32", "share": SHARE, "models": found})

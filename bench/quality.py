@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 import warnings
 from collections.abc import Sequence
@@ -25,14 +24,13 @@ import torch
 
 import lorc_fx
 from bench.prompted import mean_nats
-from bench.run import machine
+from bench.run import RESULTS, command, machine, say
 from bench.texts import handbook
 from bench.training import HELD_OUT
 from lorc_fx import models
 from lorc_fx.console import write_json
 from lorc_fx.evaluate import compressed, first_prompt
 
-RESULTS = Path(__file__).parent / "results"
 RATIOS = (0.5, 0.45, 0.35, 0.25, 0.2, 0.15, 0.1)
 CALIBRATION_TOKENS, ROW, SKIP = 24_576, 1024, 12_000
 
@@ -108,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     model, tokenizer = models.load_model(args.model, dtype=getattr(torch, args.dtype))
     text = read_text(model, tokenizer, args.model, args.handbook, args.tokens)
     dense = loss_of(model, text.scored)
-    _say(f"dense {dense:.4f} nats")
+    say(f"dense {dense:.4f} nats")
     made = calibrations(model, text, args.methods, args.model)
     measured = {
         "model": args.model or models.DEMO_NAME,
@@ -134,20 +132,19 @@ def main(argv: Sequence[str] | None = None) -> None:
                     more = {"worst_error": max(errors), "sites_above_0.3": sum(e > 0.3 for e in errors)}
                 loss = loss_of(model, text.scored)
             rows.append({"method": method, "ratio": ratio, "nats": loss, "added": loss / dense - 1, **more})
-            _say(f"{method} at {ratio}: {100 * (loss / dense - 1):+.2f} % ({time.perf_counter() - begin:.0f} s)")
+            say(f"{method} at {ratio}: {100 * (loss / dense - 1):+.2f} % ({time.perf_counter() - begin:.0f} s)")
         rows.sort(key=lambda row: list(METHODS).index(row["method"]))
-        command = f"python -m bench.quality {' '.join(argv if argv is not None else sys.argv[1:])}"
-        write_json(args.out, {"machine": machine(), **measured, "rows": rows, "command": command})
+        about = {"machine": machine(), **measured}
+        write_json(args.out, about | {"rows": rows, "command": command("quality", argv)})
 
 
 def _kept(path: Path, measured: dict[str, Any]) -> list[dict[str, Any]]:
     """Rows of an earlier run in ``path``, if it measured the same."""
     old = json.loads(path.read_text()) if path.exists() else {}
-    return list(old["rows"]) if old and {name: old.get(name) for name in measured} == measured else []
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    if not old or {name: old.get(name) for name in measured} == measured:
+        return list(old.get("rows", ()))
+    say(f"{path} was measured otherwise: all its rows are replaced")
+    return []
 
 
 if __name__ == "__main__":

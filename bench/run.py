@@ -25,14 +25,14 @@ import torch
 
 from bench import cases, models
 from bench.cases import Case, Variant
-from lorc_fx import PAPER
+from lorc_fx import PAPER, backend
+from lorc_fx.compat import compile_with_inductor
 from lorc_fx.console import write_json
-from lorc_fx.decode_command import interleaved, twin
+from lorc_fx.decode_command import WARMUP, apart, interleaved, twin
 from lorc_fx.evaluate import cache_bytes, cache_keyword
 from lorc_fx.latent import cache_nbytes
 
 RESULTS = Path(__file__).parent / "results"
-WARMUP = 3
 
 
 class Timed:
@@ -62,8 +62,6 @@ def _inductor(gm: Any, examples: Any) -> Any:
 
 
 def _inductor_in_lorc(gm: Any, examples: Any) -> Any:
-    from lorc_fx.compat import compile_with_inductor
-
     return compile_with_inductor(gm, examples, None)
 
 
@@ -73,11 +71,10 @@ class Handle:
     def __init__(self, variant: Variant, model: Any) -> None:
         self.variant, self.model = variant, model
         self.inner = Timed(_inductor if variant.ratio is None else _inductor_in_lorc)
-        apart: dict[str, Any] = {"isolate_recompiles": True, "recompile_limit": 64}
         if variant.ratio is None:
-            model.compile(backend=self.inner, **apart)
+            model.compile(backend=self.inner, **apart())
         else:
-            model.compile(backend="lorc", options={**PAPER, "ratio": variant.ratio, "inner": self.inner}, **apart)
+            model.compile(backend="lorc", options={**PAPER, "ratio": variant.ratio, "inner": self.inner}, **apart())
         self.keyword = cache_keyword(model)
 
     def cache(self, capacity: int) -> Any:
@@ -97,17 +94,24 @@ class Handle:
         return time.perf_counter() - start, self.inner.run_s - inside
 
 
-def measure_decode(handles: Sequence[Handle], tokens: int, repeats: int) -> list[dict[str, Any]]:
-    """One step on a cache of ``tokens``, which the same handle filled in chunks. Each step appends a token."""
+def filled(handles: Sequence[Handle], tokens: int, room: int) -> list[Any]:
+    """A cache of ``tokens`` for each handle, which it filled in chunks, and its decode step compiled; static ones have
+    ``room`` for so many steps after these."""
     ids, token = models.random_ids(tokens), models.random_ids(1)
     caches = []
     for handle in handles:
-        cache = handle.cache(tokens + WARMUP + repeats)
+        cache = handle.cache(tokens + WARMUP + room)
         for start in range(0, tokens, cases.CHUNK):
             handle.call(ids[:, start : start + cases.CHUNK], cache)
         for _ in range(WARMUP):
             handle.call(token, cache)
         caches.append(cache)
+    return caches
+
+
+def measure_decode(handles: Sequence[Handle], tokens: int, repeats: int) -> list[dict[str, Any]]:
+    """One step on a cache of ``tokens``. Each step appends a token."""
+    caches, token = filled(handles, tokens, repeats), models.random_ids(1)
     sizes = [{"held_bytes": cache_bytes(cache), "used_bytes": cache_nbytes(cache, used=True)} for cache in caches]
     times = interleaved([lambda h=h, c=c: h.call(token, c) for h, c in zip(handles, caches, strict=True)], repeats)
     return [_row(handle, times[i]) | sizes[i] for i, handle in enumerate(handles)]
@@ -144,15 +148,15 @@ def measure_compile(variant: Variant, model: Any) -> dict[str, Any]:
 
     torch.compiler.reset()  # else Dynamo remembers which sizes varied before, and compiles less
     handle = Handle(variant, copy.deepcopy(model))
-    before = _passes_reset()
+    backend.reset_timings()
     calls, compiles, first = [], [], 0.0
     with config.patch(force_disable_caches=True):
         for i, tokens in enumerate(cases.PROMPTS):
             seconds = _prompt(handle, tokens)
             if i == 0:
-                first, inner_s, passes = seconds, handle.inner.compile_s, _passes()
+                first, inner_s, passes = seconds, handle.inner.compile_s, backend.timings()
             compiles.append(handle.inner.compiles)
-            calls.append(_backend_calls() if variant.ratio is not None and before else handle.inner.compiles)
+            calls.append(handle.inner.compiles if variant.ratio is None else backend.counts()["backend_calls"])
     warm = statistics.median(_prompt(handle, cases.PROMPTS[0]) for _ in range(3))
     return {
         "variant": variant.name,
@@ -168,29 +172,6 @@ def _prompt(handle: Handle, tokens: int) -> float:
     ids, token = models.random_ids(tokens), models.random_ids(1)
     cache = handle.cache(tokens + cases.STEPS)
     return handle.call(ids, cache)[0] + sum(handle.call(token, cache)[0] for _ in range(cases.STEPS))
-
-
-def _passes_reset() -> bool:
-    """Whether the backend keeps timings; they start from zero now."""
-    from lorc_fx import backend
-
-    if not hasattr(backend, "reset_timings"):
-        return False
-    backend.reset_timings()
-    return True
-
-
-def _passes() -> dict[str, float]:
-    """Seconds of each pass since ``_passes_reset``."""
-    from lorc_fx import backend
-
-    return backend.timings() if hasattr(backend, "timings") else {}
-
-
-def _backend_calls() -> int:
-    from lorc_fx import backend
-
-    return backend.counts()["backend_calls"]
 
 
 def machine() -> dict[str, Any]:
@@ -217,7 +198,12 @@ def machine() -> dict[str, Any]:
     }
 
 
-def _say(text: str) -> None:
+def command(name: str, argv: Sequence[str] | None) -> str:
+    """The command line of ``python -m bench.NAME``; ``argv``: what ``main`` was given, None for the process' own."""
+    return " ".join([f"python -m bench.{name}", *(sys.argv[1:] if argv is None else argv)])
+
+
+def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
@@ -225,19 +211,19 @@ def measure(name: str, chosen: Sequence[Case], repeats: dict[str, int], dtype: t
     """All rows of one model."""
     model = models.build(name, dtype)
     rows: list[dict[str, Any]] = []
-    _say(f"{name}: compile")
+    say(f"{name}: compile")
     _prompt(Handle(cases.BASE, copy.deepcopy(model)), 16)  # starts inductor's workers, builds its headers
     for repeat in range(repeats["compile"]):
         for variant in cases.COMPILED[:: 1 if repeat % 2 == 0 else -1]:
             rows.append({"model": name, "kind": "compile"} | measure_compile(variant, model))
-            _say(f"  {variant.name} {rows[-1]['seconds']:.1f} s, inner compiles {rows[-1]['inner_compiles']}")
+            say(f"  {variant.name} {rows[-1]['seconds']:.1f} s, inner compiles {rows[-1]['inner_compiles']}")
     handles = [Handle(variant, twin(model)) for variant in cases.VARIANTS]
     for case in chosen:
-        _say(f"{name}: {case.kind} {case.tokens}")
+        say(f"{name}: {case.kind} {case.tokens}")
         function = measure_decode if case.kind == "decode" else measure_prefill
         for row in function(handles, case.tokens, repeats[case.kind]):
             rows.append({"model": name, "kind": case.kind, "tokens": case.tokens} | row)
-            _say(
+            say(
                 f"  {row['variant']} {1e3 * row['median_s']:.2f} ms, outside the graph {1e6 * row['overhead_s']:.0f} us"
             )
     return rows
@@ -258,7 +244,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         torch.compiler.reset()
         result["rows"] += measure(name, chosen, repeats, getattr(torch, args.dtype))
         write_json(args.out, result)
-    _say(f"written to {args.out}")
+    say(f"written to {args.out}")
 
 
 if __name__ == "__main__":

@@ -49,12 +49,13 @@ def grown(result: dict[str, Any]) -> str:
 
 def soaked(result: dict[str, Any]) -> str:
     """``bench.soak``: what mixed generations do to results, compiles and memory over time."""
+    slope = result["slope_mib_per_minute"]
     forms = ", ".join(f"{count} {name}" for name, count in result["rounds"].items())
     lines = [
-        ["generations after warm-up", f"{sum(result['rounds'].values())} ({forms})"],
+        ["generations, those of the warm-up included", f"{sum(result['rounds'].values())} ({forms})"],
         ["results that differ from the eager model's", str(len(result["mismatches"]))],
         ["frames compiled after warm-up", str(result["recompiles"])],
         ["live tensors, more at the end", str(result["tensors_grown"])],
-        ["resident memory, slope", f"{result['slope_mib_per_minute']:+.2f} MiB per minute"],
+        ["resident memory, slope", "–" if slope is None else f"{slope:+.2f} MiB per minute"],
     ]
     return markdown([f"{result['minutes']:g} minutes", "found"], lines)

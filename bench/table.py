@@ -310,12 +310,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _replace(path: Path, name: str, text: str) -> None:
-    """Put ``text`` between the markers of that name, where they are."""
+    """Put ``text`` between the markers of that name, where they are. Raises ValueError where the second is missing."""
     whole = path.read_text()
     begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
     if begin in whole:
         before, _, rest = whole.partition(begin)
-        path.write_text(f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}")
+        _, closed, after = rest.partition(end)
+        if not closed:  # what comes after it would be lost
+            raise ValueError(f"{path} has {begin} without {end}")
+        path.write_text(f"{before}{begin}\n{text}\n{end}{after}")
 
 
 if __name__ == "__main__":

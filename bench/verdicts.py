@@ -1,4 +1,4 @@
-"""What ``bench.decoders`` found, in words: one verdict per class, and the page of documentation."""
+"""What ``bench.decoders`` and ``bench.elsewhere`` found, in words: one verdict per class, and a page of each."""
 
 from __future__ import annotations
 

@@ -152,10 +152,6 @@ class Entry:
     model_type: str
     cls: str
 
-    @property
-    def name(self) -> str:
-        return self.cls
-
     def config(self) -> Any:
         """Where the class models the text alone, that part of the configuration."""
         import transformers
@@ -217,7 +213,7 @@ def small_config(cls: type) -> Any:
         part = getattr(default, name, None)
         if isinstance(part, PreTrainedConfig) and name not in own:
             given[name] = small_config(type(part)).to_dict()
-    given |= {k: v(given) if callable(v) else v for k, v in own.items() if v is not None}
+    given |= {k: v for k, v in own.items() if v is not None}
     return cls(**given)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import itertools
 import platform
 import statistics
@@ -45,23 +46,27 @@ def ways(options: Mapping[str, Any], ratios: Sequence[float]) -> list[Options | 
 
 @dataclass
 class Runner:
-    """One way: a module of its own over shared weights, and one that fills its caches without waiting for inductor."""
+    """One way: a module of its own over shared weights, and one that fills its caches without waiting for inductor.
+    ``options``: None for a dense cache, under ``inner`` or (None) not compiled; ``static``: its caches are."""
 
     options: Options | None
     model: Any
-    asked: Asked
+    inner: str | None = "inductor"
+    static: bool = False
     filler: Any = field(init=False)
 
     def __post_init__(self) -> None:
         self.filler = twin(self.model)
-        limits = compile_limits(RECOMPILE_LIMIT)
-        if self.options is None:
-            self.model.compile(backend=self.asked.inner, **limits)
-        else:
+        if self.options is not None:
             given = self.options.given()
-            self.model.compile(backend="lorc", options=given, **limits)
-            self.filler.compile(backend="lorc", options={**given, "inner": "eager"}, **limits)
+            self.model.compile(backend="lorc", options=given, **apart())
+            self.filler.compile(backend="lorc", options={**given, "inner": "eager"}, **apart())
+        elif self.inner is not None:
+            self.model.compile(backend=self.inner, **apart())
         self.keyword = cache_keyword(self.model)
+        # else a long prompt's logits take more memory than its cache
+        last = "logits_to_keep" in inspect.signature(self.model.forward).parameters
+        self.more = {"use_cache": True, **({"logits_to_keep": 1} if last else {})}
 
     @property
     def name(self) -> str:
@@ -69,20 +74,19 @@ class Runner:
 
     @torch.no_grad()
     def call(self, ids: torch.Tensor, cache: Any, model: Any = None) -> float:
-        """Feed ``ids`` [B, S]; seconds."""
+        """Feed ``ids`` [B, S] to the way's own module, or to ``model``; seconds."""
         start = time.perf_counter()
-        out = (model or self.model)(input_ids=ids, use_cache=True, **{self.keyword: cache})
+        out = (model or self.model)(input_ids=ids, **self.more, **{self.keyword: cache})
         if out.logits.device.type == "cuda":
             torch.cuda.synchronize(out.logits.device)
         return time.perf_counter() - start
 
-    def filled(self, ids: torch.Tensor) -> Any:
-        """A cache of ``ids`` [B, T] with room for the steps."""
-        config, room = self.model.config, WARMUP + self.asked.repeats + 1
-        length = ids.shape[1] + room
+    def filled(self, ids: torch.Tensor, room: int) -> Any:
+        """A cache of ``ids`` [B, T]; a static one has room for ``room`` more tokens."""
+        config, length = self.model.config, ids.shape[1] + room
         cache = (
             transformers.StaticCache(config=config, max_cache_len=length)
-            if self.asked.static
+            if self.static
             else transformers.DynamicCache(config=config)
         )
         self.call(ids, cache, self.filler)
@@ -93,6 +97,15 @@ def twin(model: Any) -> Any:
     """A second module of the same class that shares every parameter and buffer."""
     tensors = itertools.chain(model.parameters(), model.buffers())
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+def apart() -> dict[str, Any]:
+    """Keywords of ``torch.compile`` for one of several twins: many graphs, which are its own. torch 2.11 cannot keep
+    them apart: there all twins share one list of graphs, which a call looks through, and one limit."""
+    found: dict[str, Any] = dict(compile_limits(RECOMPILE_LIMIT))
+    if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
+        found["isolate_recompiles"] = True
+    return found
 
 
 def interleaved(runs: Sequence[Any], repeats: int) -> list[list[float]]:
@@ -108,7 +121,7 @@ def interleaved(runs: Sequence[Any], repeats: int) -> list[list[float]]:
 def run(show: Show, model: Any, wanted: Sequence[Options | None], asked: Asked) -> dict[str, Any]:
     """All figures, ready for JSON: one row for each number of tokens and way. Prompts are random ids."""
     torch.compiler.reset()
-    runners = [Runner(options, twin(model), asked) for options in wanted]
+    runners = [Runner(options, twin(model), asked.inner, asked.static) for options in wanted]
     rows: list[dict[str, Any]] = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", LorcWarning)  # random ids have a quality of their own
@@ -127,7 +140,7 @@ def _measured(show: Show, runners: Sequence[Runner], tokens: int, asked: Asked) 
     caches = []
     for runner in runners:
         show.stage(f"A prompt of {tokens} tokens and first steps: {runner.name}")
-        caches.append(runner.filled(ids))
+        caches.append(runner.filled(ids, WARMUP + asked.repeats + 1))
         for _ in range(WARMUP):
             runner.call(ids[:, :1], caches[-1])
     held = [cache_bytes(cache) for cache in caches]

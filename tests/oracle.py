@@ -1,7 +1,8 @@
-"""The function that a model with compressed keys and values computes; shares nothing with lorc_fx but the ranks.
+"""The function that a model with compressed keys and values computes.
 
-After each key and value projection, ``y -> b + (y - b) U U^T`` with U the leading left singular vectors of the fp64
-weight.
+``oracle``: after each key and value projection, ``y -> b + (y - b) U U^T`` with U the leading left singular vectors of
+the fp64 weight; it shares nothing with lorc_fx but the ranks. ``coded_oracle``: what is rounded, too; from a codec's
+matrices and format and the quantiser's constants.
 """
 
 from __future__ import annotations

@@ -46,7 +46,9 @@ def test_a_quantised_weight(ratio):
     assert codec.encode is None or codec.encode.dtype == torch.float32
 
 
+@pytest.mark.slow
 def test_with_inductor():
+    """What ``test_a_quantised_weight`` checks under eager."""
     check(quantised(), quantised(), inner="inductor")
 
 
@@ -333,9 +335,9 @@ def test_one_weight_on_meta_is_torchs_own_error():
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is built without distributed")
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_shards(world, tmp_path):
-    """Each case in a process group of its own (``sharded.py``): coded and right, or a miss that is said."""
+    """All cases of ``sharded.py`` in a group of ``world`` processes: coded and right, or a miss that is said."""
     here = Path(__file__).parent
     path = os.pathsep.join([str(here), *(p for p in sys.path if p)])
     run = subprocess.run(

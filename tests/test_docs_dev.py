@@ -299,6 +299,11 @@ def test_hooks_run_what_is_there():
     assert any(line.startswith("pre-commit") for line in config["project"]["optional-dependencies"]["dev"])
 
 
+def test_the_makefile_runs_programs_as_modules():
+    """As files they would not find ``bench``."""
+    assert not re.findall(r"\$\(BIN\)/python \S+\.py", text_of("Makefile"))
+
+
 def test_the_quick_files_are_there():
     (names,) = re.findall(r"^QUICK := (.*?[^\\])\n\n", text_of("Makefile"), re.M | re.S)
     for name in names.replace("\\", " ").split():

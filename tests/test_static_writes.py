@@ -111,7 +111,7 @@ def test_a_write_that_is_not_understood_is_right_and_said(name: str) -> None:
     assert coded or [w for w in caught if issubclass(w.category, LorcWarning)], "it became dense in silence"
 
 
-@pytest.mark.parametrize("basis", ["joint", "identity"])
+@pytest.mark.parametrize("basis", ["joint", pytest.param("identity", marks=pytest.mark.slow)])
 def test_caches_of_several_lengths_under_inductor(basis: str) -> None:
     """A length that varies is a symbol, found to be equal to others; none of those may be in the rewritten graph."""
     model = FAMILIES["llama-gqa"].build(layers=1)
