@@ -86,7 +86,7 @@ def token_scores(
     """Feed ``token_ids`` (one piece of text, [N] or [1, N]) in chunks, so that all but the first read the cache.
 
     ``cache`` is the one to use (default: a fresh ``DynamicCache``); a ``chunk`` of N or more is one pass. Scores come
-    from fp32 logits.
+    from fp32 logits. Raises ValueError for fewer than two tokens or a chunk below 1.
     """
     ids = torch.as_tensor(token_ids, device=model.device).reshape(1, -1)
     total = ids.shape[1] - 1

@@ -46,9 +46,8 @@ class Formula:
         return made
 
 
-_position = (x - x_min) / (
-    x_max - x_min
-)  # apart from the rank, so that it is exactly 1 and 0 at the ends in floats too
+# apart from the rank, so that it is exactly 1 and 0 at the ends in floats too
+_position = (x - x_min) / (x_max - x_min)
 _real = d_min + (d_max - d_min) * t
 
 FORMULAS: dict[str, Formula] = {

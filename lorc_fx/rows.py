@@ -71,7 +71,7 @@ class Track:
 
     It counts once, is extended once, and is one tensor object to a compiled graph. The same operation on each layer's
     LatentKV (reordering a beam, joining batches) gives one new track again, because the last derived track is
-    remembered. ``writes`` counts what may have written into it in place since.
+    remembered. ``writes`` counts what may have written into it in place.
     """
 
     __slots__ = ("__weakref__", "_derived", "_views", "data", "owners", "used", "writes")
@@ -157,10 +157,11 @@ class Rows:
 
     def moved_to(self, track: Track) -> None:
         """Keep positions in another track from now on."""
-        if self.track is not None:
-            self.track.owners -= 1
-        self.track = track
-        track.owners += 1
+        with _LOCK:
+            if self.track is not None:
+                self.track.owners -= 1
+            self.track = track
+            track.owners += 1
 
 
 def alone(rows: Sequence[Rows]) -> None:
