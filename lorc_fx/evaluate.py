@@ -75,7 +75,7 @@ def sample_text() -> str:
 
 
 def cache_keyword(model: Any) -> str:
-    """The name under which the model's forward takes its cache: transformers 5 calls it ``cache``."""
+    """The name under which the model's forward takes its cache: newer transformers call it ``cache``."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
