@@ -200,8 +200,9 @@ def _generate(
 
     clock = Clock()
     settings: dict[str, Any] = {"do_sample": False, "return_dict_in_generate": True, "stopping_criteria": [clock]}
-    if model.generation_config.pad_token_id is None:
-        settings["pad_token_id"] = model.generation_config.eos_token_id or 0
+    if model.generation_config.pad_token_id is None:  # else transformers says at each call that it takes the first end
+        end = model.generation_config.eos_token_id
+        settings["pad_token_id"] = (end[0] if isinstance(end, list) else end) or 0
     out = model.generate(**inputs, max_new_tokens=max_new_tokens, **settings | kwargs)
     cache = out["cache"] if "cache" in out else out["past_key_values"]
     steps = tuple(after - before for before, after in zip(clock.times, clock.times[1:], strict=False))
