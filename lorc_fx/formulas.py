@@ -151,4 +151,4 @@ def latex(name: str) -> str:
 def markdown() -> str:
     """All formulas as a Markdown table (name, meaning, formula), for the docs."""
     rows = [f"| `{f.name}` | {f.says} | ${latex(f.name)}$ |" for f in FORMULAS.values()]
-    return "\n".join(["| name | meaning | formula |", "|---|---|---|", *rows]) + "\n"
+    return "\n".join(["| name | meaning | formula |", "| --- | --- | --- |", *rows])
