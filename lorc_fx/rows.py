@@ -67,7 +67,8 @@ class _Derived:
 
 
 class Track:
-    """Positions [capacity, B] int32, shared by the LatentKVs of all layers whose rows hold the same tokens.
+    """Positions [capacity, B] int32 (or what else is kept of each token, [capacity, B, m]), shared by the LatentKVs of
+    all layers whose rows hold the same tokens.
 
     It counts once, is extended once, and is one tensor object to a compiled graph. The same operation on each layer's
     LatentKV (reordering a beam, joining batches) gives one new track again, because the last derived track is
@@ -148,7 +149,7 @@ class Rows:
 
     @property
     def positions(self) -> torch.Tensor | None:
-        """All positions held, spare room included: [capacity, B] int32."""
+        """All positions held, spare room included: [capacity, B] int32, or as ``Track`` says."""
         return None if self.track is None else self.track.data
 
     def grown(self, start: int, length: int, extra: int, track: Track | None) -> Rows:
