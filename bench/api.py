@@ -1,6 +1,6 @@
-"""What pages say of the code, from the code: functions, options and commands; modules; costs of lowerings; markers.
+"""What pages say of the code, from it: functions, options, commands; modules; costs of lowerings; formulas; markers.
 
-    python -m bench.api --write [FILES]     default: docs/api.md, docs/architecture.md, docs/kernels.md, CONTRIBUTING.md
+    python -m bench.api --write [FILES]     default: those of ``PAGES``
 
 What stands between ``<!-- code: api -->`` and ``<!-- /code: api -->`` there (``modules``, ...) is replaced.
 """
@@ -26,7 +26,7 @@ from typer.models import OptionInfo
 
 import lorc_fx
 from bench.table import _replace, markdown
-from lorc_fx import bounds, cli, errors, options, schedulers
+from lorc_fx import bounds, cli, errors, formulas, options, schedulers
 from lorc_fx.passes import cost
 
 ROOT = Path(__file__).parents[1]
@@ -239,8 +239,8 @@ def markers() -> str:
     return _left(["marker", "what"], [[f"`{name}`", said] for name, _, said in found])
 
 
-PARTS = {"api": api, "modules": modules, "costs": costs, "markers": markers}
-PAGES = ("docs/api.md", "docs/architecture.md", "docs/kernels.md", "CONTRIBUTING.md")
+PARTS = {"api": api, "modules": modules, "costs": costs, "formulas": formulas.markdown, "markers": markers}
+PAGES = ("docs/api.md", "docs/architecture.md", "docs/kernels.md", "docs/budgets.md", "CONTRIBUTING.md")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

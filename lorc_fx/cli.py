@@ -220,7 +220,7 @@ def calibrate(
 
             loaded, tokenizer = load_model(model, dtype.torch(), show.stage)
             show.stage("Calibrating")
-            rows = "self" if text is None else _rows(text, model, tokenizer, tokens)
+            rows = "self" if text is None else _rows(text, model, loaded, tokenizer, tokens)
             found = gather(loaded, rows, gradients=gradients, progress=False)
             found.save(output)
         least = min(site.tokens for site in found.sites)
@@ -229,11 +229,11 @@ def calibrate(
         out.print(f"{output}: {len(found.sites)} sites, {least} tokens", soft_wrap=True)
 
 
-def _rows(path: Path, model: Path | None, tokenizer: Any, tokens: int) -> Any:
+def _rows(path: Path, model: Path | None, loaded: Any, tokenizer: Any, tokens: int) -> Any:
     """The text as rows that begin as the tokenizer begins a text. Raises BadOption, BadModel."""
     from lorc_fx.texts import read_text, rows_of, tokenized
 
-    rows = rows_of(*tokenized(read_text(path), tokenizer, model), tokens)
+    rows = rows_of(*tokenized(read_text(path), tokenizer, model), tokens, loaded)
     if not rows:
         raise BadOption("text", str(path), "a text of at least two tokens, and this one has fewer")
     return rows
@@ -336,7 +336,7 @@ def plan(
             budget = {"ratio": ratio, "bytes_per_token": bytes_per_token}
             many = plan_command.asked(knobs, budget, ratios, output is not None)
             loaded, tokenizer = load_model(model, dtype.torch(), show.stage)
-            rows = _rows(text, model, tokenizer, tokens) if text is not None else None
+            rows = _rows(text, model, loaded, tokenizer, tokens) if text is not None else None
             plans, result = plan_command.figures(show, loaded, many, rows)
         result = {"model": str(model or "Gemma 3 270M"), "dtype": dtype.value} | result
         written = plan_command.write(output, plans[0], plot, result)

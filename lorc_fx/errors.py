@@ -333,7 +333,8 @@ class DenseCacheWarning(LorcWarning):
 
 
 class KernelWarning(LorcWarning):
-    """An attention gets no generated kernel: plain torch computes it, as right but slower."""
+    """An attention gets no generated kernel or compiled code (plain torch computes it, as right but slower), or a
+    database of tuned configs does not fit."""
 
 
 class QualityWarning(LorcWarning):
@@ -341,4 +342,5 @@ class QualityWarning(LorcWarning):
 
 
 class EagerWarning(LorcWarning):
-    """A LatentKV met eager code: it stays coded and right, but slow."""
+    """A LatentKV met eager code, or other weights or another plan than wrote it: right, but slow, or dense from there
+    on."""

@@ -75,7 +75,7 @@ def sample_text() -> str:
 
 
 def cache_keyword(model: Any) -> str:
-    """The name under which the model's forward takes its cache: transformers 5 calls it ``cache``."""
+    """The name under which the model's forward takes its cache: newer transformers call it ``cache``."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
@@ -86,7 +86,7 @@ def token_scores(
     """Feed ``token_ids`` (one piece of text, [N] or [1, N]) in chunks, so that all but the first read the cache.
 
     ``cache`` is the one to use (default: a fresh ``DynamicCache``); a ``chunk`` of N or more is one pass. Scores come
-    from fp32 logits.
+    from fp32 logits. Raises ValueError for fewer than two tokens or a chunk below 1.
     """
     ids = torch.as_tensor(token_ids, device=model.device).reshape(1, -1)
     total = ids.shape[1] - 1
@@ -200,8 +200,9 @@ def _generate(
 
     clock = Clock()
     settings: dict[str, Any] = {"do_sample": False, "return_dict_in_generate": True, "stopping_criteria": [clock]}
-    if model.generation_config.pad_token_id is None:
-        settings["pad_token_id"] = model.generation_config.eos_token_id or 0
+    if model.generation_config.pad_token_id is None:  # else transformers says at each call that it takes the first end
+        end = model.generation_config.eos_token_id
+        settings["pad_token_id"] = (end[0] if isinstance(end, list) else end) or 0
     out = model.generate(**inputs, max_new_tokens=max_new_tokens, **settings | kwargs)
     cache = out["cache"] if "cache" in out else out["past_key_values"]
     steps = tuple(after - before for before, after in zip(clock.times, clock.times[1:], strict=False))

@@ -68,8 +68,8 @@ def gram(weight: torch.Tensor, name: str) -> torch.Tensor:
 
 
 def spectrum(gram: torch.Tensor) -> Factors:
-    """The singular values of W alone: half the time that the vectors take. Small ones are accurate to about 1e-8 *
-    sigma_max, far below what ranks and codecs can tell apart."""
+    """The singular values of W alone, of its ``gram`` [n, n]: half the time that the vectors take. Small ones are
+    accurate to about 1e-8 * sigma_max, far below what ranks and codecs can tell apart."""
     values = torch.linalg.eigvalsh(gram)
     return Factors(gram.new_empty((len(gram), 0)), values.clamp_min_(0).sqrt_().flip(0))
 

@@ -46,9 +46,8 @@ class Formula:
         return made
 
 
-_position = (x - x_min) / (
-    x_max - x_min
-)  # apart from the rank, so that it is exactly 1 and 0 at the ends in floats too
+# apart from the rank, so that it is exactly 1 and 0 at the ends in floats too
+_position = (x - x_min) / (x_max - x_min)
 _real = d_min + (d_max - d_min) * t
 
 FORMULAS: dict[str, Formula] = {
@@ -152,4 +151,4 @@ def latex(name: str) -> str:
 def markdown() -> str:
     """All formulas as a Markdown table (name, meaning, formula), for the docs."""
     rows = [f"| `{f.name}` | {f.says} | ${latex(f.name)}$ |" for f in FORMULAS.values()]
-    return "\n".join(["| name | meaning | formula |", "|---|---|---|", *rows]) + "\n"
+    return "\n".join(["| name | meaning | formula |", "| --- | --- | --- |", *rows])

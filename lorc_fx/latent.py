@@ -55,7 +55,8 @@ class LatentKV(torch.Tensor):
 
     Logical shape: the dense cache value's (``codec.decoder.layout``, for instance [B, H, T, D]), in the model's dtype.
     ``codes`` [T, B, width] (rows in the codec's format) and ``positions`` [T, B] int32 (None where the epilogue needs
-    none) are the rows it shows of ``rows``; positions are one tensor for all layers that hold the same tokens.
+    none; other values of each token, cosines say, [T, B, m] where it needs these: ``codec.decoder.side``) are the rows
+    it shows of ``rows``; positions are one tensor for all layers that hold the same tokens.
     ``codec`` wrote the codes. ``tail`` (None in compiled code) holds tokens that eager code appended after them, dense:
     they were never projected by the codec, and what is coded stays coded.
 
@@ -100,8 +101,8 @@ class LatentKV(torch.Tensor):
 
     @property
     def positions(self) -> torch.Tensor | None:
-        """[T, B] int32: the same tensor object in all LatentKVs that are in step. Asked of the rows each time, because
-        a write to another view may have made them stop sharing."""
+        """[T, B] int32 (or [T, B, m], see the class): the same tensor object in all LatentKVs that are in step. Asked
+        of the rows each time, because a write to another view may have made them stop sharing."""
         if self.rows is not None and self.rows.track is not None:
             self._positions = self.rows.track.view(self.start, self.length)
         return self._positions

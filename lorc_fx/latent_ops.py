@@ -228,8 +228,8 @@ def _slice(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _sliced(latent: LatentKV, row: int, lo: int, length: int) -> LatentKV:
-    """Tokens (``row`` 0) or batch rows (1) [lo, lo + length) as a view: appending to it copies unless it ends as the
-    whole does."""
+    """Tokens (``row`` 0) or batch rows (1) [lo, lo + length) as a view. Appending to it copies: to batch rows always
+    (by a ``used`` that no view ends at), to tokens unless they end as the whole does."""
     if row == 1:
         track = _track(latent, lambda t: t.narrow(1, lo, length), ("rows", lo, length), None)
         tail = None if latent.tail is None else latent.tail.narrow(latent.codec.decoder.batch_dim, lo, length)

@@ -1,7 +1,8 @@
 """Options: every option of ``torch.compile(model, backend="lorc", options={...})``, validated in one place.
 
-``Options`` is frozen and hashable, so it can be part of a cache key. Without data (``calibration="none"``) the
-defaults are the paper's (``PAPER``). Values that the docs promise for later raise NotYet, all others BadOption.
+``Options`` is frozen and hashable, so it can be part of a cache key. Without data (``calibration="none"``) scheduler
+and precision are the paper's (``PAPER``) by default. Values that the docs promise for later raise NotYet, all others
+BadOption.
 """
 
 from __future__ import annotations
@@ -139,14 +140,15 @@ class Options:
             self._check_plan()
         informed = self.calibration != "none"
         knobs = any(getattr(self, name) for name in PROGRESSIVE_KNOBS)
+        scheduler, precision = "loss" if informed and not knobs else "progressive", "auto" if informed else "model"
         if self.scheduler is None:
-            object.__setattr__(self, "scheduler", "loss" if informed and not knobs else "progressive")
+            object.__setattr__(self, "scheduler", scheduler)
         if self.precision is None:
-            object.__setattr__(self, "precision", "auto" if informed else "model")
+            object.__setattr__(self, "precision", precision)
         self._check_budget()
-        self._check_schedule()
-        for name in CHOICES:
-            object.__setattr__(self, name, _choice(name, getattr(self, name)))
+        self._check_schedule(scheduler)
+        for name, default in (("precision", precision), ("basis", "auto"), ("objective", "balanced")):
+            object.__setattr__(self, name, _choice(name, getattr(self, name), default))
         if self.group_size is not None:
             _integer("group_size", self.group_size, 1, None)
             raise NotYet("group_size", self.group_size, "no group_size, with basis='joint'")
@@ -179,10 +181,10 @@ class Options:
             if self.ratio is not None:
                 raise ConflictingOptions(("ratio", "bytes_per_token"), "both set the budget", "Give one of them")
 
-    def _check_schedule(self) -> None:
+    def _check_schedule(self, default: str) -> None:
         if not isinstance(self.scheduler, str):
             hint = " A function becomes a scheduler with @lorc_fx.register_scheduler(name)."
-            raise BadOption("scheduler", self.scheduler, "the name of a registered scheduler", "progressive", hint)
+            raise BadOption("scheduler", self.scheduler, "the name of a registered scheduler", default, hint)
         get_scheduler(self.scheduler)
         for name in ("d_min", "d_max"):
             if getattr(self, name) is not None:
@@ -227,21 +229,23 @@ def _integer(name: str, value: object, low: int, default: object) -> None:
         raise BadOption(name, value, f"an int of at least {low}", default)
 
 
-def _choice(name: str, value: object) -> Any:
+def _choice(name: str, value: object, default: str) -> Any:
     """A value of ``CHOICES``, or (basis only) a pair of them for K and V, which is one value where both are the
-    same."""
+    same. Raises NotYet for a value that comes later, BadOption for any other."""
     now, later = CHOICES[name]
     now += registered_bases() if name == "basis" else ()
-    allowed = " or ".join(repr(choice) for choice in now + later)
-    if name == "basis" and isinstance(value, (tuple, list)) and len(value) == 2:
-        pair = tuple(_choice(name, part) for part in value)
-        return pair[0] if pair[0] == pair[1] else pair
+    allowed = " or ".join(repr(choice) for choice in now)
+    if name == "basis":
+        allowed += ", or a pair of these for keys and values"
+        if isinstance(value, (tuple, list)) and len(value) == 2 and all(isinstance(part, str) for part in value):
+            pair = tuple(_choice(name, part, default) for part in value)
+            return pair[0] if pair[0] == pair[1] else pair
     if isinstance(value, str):
         if value in now:
             return value
         if value in later:
             raise NotYet(name, value, repr(now[0]))
-    raise BadOption(name, value, allowed, now[0])
+    raise BadOption(name, value, allowed, default)
 
 
 def _calibration(value: Any) -> Any:
@@ -254,7 +258,8 @@ def _calibration(value: Any) -> Any:
     typo = isinstance(value, str) and bool(difflib.get_close_matches(value, words, cutoff=0.7))
     if isinstance(value, os.PathLike) or (isinstance(value, str) and value and not typo):
         return Calibration.load(value)
-    raise BadOption("calibration", value, "'none', 'first-prompt', a Calibration, or the path of a saved one", "none")
+    allowed = "'none', 'first-prompt', a Calibration, or the path of a saved one"
+    raise BadOption("calibration", value, allowed, FIRST_PROMPT)
 
 
 def _plan(plan: Any) -> Any:

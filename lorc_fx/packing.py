@@ -320,6 +320,6 @@ def unpack(rows: torch.Tensor, segments: tuple[tuple[int, int], ...], choices: i
     if further is not None:
         parts.append(further.to(dtype))
     elif choices > 1:
-        index = rows[..., at : at + 1]
+        index = rows[..., at : at + INDEX_BYTES]
         parts += [(index == j + 1).to(dtype) for j in range(1, choices)]
     return torch.cat(parts, -1)

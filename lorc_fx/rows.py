@@ -67,11 +67,12 @@ class _Derived:
 
 
 class Track:
-    """Positions [capacity, B] int32, shared by the LatentKVs of all layers whose rows hold the same tokens.
+    """Positions [capacity, B] int32 (or what else is kept of each token, [capacity, B, m]), shared by the LatentKVs of
+    all layers whose rows hold the same tokens.
 
     It counts once, is extended once, and is one tensor object to a compiled graph. The same operation on each layer's
     LatentKV (reordering a beam, joining batches) gives one new track again, because the last derived track is
-    remembered. ``writes`` counts what may have written into it in place since.
+    remembered. ``writes`` counts what may have written into it in place.
     """
 
     __slots__ = ("__weakref__", "_derived", "_views", "data", "owners", "used", "writes")
@@ -148,7 +149,7 @@ class Rows:
 
     @property
     def positions(self) -> torch.Tensor | None:
-        """All positions held, spare room included: [capacity, B] int32."""
+        """All positions held, spare room included: [capacity, B] int32, or as ``Track`` says."""
         return None if self.track is None else self.track.data
 
     def grown(self, start: int, length: int, extra: int, track: Track | None) -> Rows:
@@ -157,10 +158,11 @@ class Rows:
 
     def moved_to(self, track: Track) -> None:
         """Keep positions in another track from now on."""
-        if self.track is not None:
-            self.track.owners -= 1
-        self.track = track
-        track.owners += 1
+        with _LOCK:
+            if self.track is not None:
+                self.track.owners -= 1
+            self.track = track
+            track.owners += 1
 
 
 def alone(rows: Sequence[Rows]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,8 +28,9 @@ class WeightState:
     pointer: int
 
     @classmethod
-    def of(cls, weight: torch.Tensor) -> WeightState:
-        return cls(weakref.ref(weight), version_of(weight), weight.data_ptr())
+    def of(cls, weight: torch.Tensor, gone: Callable[[object], None] | None = None) -> WeightState:
+        """``gone`` is called when the weight dies, unless this state died before."""
+        return cls(weakref.ref(weight, gone), version_of(weight), weight.data_ptr())
 
     def still(self, weight: torch.Tensor) -> bool:
         return self.ref() is weight and version_of(weight) == self.version and weight.data_ptr() == self.pointer
@@ -54,8 +55,9 @@ class CodecStore:
     """Codecs by (options, kind, ordinal, weights). Entries of weights that died are dropped as their ids come up.
     ``epoch`` changes when codecs did though the weights did not (statistics came in, or were forgotten).
 
-    Without a lock: each read and write of a dict is one step, also where the garbage collector calls ``_drop``, and
-    what goes through all entries goes through a copy. Codecs are made under ``compat.building``."""
+    Without a lock: each read and write of a dict is one step, also where a weight that dies takes its entries along,
+    and what goes through all entries goes through a copy. Codecs are made under ``compat.building``. Nothing but the
+    dicts holds an entry: one that is replaced or forgotten is gone, however long its weights live."""
 
     def __init__(self) -> None:
         self._entries: dict[tuple[Any, ...], Entry] = {}
@@ -71,10 +73,11 @@ class CodecStore:
         self, key: tuple[Any, ...], weights: Sequence[torch.Tensor], codec: Codec, fidelity: Fidelity | None = None
     ) -> None:
         full = (key, *map(id, weights))
-        entry = Entry(tuple(WeightState.of(w) for w in weights), codec, fidelity)
-        self._entries[full] = entry
-        for weight in weights:
-            weakref.finalize(weight, self._drop, full, entry)
+
+        def gone(_: object) -> None:
+            self._entries.pop(full, None)
+
+        self._entries[full] = Entry(tuple(WeightState.of(w, gone) for w in weights), codec, fidelity)
 
     def holds(self, key: tuple[Any, ...], weights: Sequence[torch.Tensor], codec: Codec) -> bool:
         """Whether ``codec`` was made for these weights, unchanged since, under this key: now, or before statistics. One
@@ -110,16 +113,16 @@ class CodecStore:
     def snapshot(self, tensor: torch.Tensor) -> torch.Tensor:
         """A copy of a small tensor of the model (norm weights, rotary frequencies) as it is now, shared by all codecs
         that read it: what is coded is decoded as it was coded, whatever happens to the model later."""
-        entry = self._copies.get(id(tensor))
+        name = id(tensor)
+        entry = self._copies.get(name)
         if entry is None or not entry[0].still(tensor):
-            entry = (WeightState.of(tensor), tensor.detach().clone())
-            self._copies[id(tensor)] = entry
-            weakref.finalize(tensor, self._copies.pop, id(tensor), None)
-        return entry[1]
 
-    def _drop(self, full: tuple[Any, ...], entry: Entry) -> None:
-        if self._entries.get(full) is entry:
-            self._entries.pop(full, None)
+            def gone(_: object) -> None:
+                self._copies.pop(name, None)
+
+            entry = (WeightState.of(tensor, gone), tensor.detach().clone())
+            self._copies[name] = entry
+        return entry[1]
 
     def __len__(self) -> int:
         return len(self._entries)

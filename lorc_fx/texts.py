@@ -10,7 +10,7 @@ import torch
 from lorc_fx.errors import BadModel, BadOption
 
 ROW_TOKENS = 1024
-"""Tokens of a row of text, where a text is cut into rows."""
+"""Tokens of a row of text, where a text is cut into rows, at most."""
 
 
 def read_text(path: Path) -> str:
@@ -36,9 +36,10 @@ def positions(model: Any) -> int | None:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
-def rows_of(beginning: torch.Tensor, body: torch.Tensor, tokens: int, row: int = ROW_TOKENS) -> list[torch.Tensor]:
-    """At most ``tokens`` tokens of a text (both parts of it as ``tokenized`` gives them) as rows of at most ``row``,
-    int64 [2 or more], each of which begins as a text does."""
-    parts = body[: tokens - len(beginning)].split(row - len(beginning))
+def rows_of(beginning: torch.Tensor, body: torch.Tensor, tokens: int, model: Any) -> list[torch.Tensor]:
+    """At most ``tokens`` tokens of a text (both parts of it as ``tokenized`` gives them) as rows of ``ROW_TOKENS``, or
+    of as many as ``model`` has positions for, at most: int64 [2 or more], each of which begins as a text does."""
+    row = min(ROW_TOKENS, positions(model) or ROW_TOKENS)
+    parts = body[: max(tokens - len(beginning), 0)].split(row - len(beginning))
     rows = [torch.cat([beginning, part]) for part in parts]
     return [ids for ids in rows if len(ids) > 1]

@@ -9,8 +9,8 @@ COUNTS = {"backend_calls": 0, "inner_compiles": 0}
 
 
 def timings() -> dict[str, float]:
-    """Seconds spent by each stage since the last ``reset_timings()``: normalise_s, match_s, factorise_s, plan_s,
-    rewrite_s, inner_s."""
+    """Seconds spent by each stage since the last ``reset_timings()``: normalise_s, match_s, statistics_s,
+    factorise_s, plan_s, rewrite_s, inner_s."""
     return dict(_timings)
 
 

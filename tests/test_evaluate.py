@@ -106,6 +106,14 @@ def test_decode_speed(llama: Any) -> None:
     assert evaluate.decode_speed(llama, ids(5).tolist(), n=4) > 0
 
 
+@pytest.mark.parametrize("ends", [None, 7, [7, 9]], ids=str)
+def test_decode_speed_with_any_number_of_end_tokens(llama: Any, monkeypatch: pytest.MonkeyPatch, ends: Any) -> None:
+    """Llama 3 has several, and no token to pad with."""
+    monkeypatch.setattr(llama.generation_config, "eos_token_id", ends)
+    monkeypatch.setattr(llama.generation_config, "pad_token_id", None)
+    assert evaluate.decode_speed(llama, ids(9), n=3) > 0
+
+
 # -------------------------------------------------------------------------------------------------------------- bytes
 
 

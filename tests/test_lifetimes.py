@@ -14,7 +14,7 @@ from families import FAMILIES
 from helpers import assert_close, assert_tokens, cache_name, compiled, generate, latents, new_cache, prompt
 from lorc_fx.compat import is_fake
 from lorc_fx.latent import LatentKV
-from lorc_fx.store import STORE
+from lorc_fx.store import STORE, reset
 
 pytestmark = pytest.mark.usefixtures("clean", "many_shapes")
 
@@ -64,6 +64,20 @@ def test_a_model_dies_and_its_codecs_leave_the_store():
     del cache
     gc.collect()
     assert not any(ref() is not None for ref in codecs)  # torch's own caches keep fake tensors, which hold none
+
+
+def test_codecs_go_when_they_are_forgotten_or_replaced():
+    """And not with their weights only, which live on: other options, resets and changed weights do not add up."""
+    model = compiled(FAMILIES["gpt2"].build(), ratio=0.5)
+    for change in (reset, lambda model: [p.mul_(1.01) for p in model.parameters()]):
+        feed(model, prompt(2, 9)[0], new_cache(model))
+        codecs = [weakref.ref(codec) for codec in STORE.codecs(model.parameters())]
+        with torch.no_grad():
+            change(model)
+        torch._dynamo.reset()
+        feed(model, prompt(2, 9)[0], new_cache(model))
+        gc.collect()
+        assert codecs and not any(ref() is not None for ref in codecs)
 
 
 def test_dynamo_reset_between_two_steps():

@@ -239,6 +239,9 @@ def test_refused_texts(tmp_path: Path) -> None:
 
 
 def test_calibrate_reads_rows_of_the_text(folder: Path) -> None:
-    rows = cli._rows(folder / "text.txt", None, tiny.letters(), 2500)
+    model = tiny.llama()
+    rows = cli._rows(folder / "text.txt", None, model, tiny.letters(), 2500)
     assert [len(row) for row in rows] == [1024, 1024, 452]
     assert torch.cat(rows).tolist() == tiny.letters()(WORDS).input_ids[:2500]
+    model.config.max_position_embeddings = 600
+    assert [len(row) for row in cli._rows(folder / "text.txt", None, model, tiny.letters(), 1300)] == [600, 600, 100]

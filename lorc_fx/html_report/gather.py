@@ -25,7 +25,7 @@ from ..models import load_model
 from ..options import FIRST_PROMPT, FIRST_PROMPT_TOKENS, Options
 from ..report import Report, examined
 from ..schedulers.progressive import log_cumulative
-from ..texts import ROW_TOKENS, positions, read_text, rows_of, tokenized
+from ..texts import positions, read_text, rows_of, tokenized
 
 CONTEXTS = tuple(2**n for n in range(9, 18))
 """Cached tokens for which the time of a decode step is predicted: 512 to 131072."""
@@ -198,8 +198,7 @@ def _curve(show: Show, model: Any, options: Options, asked: Asked, material: Mat
     rows = None
     if asked.measure:
         assert material is not None  # checked: there is a text
-        most = min(ROW_TOKENS, positions(model) or ROW_TOKENS)
-        rows = rows_of(material.beginning, material.rest, asked.tokens, most)
+        rows = rows_of(material.beginning, material.rest, asked.tokens, model)
         if not rows:
             allowed = "a text of at least four tokens: half of it is the first prompt"
             raise BadOption("text", str(asked.text), allowed)
