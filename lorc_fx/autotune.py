@@ -15,6 +15,7 @@ from rich.table import Table
 
 from .console import Show
 from .errors import BadOption, QualityWarning
+from .evaluate import cache_keyword
 from .kernels import tune, tuned
 from .options import FIRST_PROMPT_TOKENS
 
@@ -62,10 +63,11 @@ def readers(model: Any, options: Mapping[str, Any], batches: Sequence[int]) -> d
 
 def _step(model: Any, ids: torch.Tensor, more: dict[str, torch.Tensor]) -> None:
     """A prompt and one token after it."""
-    cache = model(ids, use_cache=True, **more).past_key_values
+    keyword = cache_keyword(model)
+    cache = getattr(model(ids, use_cache=True, **more), keyword)
     if more:
         more = {name: torch.cat([mask, mask[:, -1:]], 1) for name, mask in more.items()}
-    model(ids[:, -1:], past_key_values=cache, use_cache=True, **more)
+    model(ids[:, -1:], use_cache=True, **{keyword: cache}, **more)
 
 
 def jobs(

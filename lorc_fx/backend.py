@@ -234,7 +234,7 @@ def _may_write(gm: GraphModule, holder: Node) -> bool:
         if node in made or made.isdisjoint(node.all_input_nodes):
             continue
         made.add(node)
-        if compat.is_in_place(node) and (node.args[0] in made or not made.isdisjoint(node.kwargs.values())):
+        if not made.isdisjoint(compat.may_be_written(node)):
             return True
     return False
 

@@ -19,11 +19,11 @@ import torch
 
 from . import compat
 from .codec import Codec
-from .errors import BadCacheFile, ForeignCache
+from .errors import BadCacheFile, ForeignCache, LorcError
 from .latent import LatentKV
 from .options import Options
 from .parts import all_parts
-from .plan_file import replaced
+from .plan_file import write_tensors
 from .rows import Track, blank, unwritten
 from .store import STORE
 
@@ -37,16 +37,10 @@ def save_cache(cache: Any, path: str | os.PathLike[str]) -> None:
     cache has not filled yet are left out); dense layers and other state as they are. The file appears whole or not at
     all. Raises BadCacheFile for a cache that holds something else than tensors, numbers and cache layers, and OSError.
     """
-    from safetensors.torch import save_file
-
-    target, writer = Path(path), _Writer(str(path))
+    writer = _Writer(str(path))
     tree = writer.encode(cache, None)
     about = {"lorc_fx_cache": str(VERSION), "tree": json.dumps(tree), "latents": json.dumps(writer.latents)}
-    with replaced(target) as partial:
-        partial.touch()
-        mode = partial.stat().st_mode
-        save_file(writer.tensors, partial, metadata=about)
-        partial.chmod(mode)  # safetensors makes it readable by its owner only
+    write_tensors(Path(path), writer.tensors, about)
 
 
 def load_cache(path: str | os.PathLike[str], model: torch.nn.Module, cache: Any = None) -> Any:
@@ -60,21 +54,20 @@ def load_cache(path: str | os.PathLike[str], model: torch.nn.Module, cache: Any 
     device of the model's weights.
 
     Raises BadCacheFile where the file is missing, is none, or does not fit ``cache``; ForeignCache where the model has
-    other weights or codecs (compared by content) than those that wrote the file.
+    other weights or codecs (compared by content) than those that wrote the file; and what tracing the model raises.
     """
     path = Path(path)
     about, tensors = _read(path)
-    latents = json.loads(about["latents"])
-    reader = _Reader(path, tensors, latents, model, _classes(cache))
     try:
-        tree = json.loads(about["tree"])
+        tree, latents = json.loads(about["tree"]), json.loads(about["latents"])
+        reader = _Reader(path, tensors, latents, model, _classes(cache))
         reader.codecs = _codecs(
             path, {x["codec"] for x in latents}, model, lambda: reader.decode(tree, None, fresh=True)
         )
         return reader.decode(tree, None, into=cache)
+    except LorcError:  # many are ValueErrors too
+        raise
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as why:
-        if isinstance(why, BadCacheFile):
-            raise
         raise BadCacheFile(str(path), f"it cannot be read as a cache ({type(why).__name__}: {why})") from None
 
 
@@ -223,6 +216,7 @@ def _codecs(path: Path, wanted: set[str], model: torch.nn.Module, fresh: Callabl
 def _make_codecs(model: torch.nn.Module, options: Options, cache: Any) -> None:
     """Trace the model's beginning of a prompt with an empty ``cache``, for the codecs that its graphs have."""
     from .backend import make_codecs
+    from .evaluate import cache_keyword
     from .report import traced
 
     module = getattr(model, "_orig_mod", model)
@@ -231,9 +225,8 @@ def _make_codecs(model: torch.nn.Module, options: Options, cache: Any) -> None:
         return
     short = {name: value[:, :2] if value.dim() > 1 else value for name, value in inputs.items()}
     short = {name: value.to(next(module.parameters()).device) for name, value in short.items()}
-    named = inspect.signature(type(module).forward).parameters
-    name = "cache" if "cache" in named else "past_key_values"
-    traced(module, (), {**short, name: cache, "use_cache": True}, lambda gm, ins: make_codecs(gm, ins, options))
+    given = {**short, cache_keyword(module): cache, "use_cache": True}
+    traced(module, (), given, lambda gm, examples: make_codecs(gm, examples, options))
 
 
 @dataclass

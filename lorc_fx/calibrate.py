@@ -83,7 +83,7 @@ def calibrate(
 
     check_loaded(model)
     gatherer = Gatherer(gradients)
-    torch._dynamo.reset()
+    torch.compiler.reset()
     compiled = torch.compile(uncompiled(model), backend=gatherer)
     items = _self_written(model) if isinstance(batches, str) and batches == "self" else batches
     if isinstance(items, str) or not isinstance(items, Iterable):
@@ -101,7 +101,7 @@ def calibrate(
                 _backward(out, gatherer.real)
             seen += 1
             advance(seen)
-    torch._dynamo.reset()
+    torch.compiler.reset()
     if not seen:
         raise BadCalibration("no batches", "there is no text in them")
     if not gatherer.sites:

@@ -22,7 +22,7 @@ import torch
 
 from .codec import Basis
 from .errors import BadCalibration, QualityWarning
-from .plan_file import checksum, replaced
+from .plan_file import checksum, write_tensors
 
 VERSION = 2
 PRIOR = 0.3
@@ -151,12 +151,10 @@ class Calibration:
         return Calibration(tuple(a.merged(b) for a, b in zip(self.sites, other.sites, strict=True)))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write safetensors, atomically: fp64 sums, one set of tensors per site."""
-        from safetensors.torch import save_file
-
+        """Write safetensors, replaced whole: fp64 sums, one set of tensors per site. Raises OSError where that
+        cannot be."""
         about = {"lorc_fx_calibration": str(VERSION), "sites": str(len(self.sites))}
-        with replaced(Path(path)) as partial:
-            save_file(self._tensors(), partial, metadata=about)
+        write_tensors(Path(path), self._tensors(), about)
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         tensors: dict[str, torch.Tensor] = {}

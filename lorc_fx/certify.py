@@ -159,7 +159,8 @@ class Certificate:
         }
 
     def plot(self, path: str | Path) -> tuple[Path, Path]:
-        """Bounds and errors by layer, as PNG and SVG beside one another. Raises MissingExtra without matplotlib."""
+        """Bounds and errors by layer, as PNG and SVG beside one another. Raises MissingExtra without matplotlib, and
+        OSError where nothing can be written."""
         from .certificate_plot import draw
 
         return draw(self, Path(path))

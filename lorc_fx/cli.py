@@ -1,5 +1,5 @@
-"""The command line: ``lorc demo``, ``explain``, ``certify``, ``calibrate``, ``eval``, ``lm-eval`` and ``plan``; and
-those about the machine, of ``cli_machine``.
+"""The command line: ``lorc demo``, ``explain``, ``certify``, ``calibrate``, ``eval``, ``lm-eval`` and ``plan``; with
+``report``, of ``cli_report``, and those about the machine, of ``cli_machine``.
 
 Results go to stdout, progress to stderr. Exit codes: 0 done, 1 a model or file that cannot be used, 2 an option that is
 refused, 130 Ctrl-C. Typed errors are one red message without a traceback.
@@ -218,11 +218,16 @@ def calibrate(
             from lorc_fx.calibrate import calibrate as gather
             from lorc_fx.models import load_model
 
+            if output.is_dir() or not output.resolve().parent.is_dir():
+                raise BadOption("output", str(output), "a file in a folder that exists")
             loaded, tokenizer = load_model(model, dtype.torch(), show.stage)
             show.stage("Calibrating")
             rows = "self" if text is None else _rows(text, model, loaded, tokenizer, tokens)
             found = gather(loaded, rows, gradients=gradients, progress=False)
-            found.save(output)
+            try:
+                found.save(output)
+            except OSError as error:
+                raise BadOption("output", str(output), f"a file that can be written ({error})") from error
         least = min(site.tokens for site in found.sites)
         if json_file:
             write_json(json_file, {"file": str(output), "sites": len(found.sites), "tokens": least})
@@ -260,7 +265,7 @@ def evaluate(
     prompt_tokens: Annotated[int, typer.Option(min=0, help="First tokens that are not scored: the prompt.")] = 1024,
     chunk: Annotated[int, typer.Option(min=1, help="Tokens per call of the loss that is read through the cache.")] = 32,
     needle: Annotated[bool, typer.Option(help="Also hide numbers in the text and ask for them.")] = False,
-    needle_lengths: Annotated[str, typer.Option(help="Tokens of the needles' prompts.")] = "256,512,1024",
+    needle_lengths: Annotated[str, typer.Option(help="Tokens of the needles' prompts.")] = cli_report.NEEDLES,
     needle_keys: Annotated[int, typer.Option(min=1, help="Needles per length and depth.")] = 2,
     dtype: RunsIn = DType.bf16,
     json_file: Json = None,
@@ -273,7 +278,7 @@ def evaluate(
             show.stage("Importing torch and transformers")
             from lorc_fx import perplexity
 
-            lengths = tuple(numbers("needle_lengths", needle_lengths, int)) if needle else ()
+            lengths = tuple(numbers("needle_lengths", needle_lengths, int, cli_report.NEEDLES)) if needle else ()
             asked = perplexity.Asked(tokens, prompt_tokens, chunk, lengths, needle_keys)
             result = perplexity.run(show, text, model, options, ratio or (), dtype.torch(), asked)
         if json_file:

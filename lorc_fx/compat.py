@@ -17,6 +17,7 @@ from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.node import map_arg
 from torch.fx.traceback import preserve_node_meta
 
 
@@ -54,6 +55,17 @@ def is_in_place(node: Node) -> bool:
     if name.strip("_") in _OPERATORS:
         return True
     return name.endswith("_") and not name.endswith("__") and getattr(operator, name, None) is not node.target
+
+
+def may_be_written(node: Node) -> list[Node]:
+    """The inputs that a node of a Dynamo graph may write into: where ``is_in_place``, the first argument and named
+    ones (also tensors in lists of them), and all inputs of a higher-order op, whose operands come in any place."""
+    if isinstance(node.target, torch._ops.HigherOrderOperator):
+        return node.all_input_nodes
+    found: list[Node] = []
+    if is_in_place(node):
+        map_arg((node.args[:1], node.kwargs), found.append)
+    return found
 
 
 def is_module_state(node: Node, example: Any) -> bool:

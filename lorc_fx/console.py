@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import tempfile
 import time
 from collections.abc import Iterator
 from enum import StrEnum
@@ -17,9 +15,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-from lorc_fx.errors import BadModel, BadOption, LorcError
+from lorc_fx.errors import BadCertificate, BadModel, BadOption, BadWeight, LorcError
 
 out, err = Console(), Console(stderr=True)
+
+OF_MODELS = (BadModel, BadWeight, BadCertificate)
+"""ValueErrors that are about a model, not about an option: exit code 1."""
 
 
 class DType(StrEnum):
@@ -48,7 +49,7 @@ def reported() -> Iterator[None]:
         if not isinstance(cause, LorcError):
             raise
         err.print(f"[red]Error: {escape(str(cause))}[/red]", soft_wrap=True)
-        raise typer.Exit(2 if isinstance(cause, ValueError) and not isinstance(cause, BadModel) else 1) from None
+        raise typer.Exit(2 if isinstance(cause, ValueError) and not isinstance(cause, OF_MODELS) else 1) from None
 
 
 class Show:
@@ -86,15 +87,12 @@ class Show:
 
 def write_json(path: Path, value: Any) -> None:
     """Write ``value`` so that ``path`` is either the old file or the whole new one. Raises BadOption."""
+    from lorc_fx.plan_file import replaced  # which imports torch
+
+    text = json.dumps(value, indent=1) + "\n"
     try:
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".json-", delete=False) as file:
-            try:
-                json.dump(value, file, indent=1)
-                file.write("\n")
-            except BaseException:
-                os.unlink(file.name)
-                raise
-        os.replace(file.name, path)
+        with replaced(path) as partial:
+            partial.write_text(text)
     except OSError as error:
         raise BadOption("json", str(path), f"a path that can be written ({error})") from error
 

@@ -70,12 +70,12 @@ def run(
     model, tokenizer = load_model(path, dtype, show.stage)
     if tokenizer is None:
         raise BadModel(str(path), "it has no tokenizer, and the demo starts from text")
-    text = _whole_chunks(tokenizer(sample_text()).input_ids[:loss_tokens])
+    whole = tokenizer(sample_text()).input_ids
+    text = _whole_chunks(whole[:loss_tokens])
     inner = options.get("inner", "inductor")
     kept = [name for name in options if name not in ("ratio", "bytes_per_token", "d_min", "d_max", "mode")]
     bare = {name: options[name] for name in kept} | {"inner": "eager"}
 
-    whole = tokenizer(sample_text()).input_ids
     rest = torch.tensor([whole[0], *whole[len(text) :]])  # the first prompt, and what is calibrated on
 
     dense: dict[str, Any] = {"loss": _loss(show, model, text, "dense")}
@@ -212,7 +212,7 @@ def _verdict(result: dict[str, Any]) -> Panel:
         added = point["nats"] / base["nats"] - 1
         share = point["per_token"] / base["per_token"]
         cells = [point["codec"], f"{point['per_token']:,.0f}", f"{share:.3f}", f"{point['nats']:.3f}"]
-        colour = "green" if added < 0.01 else "yellow" if added < 0.05 else "red"
+        colour = "green" if added < 0.01 else "yellow" if added < BAD else "red"
         table.add_row(*cells, f"[{colour}]{100 * added:+.1f} %[/{colour}]", style="" if point["ratio"] else "bold")
     title = "Warning: this budget is bad for this model" if bad else "What the budgets cost"
     colour = "red" if bad else "green"

@@ -92,9 +92,20 @@ def checksum(tensors: Mapping[str, torch.Tensor]) -> str:
 @contextlib.contextmanager
 def replaced(path: Path) -> Iterator[Path]:
     """A new file to write to, which becomes ``path`` if the block ends without an error and is removed if not."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    partial = path.parent / f".{path.name}.{os.getpid()}.part"
     try:
         yield partial
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], about: Mapping[str, str]) -> None:
+    """Write a safetensors file, which is replaced whole; ``about`` goes into its header. Raises OSError."""
+    from safetensors.torch import save_file
+
+    with replaced(path) as partial:
+        partial.touch()
+        mode = partial.stat().st_mode
+        save_file(dict(tensors), partial, metadata=dict(about))
+        partial.chmod(mode)  # save_file makes it readable by its owner only

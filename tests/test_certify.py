@@ -114,6 +114,13 @@ def test_it_can_be_asked_again_and_again(llama: Any) -> None:
         assert len(lorc_fx.certify(llama, ids(1, tokens), options=JOINT).sites) == 4
 
 
+def test_a_model_in_fp64_can_be_asked_again() -> None:
+    """Its weights are walked as they are, the same tensors each time."""
+    dense = model(dtype=torch.float64)
+    for rounding in (False, True):
+        assert lorc_fx.certify(dense, ids(), options=JOINT, rounding=rounding).sound
+
+
 def test_it_is_a_table_plain_data_and_a_plot(llama: Any, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="the plot is of the extra `plot`")
     found = lorc_fx.certify(llama, ids(), options=JOINT)

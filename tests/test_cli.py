@@ -98,6 +98,8 @@ def test_help_lists_what_the_demo_takes() -> None:
         (["certify", "--prompt", "a", "--text", "b"], "--prompt and --text conflict"),
         (["certify", "--text", "/nowhere.txt"], "/nowhere.txt"),
         (["certify", "--ratio", "7"], "ratio=7.0"),
+        (["calibrate", "/no/such/folder/known.safetensors"], "output='/no/such/folder/known.safetensors'"),
+        (["calibrate", "/"], "output='/'"),
         (["certify", "--plot", "/no/such/folder/bounds"], "plot='/no/such/folder/bounds'"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else "",
@@ -159,6 +161,9 @@ def test_write_json_is_atomic(tmp_path: Path) -> None:
         cli.write_json(path, {"a": object()})
     assert json.loads(path.read_text()) == {"a": 1}
     assert list(tmp_path.iterdir()) == [path]
+    other = tmp_path / "other"
+    other.touch()
+    assert path.stat().st_mode == other.stat().st_mode
     with pytest.raises(BadOption):
         cli.write_json(tmp_path / "no" / "folder.json", {})
 

@@ -17,8 +17,9 @@ from torch import nn
 
 import hand_written
 from lorc_fx.bounds import ACTIVATIONS
-from lorc_fx.propagate import layouts, tags
+from lorc_fx.propagate import layouts, products, tags
 from lorc_fx.propagate.known import Known, Tag, known
+from lorc_fx.propagate.rounding import rounded
 from lorc_fx.propagate.walk import compute
 
 QUICK = ("llama-gqa", "gemma3", "gpt2", "gpt-neox", "bloom", "phi3", "qwen3", "gemma2")
@@ -149,6 +150,8 @@ TAILS: dict[str, Any] = {
     "gelu tanh": lambda x: F.gelu(x, approximate="tanh"),
     "layer norm": lambda x: F.layer_norm(x, (16,), GATE[0], GATE[1]),
     "rms norm": lambda x: F.rms_norm(x, (16,), GATE[0]),
+    "rms norm of small numbers": lambda x: F.rms_norm(1e-5 * x, (16,)),
+    "added several times": lambda x: torch.add(x, 2.0, alpha=3.0) * torch.rsub(x, 1.0),
     "rms by division": lambda x: x / torch.sqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5),
     "rms by power": lambda x: x * (x.pow(2).mean(-1, keepdim=True) + 1e-5).pow(-0.5),
     "norm by its parts": lambda x: x / (x.norm(dim=-1, keepdim=True) + 1.0),
@@ -237,6 +240,25 @@ def test_what_only_looks_like_an_activation_is_not_one() -> None:
     cut = Tag(tags.FUNCTION, x, lambda t: t.clamp(max=20.0) * torch.sigmoid(t), ("cut", 1))
     assert tags.named(plain) is ACTIVATIONS["silu"]
     assert tags.named(cut) is None
+
+
+def test_a_vector_times_a_matrix() -> None:
+    a, b = (torch.randn(n, dtype=torch.float64) for n in ((3,), (3, 5)))
+    made = products.matmul(known(a, a.abs()), known(b, b.abs()), a @ b)
+    assert made.each is not None and made.each.shape == (5,)
+    assert bool(((2 * a) @ (2 * b) - a @ b).abs().le(made.each + 1e-9).all())
+
+
+def test_a_running_sum_rounds_at_each_step() -> None:
+    """In fp32, of numbers whose sums are not exact: within what is stated, which a bound of one sum would not be."""
+    x = torch.rand(1 << 14, generator=torch.Generator().manual_seed(0)) + 0.1
+    op, exact = torch.ops.aten.cumsum.default, x.double().cumsum(0)
+    made = rounded(op, torch.float32, {"self": Known(x.double()), "dim": 0}, Known(exact))
+    alone = torch.zeros(())
+    for number in x:
+        alone = alone + number
+    assert made.each is not None
+    assert float((alone.double() - exact[-1]).abs()) <= float(made.each[-1])
 
 
 def test_graphs_of_other_devices_are_walked_on_the_cpu() -> None:

@@ -10,7 +10,7 @@ from torch.fx import Graph
 
 from helpers import assert_close, compiled, latents, new_cache, piecewise, prompt
 from lorc_fx import backend, errors
-from lorc_fx.compat import is_in_place
+from lorc_fx.compat import is_in_place, may_be_written
 
 pytestmark = pytest.mark.usefixtures("clean")
 
@@ -77,3 +77,15 @@ def test_reads_by_name(target):
     graph = Graph()
     node = graph.call_method if isinstance(target, str) else graph.call_function
     assert not is_in_place(node(target, (graph.placeholder("x"),)))
+
+
+def test_which_inputs_may_be_written():
+    """Also tensors in a list, and operands of a higher-order op, which may come by name alone."""
+    graph = Graph()
+    x, y = graph.placeholder("x"), graph.placeholder("y")
+    kernel = torch.ops.higher_order.cond
+    assert may_be_written(graph.call_method("add_", (x, y))) == [x]
+    assert may_be_written(graph.call_function(torch._foreach_add_, ([x, y], 1.0))) == [x, y]
+    assert set(may_be_written(graph.call_function(torch.max, (y, 0), {"out": (x,)}))) == {x, y}
+    assert may_be_written(graph.call_function(kernel, (), {"kwargs": {"a": x}})) == [x]
+    assert may_be_written(graph.call_function(torch.add, (x, y))) == []

@@ -14,7 +14,7 @@ from .roundoff import SLACK, unit
 
 
 def spectral_norm(matrix: torch.Tensor) -> float:
-    """An upper bound of |W|_2, sharp to about 1e-12: the root of the largest eigenvalue of the smaller Gram matrix.
+    """An upper bound of |W|_2, sharp to about ``SLACK``: the root of the largest eigenvalue of the smaller Gram matrix.
 
     Proof. |W|_2^2 = lambda_max(W W^T) = lambda_max(W^T W); eigvalsh is backward stable, so its error is below
     p(n) 2^-53 lambda_max, which ``SLACK`` covers.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from typing import Any
 
 import torch
@@ -12,35 +11,23 @@ from lorc_fx import bounds
 from .known import ULPS, Known, known, size, summed
 
 ROWS = 1 << 14
-"""Rows of a weight that are in fp64 at a time."""
-
-_NORMS: weakref.WeakKeyDictionary[torch.Tensor, tuple[int, float]] = weakref.WeakKeyDictionary()
-
-
-def norm_of(weight: torch.Tensor) -> float:
-    """|W|_2 at most; computed once for each weight as it is."""
-    version = 0 if weight.is_inference() else weight._version
-    found = _NORMS.get(weight)
-    if found is None or found[0] != version:
-        found = (version, bounds.spectral_norm(weight))
-        _NORMS[weight] = found
-    return found[1]
+"""Rows of a weight whose absolute values are in memory at a time."""
 
 
 def linear(x: Known, weight: torch.Tensor, value: torch.Tensor) -> Known:
-    """``value`` = x W^T + b, for W [out, in] in any dtype. |W dx| entry by entry is at most |W| |dx|, and each row's
+    """``value`` = x W^T + b, for W [out, in] fp64. |W dx| entry by entry is at most |W| |dx|, and each row's
     norm times that of dx; its norm is at most |W|_2 that of dx."""
     assert x.each is not None
     size, flat = x.along(-1), x.each.reshape(-1, x.each.shape[-1])
     lines, lengths = [], []
     for start in range(0, len(weight), ROWS):
-        rows = weight[start : start + ROWS].double()
+        rows = weight[start : start + ROWS]
         lines.append(flat @ rows.abs().T)
         lengths.append(rows.norm(dim=1))
     each = torch.cat(lines, -1).reshape(value.shape)
     each = torch.minimum(each, size * torch.cat(lengths))
     wide = len(weight) > 8 * weight.shape[1]  # a vocabulary: nobody asks for the norm of all logits
-    return known(value, each, None if wide else norm_of(weight) * size)
+    return known(value, each, None if wide else bounds.spectral_norm(weight) * size)
 
 
 def matmul(a: Known, b: Known, value: torch.Tensor) -> Known:
@@ -58,6 +45,8 @@ def matmul(a: Known, b: Known, value: torch.Tensor) -> Known:
     long_a = a.value.norm(dim=-1, keepdim=True)
     long_b = b.value.norm(dim=-2 if b.value.dim() > 1 else -1, keepdim=True)
     schwarz = bounds.product_error(long_a, size_a, long_b, size_b)
+    if a.value.dim() == 1 and b.value.dim() > 1:
+        schwarz = schwarz.squeeze(-2)
     if b.value.dim() == 1:
         schwarz = schwarz.squeeze(-1)
     return known(value, torch.minimum(each, schwarz.expand(each.shape)))

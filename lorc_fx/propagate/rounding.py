@@ -93,7 +93,9 @@ def _inner(target: Any, dtype: torch.dtype, given: dict[str, Any], made: Known) 
     if target in _WEIGHTS or target in _NORMS:
         return (bounds.gamma(first.value.shape[-1], sums) + ULPS * bounds.unit(sums)) * 2 * reach
     if target in _SUMS:
-        return bounds.gamma(first.value.numel() // max(made.value.numel(), 1) + 1, sums) * _total(target, given, first)
+        running = target is aten.cumsum.default  # each of its results is a sum, of up to all entries
+        terms = first.value.shape[given["dim"]] if running else first.value.numel() // max(made.value.numel(), 1)
+        return bounds.gamma(terms + 1, sums) * _total(target, given, first)
     return ULPS * bounds.unit(sums) * (reach + (size(first) if first.value.shape == made.value.shape else 0.0))
 
 

@@ -158,13 +158,15 @@ def _neg(call: Call) -> Known:
 
 
 @rule(aten.add.Tensor, aten.sub.Tensor, aten.add.Scalar, aten.sub.Scalar, aten.rsub.Scalar)
-def _add(call: Call) -> Known:
+def _add(call: Call) -> Known | None:
     a, b = as_known(call.given["self"]), as_known(call.given["other"])
     factor = float(call.given.get("alpha", 1)) * (1 if "add" in str(call.target) else -1)
+    if call.target is aten.rsub.Scalar and factor != -1:  # there it is x that alpha multiplies
+        return None
     made = entrywise.plus(a, b, factor, call.value)
     number = scalar(call.given["other"])
     if number is not None:
-        return made.tagged(*_shifted(call, a, number))
+        return made.tagged(*_shifted(call, a, factor * number))
     if not a.exact and not b.exact:
         lines = tags.added([a, b], lambda ts: ts[0] + factor * ts[1], ("add", factor))
         function = tags.combined(a, b, lambda s, t: s + factor * t, f"add {factor}")
@@ -173,7 +175,7 @@ def _add(call: Call) -> Known:
 
 
 def _shifted(call: Call, x: Known, number: float) -> list[Tag]:
-    """Tags of x + number."""
+    """Tags of x + number (of number - x, each with its sign turned, for ``rsub``)."""
     found = [tags.function_of(x, call.run, (str(call.target), number))]
     square = x.tag(tags.MEAN_SQUARE)
     if square is not None and call.target in (aten.add.Tensor, aten.add.Scalar):
@@ -363,12 +365,12 @@ def _where(call: Call) -> Known | None:
 @rule(aten.layer_norm.default, aten.rms_norm.default)
 def _norm(call: Call) -> Known | None:
     x, gain = call.first(), call.given["weight"]
-    if len(call.given["normalized_shape"]) != 1 or (gain is not None and not as_known(gain).exact):
+    affine = [p for p in (gain, call.given.get("bias")) if p is not None]
+    if len(call.given["normalized_shape"]) != 1 or not all(as_known(p).exact for p in affine):
         return None
     centred = call.target is aten.layer_norm.default
-    eps = call.given["eps"]
-    eps = torch.finfo(torch.float32).eps if eps is None else float(eps)
-    return entrywise.normed(x, eps, None if gain is None else as_known(gain).value, call.value, centred)
+    factor = None if gain is None else as_known(gain).value
+    return entrywise.normed(x, float(call.given["eps"]), factor, call.value, centred)
 
 
 @rule(aten.linalg_vector_norm.default)

@@ -237,8 +237,12 @@ def compute(node: Node, values: Any) -> Any:
 
 
 def arguments(node: Node, of: Callable[[Node], Any]) -> tuple[Any, Any]:
-    """Its args and kwargs, with what ``of`` says in the place of nodes."""
-    return map_arg(node.args, of), map_arg(node.kwargs, of)
+    """Its args and kwargs, with what ``of`` says in the place of nodes. An rms_norm that names no eps has the one that
+    torch takes for the dtype of the graph, which fp64 would change."""
+    args, kwargs = map_arg(node.args, of), map_arg(node.kwargs, of)
+    if node.target is aten.rms_norm.default and (args[3] if len(args) > 3 else kwargs.get("eps")) is None:
+        return args[:3], {**kwargs, "eps": torch.finfo(bounds.accumulated(node.meta["val"].dtype)).eps}
+    return args, kwargs
 
 
 def with_first(node: Node, values: Any) -> Callable[[torch.Tensor], Any]:

@@ -34,7 +34,7 @@ _REGISTRY: dict[str, Scheduler] = {}
 def register_scheduler(name: str) -> Callable[[S], S]:
     """Decorator: make a scheduler known as ``options={"scheduler": name}``.
 
-    Raises BadOption for a name that is no identifier-like string, AlreadyRegistered where the name is in use.
+    Raises BadOption for a name that is no string or empty, AlreadyRegistered where the name is in use.
     """
     if not isinstance(name, str) or not name.strip():
         raise BadOption("name", name, "a non-empty string")
