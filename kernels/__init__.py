@@ -1,1 +1,1 @@
-"""Ops of lorc_fx for attention over latents. This version lowers to ATen; ``ops`` holds the one op that ATen lacks."""
+"""Attention over stored rows as one op (``attend``): in torch, compiled for CPUs, generated for GPUs; and its tuner."""

@@ -4,8 +4,8 @@
 
 K and V are never there as a whole: ``keys`` and ``values`` are the rows of two caches, ``f`` is what the graph does to
 scores before the softmax. An ``Attend`` says all that shapes the computation; the op carries its digest, and what is
-called is chosen by the device: ``tiled`` in plain torch, generated kernels where there is Triton. ``reference`` is the
-truth for both.
+called is chosen by the device: ``launch`` (generated kernels) on a GPU, ``tiled`` (torch, and C++ on a CPU) elsewhere.
+``reference`` is the truth for both.
 """
 
 from __future__ import annotations

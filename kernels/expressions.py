@@ -163,7 +163,6 @@ def pointwise(ex: Any, node: Node, name: str, args: list[Any], kwargs: dict[str,
     if name in ("clamp", "clamp_min", "clamp_max"):
         low = kwargs.get("min", args[1] if len(args) > 1 and name != "clamp_max" else None)
         high = kwargs.get("max", args[-1] if name == "clamp_max" else args[2] if len(args) > 2 else None)
-        low = kwargs.get("min", low)
         x = args[0] if low is None else ex.each("maximum", args[0], low)
         return x if high is None else ex.each("minimum", x, high)
     if name == "pow":

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from lorc_fx.logs import show
+from lorc_fx.models import cache_root
 
 from . import (
     expressions,
@@ -194,12 +195,8 @@ def interpreted() -> bool:
 def cache_folder() -> Path:
     """Where sources are kept: ``$LORC_KERNEL_CACHE``, else ``kernels`` in ``$LORC_CACHE``,
     ``$XDG_CACHE_HOME/lorc_fx`` or ``~/.cache/lorc_fx``."""
-    own, ours, shared = (os.environ.get(name) for name in ("LORC_KERNEL_CACHE", "LORC_CACHE", "XDG_CACHE_HOME"))
-    if own:
-        return Path(own).expanduser()
-    if ours:
-        return Path(ours).expanduser() / "kernels"
-    return (Path(shared).expanduser() if shared else Path.home() / ".cache") / "lorc_fx" / "kernels"
+    own = os.environ.get("LORC_KERNEL_CACHE")
+    return Path(own).expanduser() if own else cache_root() / "kernels"
 
 
 def _make(about: Attend, given: Given, config: Config) -> _Made:
@@ -241,8 +238,7 @@ def source_key(about: Attend, given: Given, config: Config) -> str:
 @functools.cache
 def _own() -> str:
     """A hash of all that writes kernels."""
-    sources = b"".join(Path(str(m.__file__)).read_bytes() for m in _WRITERS)
-    return hashlib.sha256(sources).hexdigest()
+    return words.hashed(Path(str(m.__file__)) for m in _WRITERS)
 
 
 def load(source: str, key: str, kind: str = "attend") -> ModuleType:

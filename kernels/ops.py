@@ -1,4 +1,4 @@
-"""torch.library ops of lorc_fx, with their fakes."""
+"""The op ``lorc::table``: a value that the inner compiler must store, not compute again for each of its readers."""
 
 from __future__ import annotations
 

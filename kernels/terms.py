@@ -15,11 +15,12 @@ class TermWriter:
     """Writes the terms of one operand, each once. ``ahead``: lines before the loop over tokens; ``lines``: those in it.
 
     Values of tokens are [tokens, 1], of items [1, items], of both [tokens, items]. Names begin with ``name``;
-    ``tiles`` says what tiles of y are called.
+    ``tiles`` says what tiles of y are called, ``integers`` whether what is kept of each token is, ``floats`` which
+    constants are none.
     """
 
-    def __init__(self, name: str, tiles: dict[Places, str], positions: bool, dtypes: list[bool]) -> None:
-        self.name, self.tiles, self.positions, self.floats = name, tiles, positions, dtypes
+    def __init__(self, name: str, tiles: dict[Places, str], integers: bool, floats: list[bool]) -> None:
+        self.name, self.tiles, self.integers, self.floats = name, tiles, integers, floats
         self.ahead: list[str] = []
         self.lines: list[str] = []
         self._known: dict[Term, str] = {}
@@ -61,7 +62,7 @@ class TermWriter:
             mask = f"seen[:, None] & {mask}" if mask else "seen[:, None]"
             where = f"{self.name}_side_at + (i * {self.name}_side_t)[:, None] + {at}"
             text = f"tl.load({where}, mask={mask}, other=0)"
-            return text if self.positions else f"{text}.to(tl.float32)"
+            return text if self.integers else f"{text}.to(tl.float32)"
         where = f"{self.name}_const{term.which} + {at}"
         if term.op == "table":
             where += f" + {self.write(term.args[0])}.to(tl.int64) * {term.stride}"

@@ -43,8 +43,8 @@ positions, computed once for all layers, are cheaper (Llama shape, T = 8192, one
 
 PLAIN = False
 """Whether rows in the model's dtype are read by the op too. On a CPU torch's own products are faster on them (GPT-2
-shape,
-LoRC at 0.45, T = 1024, two threads: a step of 27.5 ms against 31.8); packed rows they would have to unpack first."""
+shape, LoRC at 0.45, T = 1024, two threads: a step of 27.5 ms against 31.8); packed rows they would have to unpack
+first."""
 
 MOST_QUERIES = 16
 """Query tokens of a step that reads rows; more (a prompt) share one decoding of keys and values."""
@@ -227,14 +227,15 @@ def _drops_last(node: Node) -> bool:
 
 
 def _unshifted(node: Node) -> Node:
-    """x of x - max(x): a softmax does not see the difference."""
+    """x of x - max(x), one maximum for all tokens: a softmax does not see the difference."""
     while node.target in _CASTS:
         node = node.args[0]
     if node.target is aten.sub.Tensor and isinstance(node.args[1], Node) and len(node.args) == 2:
         top = node.args[1]
         while not isinstance(top.target, str) and "getitem" in str(top.target):
             top = top.args[0]
-        if top.target in (aten.max.dim, aten.amax.default) and top.args[0] is node.args[0]:
+        known = top.target in (aten.max.dim, aten.amax.default) and top.args[0] is node.args[0]
+        if known and shape(node.args[1])[-1:] in ([], [1]):  # else each token has its own: a maximum over heads, say
             return _unshifted(node.args[0])
     return node
 

@@ -1,7 +1,7 @@
 """Which values are caches: the token-axis programs that start at a cache and end in an output or a mutated input.
 
 A *cell* is a node whose value is a run of cached tokens: a LatentKV input, an empty or zeroed buffer that a write
-fills, the new rows themselves, or what ``cat``, ``slice``, ``roll``, ``index_copy_``, ``copy_`` make of other cells.
+fills, the new rows themselves, or what the ops of ``PROGRAMS`` (``cat``, ``slice``, ``index_copy_``, ..) make of cells.
 Cells that flow into one another form a *group*, which is coded as a whole or not at all. Whatever else reads a cell
 is a reader, and gets decoded tokens.
 """
@@ -229,7 +229,7 @@ def _slice(caches: Caches, node: Node) -> None:
         return
     start, end = arg(node, 2, "start"), arg(node, 3, "end")
     if isinstance(start, int) and start < 0 and (end is None or (isinstance(end, int) and end > 1 << 40)):
-        group.window = -start if node.users and any(u.op == "output" for u in node.users) else group.window
+        group.window = -start if any(u.op == "output" for u in node.users) else group.window
     if arg(node, 4, "step", 1) == 1:
         caches.join(node, [source], group.token)
 

@@ -26,7 +26,7 @@ def check_canonical(gm: GraphModule) -> None:
 
 
 def check_rewritten(made: Rewritten) -> None:
-    """After rewrite: one recipe per input, results for all outputs, no dense cache value left in the outputs."""
+    """After rewrite: one recipe and an example value per input, results for all outputs."""
     holders = [n for n in made.module.graph.nodes if n.op == "placeholder"]
     if len(holders) != len(made.inputs):
         raise GraphInvariant("rewrite", "one recipe per input", f"{len(holders)} inputs, {len(made.inputs)} recipes")

@@ -296,16 +296,17 @@ def _step(node: Node, axes: Axes, env: dict[Node, Any], rows: Rows, tokens: int,
         args, kwargs = _static_args(node)
         return node.target(*map_arg(args, env.__getitem__), **map_arg(kwargs, env.__getitem__))
     depends = [n for n, a in rule.back(node, axes) if a.token is not None] if axes.token is not None else []
+    first = linear and rows.x in depends
+    if first and not (rule.role == "contract" and node.target in PRODUCTS):
+        env.setdefault(rows.x, _identity(rows))
     if along_tokens(node, axes):
         return env[node.args[0]]
     if rule.sized:
         value = env[node.args[0]]
         sizes = resized(node, axes, 1, tokens)
         return value.expand(sizes) if node.target in _EXPANDS else value.reshape(sizes)
-    if linear and depends and rows.x in depends:
-        if rule.role == "contract" and node.target in PRODUCTS:
-            return _placed(_weight_rows(node, env), node, axes)
-        env.setdefault(rows.x, _identity(rows))
+    if first and rule.role == "contract" and node.target in PRODUCTS:
+        return _placed(_weight_rows(node, env), node, axes)
     if linear and depends and rule.role == "contract" and node.target not in PRODUCTS:
         return _without_shift(node, env, depends)
     args, kwargs = _static_args(node)
@@ -339,7 +340,8 @@ def _is_dim(node: Node) -> bool:
 
 def _identity(rows: Rows) -> torch.Tensor:
     value = rows.x.meta["val"]
-    return _placed(torch.eye(int(value.shape[-1]), dtype=torch.float32).to(value.dtype), rows.x, rows.x_axes)
+    eye = torch.eye(int(value.shape[-1]), dtype=torch.float32, device=value.device).to(value.dtype)
+    return _placed(_precise(eye, rows), rows.x, rows.x_axes)
 
 
 def _weight_rows(node: Node, env: dict[Node, Any]) -> torch.Tensor:

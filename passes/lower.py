@@ -232,9 +232,9 @@ def _attention(
 
 def _product(node: Node, matched: Matched, codecs: Mapping[Group, Codec], facts: Facts, step: bool) -> Product | None:
     sizes = _sizes(node, step)
-    right = node.args[1]
-    if sizes is None or len(shape(right)) != 4:
-        return None
+    left, right = node.args[:2]
+    if sizes is None or len(shape(right)) != 4 or shape(left)[:2] != shape(node)[:2]:
+        return None  # the same queries for all batch rows, say
     for kind, axes in (("value", Axes(0, 2)), ("key", Axes(0, 3))):
         latent = _latent(matched, codecs, facts, right, axes, sizes)
         if latent is not None:

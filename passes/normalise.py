@@ -36,7 +36,7 @@ def normalise(gm: GraphModule, example_inputs: Sequence[Any]) -> GraphModule:
     1. ``to(x, dtype of x)``, ``type_as`` of the same dtype, ``dropout`` in eval, ``detach``, a slice of all  ->  x
     2. ``type_as(x, y)``  ->  ``to.dtype(x, dtype of y)``
        ``narrow(x, dim, start, n)``  ->  ``slice(x, dim, start, start + n)``
-    3. ``baddbmm(a, x, y)``  ->  ``beta * a + alpha * bmm(x, y)``
+    3. ``baddbmm(a, x, y)``  ->  ``beta * a + alpha * bmm(x, y)``, without ``a`` (which may be anything) where beta is 0
     4. ``bmm`` of [B*H, ..] views of [B, H, ..]  ->  ``matmul`` in four dims, viewed as [B*H, ..]
     5. ``index_put_(x, .., view(v))`` that only drops leading axes of one  ->  ``index_put_(x, .., v)``
        ``squeeze(x)``  ->  ``squeeze(x, dims)``, so that no other axis is dropped where the ops run on one token
@@ -189,10 +189,12 @@ def _slice_of_narrow(node: Node) -> None:
     source, dim, start, length = node.args
     if isinstance(start, Node) and isinstance(start.meta.get("val"), torch.Tensor):
         return
-    end = start + length if not isinstance(start, Node) and not isinstance(length, Node) else None  # type: ignore[operator]
-    if end is None:
-        first, extent = (a.meta["val"] if isinstance(a, Node) else a for a in (start, length))
-        end = _replace(node, operator.add, (start, length), first + extent)
+    first, extent = (a.meta["val"] if isinstance(a, Node) else a for a in (start, length))
+    end: Any = first + extent
+    if size_expr(end) == 0 and size_expr(extent) != 0:
+        end = None  # a start that is counted from the end, and all from there on: a slice to 0 would be empty
+    elif isinstance(start, Node) or isinstance(length, Node):
+        end = _replace(node, operator.add, (start, length), end)
     node.replace_all_uses_with(_replace(node, aten.slice.Tensor, (source, dim, start, end), node.meta["val"]))
     node.graph.erase_node(node)
 
@@ -259,9 +261,11 @@ def _split_baddbmm(node: Node) -> Node:
     added, left, right = node.args[:3]
     value = node.meta["val"]
     bmm = _replace(node, aten.bmm.default, (left, right), value)
-    scaled = _replace(node, aten.mul.Tensor, (bmm, node.kwargs.get("alpha", 1)), value)
-    shift = _replace(node, aten.mul.Tensor, (added, node.kwargs.get("beta", 1)), added.meta["val"])
-    node.replace_all_uses_with(_replace(node, aten.add.Tensor, (shift, scaled), value))
+    found, beta = _replace(node, aten.mul.Tensor, (bmm, node.kwargs.get("alpha", 1)), value), node.kwargs.get("beta", 1)
+    if isinstance(beta, Node) or beta != 0:
+        shift = _replace(node, aten.mul.Tensor, (added, beta), added.meta["val"])
+        found = _replace(node, aten.add.Tensor, (shift, found), value)
+    node.replace_all_uses_with(found)
     node.graph.erase_node(node)
     return bmm
 

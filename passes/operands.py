@@ -112,7 +112,7 @@ def features(decoder: Decoder) -> int:
 
 def selection(decoder: Decoder) -> torch.Tensor | None:
     """Which column of y each element of the dense value is, in the decoder's layout with B = T = 1; None where the
-    epilogue does more than move columns. Found by running it on numbered columns, twice."""
+    epilogue does more than move columns. Found by running it on numbered columns."""
     if decoder.needs_positions:
         return None
     return _moved(decoder.module, decoder.width, lambda y: decoder.module(y, None))
@@ -124,7 +124,7 @@ def _moved(module: GraphModule, width: int, run: Any) -> torch.Tensor | None:
     if any(node.op == "get_attr" for node in module.graph.nodes):
         return None
     base = torch.arange(1, width + 1, dtype=torch.float64)
-    few = (5 * base + 3).remainder(15) - 7  # -7 .. 7: with a power of two, they survive a cast
+    few = (7 * base + 3).remainder(15) - 7  # -7 .. 7: with a power of two, they survive a cast
     others = [-base, *(scale * few for scale in (2.0**-20, 1.0, 2.0**20))]
     try:
         first, *rest = (run(value.view(1, 1, -1)) for value in (base, *others))
@@ -138,18 +138,20 @@ def _moved(module: GraphModule, width: int, run: Any) -> torch.Tensor | None:
 
 def _columns(facts: Facts, operand: Node, axes: Axes, cell: Node, at: Axes, index: torch.Tensor) -> torch.Tensor | None:
     """Which column each element of the operand is, for B = T = 1 and the columns ``index`` of the cell; None where
-    the ops between do more than move them. Found by running them on numbered columns, twice."""
+    the ops between do more than move them. Found by running them on numbered columns, and on their squares, which tell
+    a column from a mean of its neighbours."""
     graph = Graph()
     start = graph.placeholder("index")
     try:
         region = facts.region(operand, axes, {cell: at}, lambda n, a: False)
         graph.output(_emit(graph, region, {cell: start}, 1, 1, {cell}) if region.nodes else start)
         run = GraphModule(torch.nn.Module(), graph)
-        first, second = run(index.double() + 1), run(0.5 - 3 * index.double())
+        first, second = run(index.double() + 1), run(0.5 - 3 * index.double() ** 2)
     except (NoSite, RuntimeError):
         return None
     found = first.round().long() - 1
-    return found if torch.equal(first, found.double() + 1) and torch.equal(second, 0.5 - 3 * found.double()) else None
+    same = torch.equal(first, found.double() + 1) and torch.equal(second, 0.5 - 3 * found.double() ** 2)
+    return found if same else None
 
 
 def _grouped(cell: Node, group: Group, rows: torch.Tensor, width: int, latent: bool) -> Seen:

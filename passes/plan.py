@@ -16,11 +16,9 @@ from lorc_fx.records import Plan, PlannedSite, SiteSpec
 from lorc_fx.schedulers import depths, schedule
 
 from .caches import Group
+from .operands import features
 from .sites import Site
 from .unprojected import AUTO, BITS_AS_IT_IS
-
-POSITION_BYTES = 4
-"""One int32 per token, once for all sites whose epilogues need it and that keep the same tokens."""
 
 LEVELS: dict[str, tuple[int, ...]] = {"model": (MODEL,), "int8": (8,), "int4": (4,), "auto": (MODEL, *BITS)}
 """Bits that a column may have under each ``precision``."""
@@ -54,9 +52,7 @@ def candidate(site: Site, factors: Factors, basis: Basis, keeps_positions: bool,
     """
     decoder = site.decoder
     element = decoder.dtype.itemsize
-    dense = element
-    for size in decoder.layout:
-        dense *= size if isinstance(size, int) else 1
+    dense = features(decoder) * element
     fixed = decoder.side.nbytes if keeps_positions and decoder.side is not None else 0
     width, only_model = min(factors.rank, len(basis.energy)), options.precision == "model"
     if site.unprojected:

@@ -51,7 +51,9 @@ def register_rule(op: Any, *, role: str = "pointwise", words: str = "") -> Calla
     """Teach the matcher an op: the decorated ``fn(node, axis) -> [(input node, its axis or None), ...]`` is called
     once for the token axis and once for the batch axis of the op's output, and raises ``Mixes`` where tokens mix.
 
-    ``op`` is an OpOverload (``torch.ops.my_lib.fused_qkv.default``). Raises AlreadyRegistered for a second rule of one.
+    ``op`` is an OpOverload (``torch.ops.my_lib.fused_qkv.default``). ``role``: how its output depends on the inputs
+    that have tokens ("layout", "sum", "scale", "contract" or "pointwise": docs/new_architecture.md); ``words``: what it
+    does, for messages. Raises AlreadyRegistered for a second rule of one.
     """
 
     def add(fn: AxisRule) -> AxisRule:
