@@ -18,7 +18,8 @@ from lorc_fx.packing import MODEL, SCALE_BYTES, Format, level_constants, planes,
 if TYPE_CHECKING:
     from .attend import Operand
 
-LANES = 16
+PAD = 16
+"""Floats that each run of weights is padded to: the widest vector of ``rows.cpp``."""
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _FIELD = 8
 """A plane of fields of b bits has kind 8 + b (``rows.cpp``)."""
@@ -109,7 +110,7 @@ def layout(form: Format, blocks: int) -> Layout | None:
 
 
 def _padded(count: int) -> int:
-    return -(-count // LANES) * LANES
+    return -(-count // PAD) * PAD
 
 
 def laid_out(weights: torch.Tensor, about: Layout) -> torch.Tensor:

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from lorc_fx.errors import AlreadyRegistered
+from lorc_fx.errors import AlreadyRegistered, BadOption, did_you_mean
 
 from . import axes
 from .axes import Axes, AxisRule, Demand, per_axis
@@ -47,14 +47,19 @@ ALIKE = (aten.ones_like.default, aten.zeros_like.default, aten.full_like.default
 """They depend on no token, but need as many as their input has."""
 
 
+ROLES = ("layout", "sum", "scale", "contract", "pointwise")
+
+
 def register_rule(op: Any, *, role: str = "pointwise", words: str = "") -> Callable[[AxisRule], AxisRule]:
     """Teach the matcher an op: the decorated ``fn(node, axis) -> [(input node, its axis or None), ...]`` is called
     once for the token axis and once for the batch axis of the op's output, and raises ``Mixes`` where tokens mix.
 
     ``op`` is an OpOverload (``torch.ops.my_lib.fused_qkv.default``). ``role``: how its output depends on the inputs
     that have tokens ("layout", "sum", "scale", "contract" or "pointwise": docs/new_architecture.md); ``words``: what it
-    does, for messages. Raises AlreadyRegistered for a second rule of one.
+    does, for messages. Raises BadOption for any other role, AlreadyRegistered for a second rule of one.
     """
+    if role not in ROLES:  # it would be taken for a linear one
+        raise BadOption("role", role, f"one of {', '.join(ROLES)}", "pointwise", did_you_mean(role, ROLES))
 
     def add(fn: AxisRule) -> AxisRule:
         if op in RULES:

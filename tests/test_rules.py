@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rule_cases import BTHD, NEVER_MIX, NO, ROWS, B, BTn, D, R, T, c, call, name_of, node_of, traced
 
-from lorc_fx.errors import AlreadyRegistered
+from lorc_fx.errors import AlreadyRegistered, BadOption
 from lorc_fx.passes.axes import Axes, Mixes, groups, shape, tensors
 from lorc_fx.passes.rules import ALIKE, RULES, register_rule, rule_of
 
@@ -238,6 +238,12 @@ def test_register_rule(own_op):
         rule_of(node).back(node, Axes(0, 3))
     with pytest.raises(AlreadyRegistered, match="scaled"):
         register_rule(own_op)(rule)
+
+
+def test_a_role_that_there_is_not_is_refused(own_op):
+    with pytest.raises(BadOption, match=r"role='pointwize'.*scale.*Did you mean 'pointwise'"):
+        register_rule(own_op, role="pointwize")
+    assert own_op not in RULES
 
 
 def test_built_in_rules_are_not_replaced():

@@ -76,7 +76,8 @@ VIEWS = {
 MOVES = (
     *VIEWS, aten.transpose.int, aten.permute.default,
     aten.t.default, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default,
-    aten.slice.Tensor, aten.select.int, aten.expand.default, aten.repeat.default, aten.split.Tensor,
+    aten.slice.Tensor, aten.select.int, aten.expand.default, aten.broadcast_to.default, aten.repeat.default,
+    aten.split.Tensor,
     aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int,
     aten.movedim.int, aten.movedim.intlist, aten.repeat_interleave.self_int, aten.flip.default, aten.roll.default,
     aten.index.Tensor, aten.index_select.default, aten.swapaxes.default, aten.narrow.default,
