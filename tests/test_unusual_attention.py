@@ -1,5 +1,5 @@
-"""Attention that is written in ways of its own: each step is what the model without a compiler makes, whatever was coded
-and however it is read."""
+"""Attention written in ways of its own: each step is what the model without a compiler makes, whatever was coded and
+however it is read."""
 
 import pytest
 import torch
