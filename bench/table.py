@@ -271,6 +271,7 @@ TABLES: dict[str, list[Callable[[dict[str, Any]], str]]] = {
     "decoders": [summaries.classes],
     "growth": [summaries.grown],
     "lowerings": [summaries.lowered],
+    "lowerings-avx2": [summaries.lowered],
     "soak": [summaries.soaked],
 }
 
