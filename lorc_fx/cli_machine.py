@@ -148,6 +148,7 @@ def bench_device(
             write_json(json_file, vars(found))
     out.print(
         f"{found.name}: reads {found.bandwidth / 1e9:.1f} GB/s, multiplies {found.flops / 1e9:.0f} GFLOP/s (fp32)"
+        + (f", with stored rows {found.products / 1e9:.0f}" if math.isfinite(found.products) else "")
         + (f", unpacks {found.numbers / 1e9:.1f} billion numbers/s" if math.isfinite(found.numbers) else "")
     )
 

@@ -32,6 +32,13 @@ ROWS = (65536, 16, 64)
 """Tokens, heads and head dim of the int8 rows whose reading is timed: more than any cache holds, as a step that has
 read all weights finds them; one query for each head, so that products are few beside what is unpacked."""
 
+LATENTS = (8192, 16, 64, 512)
+"""Tokens, heads, head dim and columns of the latents that are multiplied with: each column meets every head, so that
+products are many beside what is read."""
+
+PASSED = 1 << 18
+"""Numbers that an op reads and writes: a tile's, which stay in a core's cache."""
+
 
 @functools.cache
 def device_of(device: torch.device) -> Device:
@@ -45,8 +52,9 @@ def device_of(device: torch.device) -> Device:
 
 
 def measured(device: torch.device, repeats: int = 5) -> Device:
-    """Bandwidth of reading ``BYTES`` once, FLOP/s of ``PRODUCT`` in fp32, numbers/s that bytes become and seconds of a
-    call, the best of ``repeats``, with as many threads as torch uses."""
+    """Bandwidth of reading ``BYTES`` once, FLOP/s of ``PRODUCT`` in fp32 and of attention over ``LATENTS``, numbers/s
+    that bytes become and that an op passes on, and seconds of a call, the best of ``repeats``, with as many threads as
+    torch uses."""
     data = torch.ones(BYTES // 4, device=device)
     m, inner, columns = PRODUCT
     left, right = torch.ones(m, inner, device=device), torch.ones(columns, inner, device=device)
@@ -55,28 +63,37 @@ def measured(device: torch.device, repeats: int = 5) -> Device:
     rate = 2 * m * inner * columns / product
     if device.type == "cuda":
         return Device(torch.cuda.get_device_name(device), BYTES / read, rate, "measured")
-    name = f"{device.type}, {torch.get_num_threads()} threads"
-    took, call = (_attention(tokens, device, repeats) for tokens in (ROWS[0], 1))
+    tokens, heads, dim = ROWS
+    took, call = (_attention(some, heads, dim, None, device, repeats) for some in (tokens, 1))
     numbers = 2 * math.prod(ROWS) / max(took - call, 1e-9)
-    return Device(name, BYTES / read, rate, "measured", numbers, call, fused=device.type != "cpu")
+    tokens, heads, dim, width = LATENTS
+    took = _attention(tokens, heads, dim, width, device, repeats)
+    products = 2 * 2 * tokens * heads * width / max(took - call, 1e-9)
+    few = data[:PASSED]
+    passed = PASSED / _best(lambda: few * 2, device, repeats)
+    name = f"{device.type}, {torch.get_num_threads()} threads"
+    return Device(
+        name, BYTES / read, rate, "measured", numbers, call, device.type != "cpu", products=products, passed=passed
+    )
 
 
-def _attention(tokens: int, device: torch.device, repeats: int) -> float:
-    """Seconds of one attention over keys and values of int8, so many tokens of ``ROWS``."""
+def _attention(tokens: int, heads: int, dim: int, width: int | None, device: torch.device, repeats: int) -> float:
+    """Seconds of one attention over so many tokens of int8 keys and values: as they are, or ``width`` columns of a
+    joint basis."""
     from .kernels import tiled
     from .kernels.attend import Attend, Operand
     from .kernels.stored import Stored
     from .packing import Format, Segment
     from .passes.unprojected import as_it_is
 
-    _, heads, dim = ROWS
-    form = Format((Segment(heads * dim, 8),), 1, torch.float32)
+    form = Format((Segment(width or heads * dim, 8),), 1, torch.float32)
+    codec = () if width is None else (torch.randn(width, heads * dim, device=device) / heads**0.5,)
     # rows of their own for each: values that lie where the keys do are still in a core's cache
     keys, values = (
-        Stored(torch.ones(tokens, 1, form.width, dtype=torch.uint8, device=device), None, ()) for _ in range(2)
+        Stored(torch.ones(tokens, 1, form.width, dtype=torch.uint8, device=device), None, codec) for _ in range(2)
     )
     decoder = as_it_is(("B", heads, "T", dim), torch.float32)
-    operand = Operand(form, heads * dim, decoder, heads, dim, None, True, False, False)
+    operand = Operand(form, form.columns, decoder, heads, dim, None, True, width is not None, False)
     query = torch.randn(1, heads, 1, dim, device=device)
     about = Attend(operand, operand, symbolic_trace(lambda scores: scores * 0.125), ())
     return _best(lambda: tiled.attend(about, query, keys, values, ()), device, repeats)

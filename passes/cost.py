@@ -66,11 +66,11 @@ LOWERINGS: dict[str, Cost] = {
 
 @dataclass(frozen=True)
 class Device:
-    """What a device does at best: ``bandwidth`` in bytes/s, ``flops`` in FLOP/s of the products that readers make,
-    ``numbers``/s that come out of packed rows or pass an op (inf where that never counts), and ``call``, seconds of
-    an attention over a single stored token. ``fused``: whether tiles are decoded inside of one kernel, and dense
-    attention reads a head once for its group; on a CPU tiles are decoded by ops one after the other, and heads are
-    repeated. ``source``: measured here, or a datasheet."""
+    """What a device does at best. bandwidth: bytes/s. flops: FLOP/s of a product of matrices; products: of those with
+    stored rows, where they are slower. numbers: that come out of packed rows, per second; passed: that ops read and
+    write, where they are fewer (inf where that never counts). call: seconds of an attention over a single stored token.
+    fused: whether tiles are decoded inside of one kernel, and dense attention reads a head once for its group; on a CPU
+    tiles are decoded by ops one after the other, and heads are repeated. source: measured here, or a datasheet."""
 
     name: str
     bandwidth: float
@@ -79,6 +79,8 @@ class Device:
     numbers: float = math.inf
     call: float = 0.0
     fused: bool = True
+    products: float = math.inf
+    passed: float = math.inf
 
 
 TYPICAL = {
@@ -119,7 +121,9 @@ def seconds(lowering: str, device: Device, **sizes: float) -> float:
         if not device.fused and sizes["H"] * sizes["D"] > sizes["n"]:
             lowering = "repeated"
     moved, flops, numbers = counted(lowering, **sizes)
-    parts = (moved / device.bandwidth, flops / device.flops, numbers / device.numbers)
+    rate = min(device.flops, device.products) if lowering in ("rows", "latent") else device.flops
+    unpacked = min(device.numbers, device.passed) if apart else device.numbers
+    parts = (moved / device.bandwidth, flops / rate, numbers / unpacked)
     return call + (sum(parts) if apart else max(parts))
 
 

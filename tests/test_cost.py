@@ -56,6 +56,13 @@ def test_what_takes_longest_counts():
     weak = cost.Device("weak", 1e30, 1.0, "")
     packed = cost.Device("slow to unpack", 1e30, 1e30, "", numbers=1.0)
     assert [cost.seconds("latent", d, **sizes) for d in (slow, weak, packed)] == [bytes_, flops, numbers]
+    rows = cost.Device("slow to multiply rows", 1e30, 1.0, "", products=0.5)
+    assert [
+        cost.seconds(how, rows, **sizes) / cost.seconds(how, weak, **sizes) for how in ("latent", "rows", "dense")
+    ] == [2, 2, 1]
+    passing = cost.Device("slow ops", 1e30, 1e30, "", passed=1.0, fused=False)
+    assert cost.seconds("tiles", passing, **sizes) == cost.counted("tiles", **sizes)[2]
+    assert cost.seconds("rows", passing, **sizes) < 1, "one call unpacks, no op"
     one = cost.Device("a byte and a FLOP a second", 1.0, 1.0, "")
     ops = cost.Device("the same by ops", 1.0, 1.0, "", fused=False)
     for how, device in (("decoding", one), ("decoding", ops), ("tiles", ops)):
@@ -85,6 +92,8 @@ def test_devices():
         and here.flops > 1e8
         and 1e7 < here.numbers < 1e13
         and 0 < here.call < 1
+        and 1e8 < here.products < 1e15
+        and 1e7 < here.passed < 1e13
     )
     assert device_of(torch.device("cpu")) is device_of(torch.device("cpu")), "measured once"
     assert all("datasheet" in d.source and d.flops > d.bandwidth for d in DATASHEETS)
