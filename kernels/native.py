@@ -29,12 +29,17 @@ class _Plane(ctypes.Structure):
     _fields_ = [(n, ctypes.c_int64) for n in ("kind", "offset", "step", "beside", "count", "fields", "at")]
 
 
+def source() -> str:
+    """What is compiled: ``attend.cpp`` behind ``rows.cpp``."""
+    return "\n".join((Path(__file__).parent / name).read_text() for name in ("rows.cpp", "attend.cpp"))
+
+
 @functools.cache
 def library() -> Any:
     """The compiled functions, or None (said once) where nothing compiles them: attention over rows then runs in
     torch."""
     try:
-        made = compile_cpp("\n".join((Path(__file__).parent / name).read_text() for name in ("rows.cpp", "attend.cpp")))
+        made = compile_cpp(source())
     except Exception as error:  # whatever the compiler or its absence raises
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         text = (

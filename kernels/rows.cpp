@@ -135,7 +135,6 @@ static inline float total(V v) {
 
 // The totals of four vectors.
 static inline Q totals(V a, V b, V c, V d) {
-  typedef int32_t J __attribute__((vector_size(16)));
 #if defined(__AVX512F__)
   typedef int32_t K __attribute__((vector_size(4 * LANES)));
   constexpr K low = {0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29};
@@ -146,6 +145,7 @@ static inline Q totals(V a, V b, V c, V d) {
   const V cd = __builtin_shuffle(c, d, low) + __builtin_shuffle(c, d, high);
   return folded(__builtin_shuffle(ab, cd, lower) + __builtin_shuffle(ab, cd, upper));   // per quarter: a, b, c, d
 #else
+  typedef int32_t J __attribute__((vector_size(16)));
   const Q p = folded(a), q = folded(b), r = folded(c), s = folded(d);
   const Q pq = __builtin_shuffle(p, q, J{0, 4, 1, 5}) + __builtin_shuffle(p, q, J{2, 6, 3, 7});
   const Q rs = __builtin_shuffle(r, s, J{0, 4, 1, 5}) + __builtin_shuffle(r, s, J{2, 6, 3, 7});

@@ -35,12 +35,14 @@ step and scale for what is stored; then each FLOP of an epilogue, which no produ
 @dataclass(frozen=True)
 class Cost:
     """``bytes`` moved, ``flops`` and ``numbers`` unpacked, as expressions of the symbols above. ``apart``: memory and
-    products one after the other, as by ops that each write their result; else at once."""
+    products one after the other, as by ops that each write their result; else at once. ``stored``: products are with
+    the rows as they are stored."""
 
     bytes: sympy.Expr
     flops: sympy.Expr
     numbers: sympy.Expr = sympy.Integer(0)
     apart: bool = False
+    stored: bool = False
 
 
 MATRIX = k * n * e
@@ -51,9 +53,9 @@ LOWERINGS: dict[str, Cost] = {
     # the dense cache, each head written and read again for every query head of its group first: SDPA on a CPU
     "repeated": Cost(B * T * (n + 2 * H * D) * e, B * T * READ_DENSE),
     # what the dense cache would hold, at lower precision (basis "identity")
-    "rows": Cost(B * T * w, B * T * READ_DENSE, B * T * n),
+    "rows": Cost(B * T * w, B * T * READ_DENSE, B * T * n, stored=True),
     # absorbed: the query moves into latent space, or the sum of latents is projected up
-    "latent": Cost(B * T * w + MATRIX, B * T * READ_LATENT + B * S * H * 2 * D * k, B * T * k),
+    "latent": Cost(B * T * w + MATRIX, B * T * READ_LATENT + B * S * H * 2 * D * k, B * T * k, stored=True),
     # decoded tile by tile
     "tiles": Cost(B * T * w + MATRIX, B * T * (DECODE + EPILOGUE + READ_DENSE), B * T * PASSES),
     # decoded as a whole: the dense value is written, and read again
@@ -121,7 +123,7 @@ def seconds(lowering: str, device: Device, **sizes: float) -> float:
         if not device.fused and sizes["H"] * sizes["D"] > sizes["n"]:
             lowering = "repeated"
     moved, flops, numbers = counted(lowering, **sizes)
-    rate = min(device.flops, device.products) if lowering in ("rows", "latent") else device.flops
+    rate = min(device.flops, device.products) if LOWERINGS[lowering].stored else device.flops
     unpacked = min(device.numbers, device.passed) if apart else device.numbers
     parts = (moved / device.bandwidth, flops / rate, numbers / unpacked)
     return call + (sum(parts) if apart else max(parts))
