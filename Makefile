@@ -53,7 +53,7 @@ quick: $(STAMP)
 
 lint: $(STAMP)
 	@echo "== ruff"
-	@$(BIN)/ruff check .
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check --quiet .
 
 # mypy knows modules by their place on disk, and passes/ and kernels/ are installed inside lorc_fx: show it that tree.
 types: $(STAMP)

@@ -157,7 +157,7 @@ def _self_written(model: Any) -> Iterator[torch.Tensor]:
     if bos is None or not hasattr(model, "generate"):
         raise BadCalibration("'self'", "this model has no generate() or no BOS token to begin with")
     start = torch.full((SELF_ROWS, 1), bos if isinstance(bos, int) else bos[0], device=model.device)
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())), torch.no_grad():
         torch.manual_seed(0)
         text = model.generate(start, do_sample=True, max_new_tokens=SELF_TOKENS, min_new_tokens=SELF_TOKENS)
     yield from text.split(1)

@@ -26,7 +26,7 @@ from lorc_fx.cli_options import (
     examples,
     numbers,
 )
-from lorc_fx.console import DType, Show, out, reported, wide, write_json
+from lorc_fx.console import DType, Show, can_be_written, out, reported, wide, write_json
 from lorc_fx.errors import BadOption, ConflictingOptions
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -218,8 +218,7 @@ def calibrate(
             from lorc_fx.calibrate import calibrate as gather
             from lorc_fx.models import load_model
 
-            if output.is_dir() or not output.resolve().parent.is_dir():
-                raise BadOption("output", str(output), "a file in a folder that exists")
+            can_be_written("output", output)
             loaded, tokenizer = load_model(model, dtype.torch(), show.stage)
             show.stage("Calibrating")
             rows = "self" if text is None else _rows(text, model, loaded, tokenizer, tokens)

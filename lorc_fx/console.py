@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import time
 from collections.abc import Iterator
 from enum import StrEnum
@@ -85,16 +86,32 @@ class Show:
             self.bar.update(self.task, completed=done, total=total)
 
 
+def can_be_written(option: str, path: Path) -> None:
+    """Before anything slow starts. Raises BadOption of ``option`` where ``path`` is a folder or in none."""
+    if path.is_dir() or not path.resolve().parent.is_dir():
+        raise BadOption(option, str(path), "a file in a folder that exists")
+
+
 def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` so that ``path`` is either the old file or the whole new one. Raises BadOption."""
+    """Write ``value`` so that ``path`` is either the old file or the whole new one; what is no finite number (a bound
+    that says nothing, say) as null. Raises BadOption."""
     from lorc_fx.plan_file import replaced  # which imports torch
 
-    text = json.dumps(value, indent=1) + "\n"
+    text = json.dumps(_finite(value), indent=1, allow_nan=False) + "\n"
     try:
         with replaced(path) as partial:
             partial.write_text(text)
     except OSError as error:
         raise BadOption("json", str(path), f"a path that can be written ({error})") from error
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows no infinity and no NaN: null in their places."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def wide() -> Console:

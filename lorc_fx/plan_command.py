@@ -15,6 +15,7 @@ from torch.fx import GraphModule
 from . import plan_plot
 from .backend import plans
 from .compat import compile_limits
+from .console import can_be_written
 from .errors import BadModel, BadOption, ConflictingOptions, QualityWarning
 from .evaluate import RECOMPILE_LIMIT, Show, chunked_loss
 from .options import Options
@@ -37,8 +38,8 @@ def check(output: Path | None, ratios: Sequence[float], plot: Path | None, text:
         raise ConflictingOptions(("--plot", "no --sweep"), "there is nothing to draw", "Give --sweep 0.5,0.35,0.25")
     if measure != (text is not None):
         raise ConflictingOptions(("--text", "--measure"), "each needs the other", "Give both, or none")
-    if output is not None and not output.resolve().parent.is_dir():
-        raise BadOption("output", str(output), "a path in a folder that exists")
+    if output is not None:
+        can_be_written("output", output)
     if plot is not None:
         plan_plot.check("plot", plot)
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .errors import BadOption, MissingExtra
+from .console import can_be_written
+from .errors import MissingExtra
 from .plan_file import replaced
 
 BLUE, ORANGE = "#1f5fa8", "#c2570c"
@@ -24,9 +25,8 @@ def require(what: str = "--plot") -> None:
 
 
 def check(option: str, path: Path) -> None:
-    """Before anything slow starts: raises BadOption where ``path`` is in no folder, and what ``require`` raises."""
-    if not path.resolve().parent.is_dir():
-        raise BadOption(option, str(path), "a path in a folder that exists")
+    """Before anything slow starts: raises what ``can_be_written`` and ``require`` raise."""
+    can_be_written(option, path)
     require()
 
 

@@ -224,7 +224,7 @@ def _feeds_softmax(node: Node, limit: int = 24) -> bool:
     while queue and limit:
         limit -= 1
         for user in queue.pop(0).users:
-            if user.target in (aten.softmax.int, aten._softmax.default):
+            if user.target in (aten.softmax.int, aten._softmax.default, aten._safe_softmax.default):
                 return True
             if user not in seen and user.target not in _PRODUCTS and user.target is not aten.linear.default:
                 seen.add(user)

@@ -154,6 +154,13 @@ def test_other_errors_are_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
         run("demo")
 
 
+def test_json_has_no_infinity(tmp_path: Path) -> None:
+    """Readers that are not Python's refuse it: a bound that says nothing is null."""
+    path = tmp_path / "out.json"
+    cli.write_json(path, {"slack": [1.5, float("inf"), (float("nan"), 2)], "layers": 3})
+    assert json.loads(path.read_text(), parse_constant=pytest.fail) == {"slack": [1.5, None, [None, 2]], "layers": 3}
+
+
 def test_write_json_is_atomic(tmp_path: Path) -> None:
     path = tmp_path / "out.json"
     cli.write_json(path, {"a": 1})

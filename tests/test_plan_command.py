@@ -116,7 +116,7 @@ REFUSED = {
     "two budgets": (["p.json", "--ratio", "0.5", "--bytes-per-token", "64"], "conflict"),
     "a bad ratio": (["--sweep", "0.5,2"], "ratio=2.0"),
     "no ratios": (["--sweep", "half"], "sweep='half'"),
-    "a folder that is not there": (["/no/such/folder/p.json"], "a path in a folder that exists"),
+    "a folder that is not there": (["/no/such/folder/p.json"], "a file in a folder that exists"),
     "a scheduler that is not there": (["p.json", "--scheduler", "los"], "Did you mean 'loss'?"),
     "a calibration that is not there": (["p.json", "--calibration", "/no/such"], "cannot be read"),
 }

@@ -18,6 +18,7 @@ import transformers
 from .. import __version__, decode_command, needle, plan_command, plan_plot
 from ..calibrate import calibrate
 from ..calibration import Calibration, covariance
+from ..console import can_be_written
 from ..device import device_of
 from ..errors import BadCalibration, BadOption, BudgetTooSmall, ConflictingOptions, LorcWarning, QualityWarning
 from ..evaluate import Show, compressed, sample_text
@@ -74,8 +75,8 @@ class Material:
 def check(output: Path, json_file: Path | None, asked: Asked, options: Options) -> None:
     """Raises BadOption, ConflictingOptions or MissingExtra before anything slow starts."""
     for name, path in (("output", output), ("json", json_file)):
-        if path is not None and (path.is_dir() or not path.resolve().parent.is_dir()):
-            raise BadOption(name, str(path), "a file in a folder that exists")
+        if path is not None:
+            can_be_written(name, path)
     if asked.measure and asked.text is None:
         raise ConflictingOptions(("--measure", "no --text"), "a loss is measured on a text", "Give --text FILE too")
     used = asked.measure or asked.needle_lengths or options.calibration == FIRST_PROMPT
