@@ -126,8 +126,7 @@ def option_table() -> str:
     """The fields of ``Options``."""
     lines = []
     for field in fields(options.Options):
-        now, _ = options.CHOICES.get(field.name, ((), ()))
-        now = _own_schedulers() if field.name == "scheduler" else now
+        now = _own_schedulers() if field.name == "scheduler" else options.CHOICES.get(field.name, ())
         values = ", ".join(f"`{value!r}`" for value in now)
         lines.append([f"`{field.name}`", f"`{field.type}`".replace("|", "\\|"), f"`{field.default!r}`", values])
     return _left(["option", "type", "default", "built-in names"], lines)

@@ -165,7 +165,8 @@ def program(kind: str, dim: int) -> tuple[GraphModule, tuple[Extra, ...], int | 
 @dataclass(frozen=True)
 class Case:
     """``keys``, ``values``: segments (columns, bits); columns of 0 bits are in ``dtype``. ``rotary``, ``norm``: the
-    key's epilogue (absorbed where there is none); ``matrix``: whether rows are latents of a codec."""
+    key's epilogue (absorbed where there is none); ``matrix``: whether rows are latents of a codec. ``groups``: of
+    heads, each in columns of its own."""
 
     tokens: int = 63
     heads: int = 2
@@ -186,6 +187,7 @@ class Case:
     sink: bool = False
     blind: bool = True
     columns: tuple[int, ...] | None = None
+    groups: int = 1
     seed: int = 0
 
     def __str__(self) -> str:
@@ -251,12 +253,18 @@ def _operand(
         rows = pack(latents, offsets, None, form.spec, case.means, case.dtype)
     codec: list[torch.Tensor] = []
     if case.matrix:
-        codec.append((torch.randn(k, n) / math.sqrt(k)).to(case.dtype))
+        decode = torch.randn(k, n) / math.sqrt(k // case.groups)
+        if case.groups > 1:  # each column is of the group that has this place in its segment
+            own = torch.cat([torch.arange(c) * case.groups // c for c, _ in form.segments])
+            there = own[:, None] == torch.arange(n) * case.groups // n
+            decode[: form.columns] = decode[: form.columns].where(there, 0.0)
+        codec.append(decode.to(case.dtype))
     if case.mean:
         codec.append(torch.randn(n).to(case.dtype))
     operand = Operand(
-        form, k, decoder, case.cached, case.dim, case.columns, absorbed, decodes=case.matrix, has_mean=case.mean
-    )
+        form, k, decoder, case.cached, case.dim, case.columns, absorbed, decodes=case.matrix, has_mean=case.mean,
+        groups=case.groups,
+    )  # fmt: skip
     positions = (torch.arange(case.tokens)[:, None] + torch.tensor([3, 0] * case.batch)[None, : case.batch]).int()
     side = None if absorbed or decoder.side is None else positions
     if side is not None and decoder.side is not None and decoder.side.features:

@@ -40,6 +40,8 @@ class Operand:
     absorbed: the product is taken with latents. ``decodes``, ``has_mean``: which codec tensors there are.
     turned: rows hold heads times the orthonormal [D, D] that is the last codec tensor; the op turns queries and
     results.
+    groups: of features, each decoded from its own part of every segment alone (``lorc_fx.groups``); where ``absorbed``
+    as many heads each. Who ignores it multiplies with zeros.
     """
 
     format: Format
@@ -52,6 +54,7 @@ class Operand:
     decodes: bool
     has_mean: bool
     turned: bool = False
+    groups: int = 1
 
     @property
     def words(self) -> str:

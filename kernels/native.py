@@ -13,6 +13,7 @@ import torch
 
 from lorc_fx.compat import compile_cpp
 from lorc_fx.errors import KernelWarning
+from lorc_fx.groups import split
 from lorc_fx.packing import MODEL, SCALE_BYTES, Format, level_constants, planes, segment_bytes
 
 if TYPE_CHECKING:
@@ -81,11 +82,11 @@ class Layout:
 
 @functools.lru_cache(maxsize=256)
 def layout(form: Format, blocks: int) -> Layout | None:
-    """None where ``rows.cpp`` does not know such rows: more than two means, several blocks of more than one segment,
-    or blocks that begin within a run of bytes and end in another field."""
+    """None where ``rows.cpp`` does not know such rows: more than two means, or blocks that begin within a run of bytes
+    and end in another field. Of several segments a block has its part of each."""
     if form.choices > 2 or (form.choices == 2 and not form.scaled) or form.dtype not in _KINDS:
         return None
-    if blocks > 1 and len(form.segments) > 1:
+    if any(s.columns % blocks for s in form.segments):
         return None
     found: list[_Plane] = []
     pieces = []
@@ -167,16 +168,24 @@ def sums(rows: torch.Tensor, about: Layout, p: torch.Tensor) -> tuple[torch.Tens
 
 
 @functools.lru_cache(maxsize=256)
-def constants(form: Format) -> tuple[torch.Tensor, torch.Tensor]:
-    """``level_constants`` for levels as ``rows.cpp`` has them: those of a whole byte are less by 128."""
-    step, half = level_constants(form, torch.device("cpu"))
-    bits = torch.cat([torch.full((s.columns,), s.bits) for s in form.segments if s.bits != MODEL])
+def constants(form: Format, blocks: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """``level_constants`` of a block's quantised columns, for levels as ``rows.cpp`` has them: those of a whole byte
+    are less by 128."""
+    step, half = block_constants(form, blocks, torch.device("cpu"))
+    bits = torch.cat([torch.full((s.columns // blocks,), s.bits) for s in form.segments if s.bits != MODEL])
     return step, torch.where(bits == 8, half - 128, half)
 
 
+def block_constants(form: Format, blocks: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """``level_constants`` of the quantised columns of one block; they are the same for all."""
+    step, half = level_constants(form, device)
+    quantised = [s for s in form.segments if s.bits != MODEL]
+    return split(step, quantised, blocks)[0], split(half, quantised, blocks)[0]
+
+
 def blocks(operand: Operand) -> int:
-    """Blocks of a row that are read apart: heads, where nothing is projected."""
-    return 1 if operand.decodes else operand.heads
+    """Blocks of a row that are read apart: groups, or heads where nothing is projected."""
+    return operand.groups if operand.decodes else operand.heads
 
 
 def loaded() -> Any:

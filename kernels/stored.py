@@ -17,6 +17,20 @@ def by_head(operand: Operand, source: torch.Tensor) -> torch.Tensor:
     return source.unflatten(1, (operand.heads, operand.head_dim)).transpose(0, 1)
 
 
+def by_group(operand: Operand, decode: torch.Tensor) -> torch.Tensor:
+    """A codec's matrix [k, n] as heads see it that read their own group's columns alone: [heads, k / G, D] (and of
+    further means all rows)."""
+    found = by_head(operand, decode)
+    if operand.groups == 1:
+        return found
+    groups, parts, at = operand.groups, [], 0
+    for columns, _ in operand.format.segments:
+        part = found[:, at : at + columns].unflatten(1, (groups, -1)).unflatten(0, (groups, -1))
+        parts.append(part.diagonal(dim1=0, dim2=2).movedim(-1, 0).flatten(0, 1))
+        at += columns
+    return torch.cat([*parts, found[:, at:]], 1)
+
+
 def times(x: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
     """x [B, heads, M, a] times one matrix [heads, a, b] per head -> [B, heads, M, b]; a matrix is never copied for each
     row of the batch."""

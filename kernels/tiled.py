@@ -19,13 +19,14 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from lorc_fx.packing import Parts, level_constants, parts_of
+from lorc_fx.groups import split
+from lorc_fx.packing import MODEL, Parts, level_constants, parts_of
 
 from . import fused, native, tuned, words
 from .attend import Attend, Operand
 from .config import Tile
 from .reference import features
-from .stored import Stored, by_head
+from .stored import Stored, by_group, by_head
 
 TILE_NUMBERS = 1 << 19
 """Numbers in a tile: 2 MiB of fp32, so that a tile of keys and one of values stay in a core's cache between their
@@ -140,7 +141,7 @@ def _ways(about: Attend, keys: Stored, values: Stored) -> tuple[tuple[Kind, Kind
 
 def _kind(operand: Operand, stored: Stored) -> Kind:
     form = operand.format
-    one_kind = form.choices == 1 and (operand.decodes or all(s.bits == form.segments[0].bits for s in form.segments))
+    one_kind = form.choices == 1 and len({s.bits for s in form.segments}) == 1
     if not operand.absorbed or not (operand.decodes or (one_kind and operand.columns is None)):
         return _Decoded
     readable = stored.rows.device.type == "cpu" and stored.rows.stride(2) == 1 and native.library() is not None
@@ -159,17 +160,24 @@ class _Absorbed:
         self.blocks = native.blocks(operand)
         self.exact = self.form.columns if self.form.plain else sum(s.columns for s in self.form.segments if not s.bits)
         if self.form.scaled:
-            self.step, self.half = level_constants(self.form, stored.rows.device)
-        self.matrix = None if decode is None else by_head(operand, decode.float())  # [heads, k, D]
+            self.step, self.half = native.block_constants(self.form, self.blocks, stored.rows.device)
+        self.matrix = None if decode is None else by_group(operand, decode.float())  # [heads, a block's k, D]
         self.mean = None if mean is None else by_head(operand, mean.float()[None])  # [heads, 1, D]
 
     def tile(self, batch: int, lines: int) -> int:
         """Tokens that a tile should have; ``lines``: queries of all heads."""
         return TILE_NUMBERS // (batch * self.width)
 
-    def _part(self, part: torch.Tensor) -> torch.Tensor:
-        """[t, B, c] -> [B, blocks, t, c / blocks]."""
-        return part.unflatten(2, (self.blocks, -1)).permute(1, 2, 0, 3)
+    def _parts(self, start: int, stop: int) -> tuple[torch.Tensor | None, torch.Tensor | None, Parts]:
+        """Exact columns and levels of tokens, [B, blocks, t, c / blocks], and what rows hold besides."""
+        parts = parts_of(self.rows[start:stop], self.form)
+        exact = [s for s in self.form.segments if s.bits == MODEL]
+        levels = [s for s in self.form.segments if s.bits != MODEL]
+        found = [
+            None if part is None else split(part, segments, self.blocks).permute(1, 2, 0, 3)
+            for part, segments in ((parts.exact, exact), (parts.levels, levels))
+        ]
+        return found[0], found[1], parts
 
     def scores(self, query: torch.Tensor) -> Callable[[int, int], torch.Tensor]:
         """q [B, H, S, D] fp32 -> (start, stop) -> q K^T [B, H, S, t]."""
@@ -185,8 +193,8 @@ class _Absorbed:
         exact, quantised, further = q[..., :e], q[..., e:r], q[..., r:]
         offset = torch.zeros_like(q[..., :1])
         if self.form.scaled:
-            quantised = quantised * self.step[: r - e]
-            offset = quantised @ self.half[: r - e, None]  # [B, blocks, M, 1]
+            quantised = quantised * self.step
+            offset = quantised @ self.half[:, None]  # [B, blocks, M, 1]
         product = self._product(exact, quantised, further, offset)
 
         def tile(start: int, stop: int) -> torch.Tensor:
@@ -201,14 +209,14 @@ class _Absorbed:
         """What the query has for each kind of column, [B, blocks, M, ..] -> (start, stop) -> [B, blocks, M, t]."""
 
         def tile(start: int, stop: int) -> torch.Tensor:
-            parts = parts_of(self.rows[start:stop], self.form)
+            numbers, levels, parts = self._parts(start, stop)
             found = None
-            if parts.levels is not None and parts.scale is not None:
-                found = quantised @ self._part(parts.levels).transpose(2, 3)
+            if levels is not None and parts.scale is not None:
+                found = quantised @ levels.transpose(2, 3)
                 found = found.sub_(offset).mul_(parts.scale.permute(1, 2, 0)[:, None])
-            for weights, part in ((exact, parts.exact), (further, parts.further)):
+            for weights, part in ((exact, numbers), (further, _for_all(parts.further))):
                 if part is not None:
-                    product = weights @ self._part(part).transpose(2, 3)
+                    product = weights @ part.transpose(2, 3)
                     found = product if found is None else found.add_(product)
             assert found is not None
             return found
@@ -218,15 +226,20 @@ class _Absorbed:
     def sum_up(self, p: torch.Tensor, start: int, stop: int) -> list[torch.Tensor]:
         """p [B, blocks, M, t] -> sums over these tokens: of exact columns, of what further means have, of levels times
         their token's scale, of scales; those that there are."""
-        parts = parts_of(self.rows[start:stop], self.form)
-        terms = [p @ self._part(part) for part in (parts.exact, parts.further) if part is not None]
-        if parts.levels is not None and parts.scale is not None:
+        numbers, levels, parts = self._parts(start, stop)
+        terms = [p @ part for part in (numbers, _for_all(parts.further)) if part is not None]
+        if levels is not None and parts.scale is not None:
             scaled = p * parts.scale.permute(1, 2, 0)[:, None]
-            terms += [scaled @ self._part(parts.levels), scaled.sum(-1, keepdim=True)]
+            terms += [scaled @ levels, scaled.sum(-1, keepdim=True)]
         return terms
 
     def sums(self, batch: int, heads: int, queries: int) -> _Sums:
         return _LatentSums(self, batch, heads, queries)
+
+
+def _for_all(further: torch.Tensor | None) -> torch.Tensor | None:
+    """What tokens have of further means [t, B, m - 1], for all blocks: [B, 1, t, m - 1]."""
+    return None if further is None else further.transpose(0, 1)[:, None]
 
 
 class _Native(_Absorbed):
@@ -240,7 +253,7 @@ class _Native(_Absorbed):
         assert about is not None
         self.about = about
         if self.form.scaled:
-            self.step, self.half = native.constants(self.form)
+            self.step, self.half = native.constants(self.form, self.blocks)
 
     def tile(self, batch: int, lines: int) -> int:
         return TILE_SCORES // (batch * lines)
@@ -273,6 +286,7 @@ class _Decoded:
         self.operand, self.stored = operand, stored
         decode, mean, self.consts = stored.parts(operand)
         self.decode = None if decode is None else decode.float()
+        self.blocks = None if decode is None or operand.groups == 1 else self._blocks(decode.float())
         self.mean = None if mean is None else mean.float()
         self.width = max(operand.decoder.width, operand.latent_width)
         if operand.format.scaled:
@@ -285,7 +299,9 @@ class _Decoded:
         """[B, heads, t, D] fp32."""
         o = self.operand
         y = self._numbers(parts_of(self.stored.rows[start:stop], o.format))
-        if self.decode is not None:
+        if self.blocks is not None:
+            y = self._by_group(y)
+        elif self.decode is not None:
             y = y @ self.decode
         y = y.transpose(0, 1)
         y = y if self.mean is None else y + self.mean
@@ -294,6 +310,20 @@ class _Decoded:
             y = features(o, o.decoder.module(y.to(o.format.dtype), side, *self.consts)).float()
         y = y if o.columns is None else y[..., list(o.columns)]
         return y.unflatten(2, (o.heads, o.head_dim)).transpose(1, 2)
+
+    def _blocks(self, decode: torch.Tensor) -> torch.Tensor:
+        """Of the matrix [k, n], each group's part [groups, r / groups, n / groups]."""
+        o = self.operand
+        rows = split(decode[: o.format.columns].T, o.format.segments, o.groups)  # [n, groups, r / groups]
+        return rows.unflatten(0, (o.groups, -1)).diagonal(dim1=0, dim2=2).permute(2, 1, 0).contiguous()
+
+    def _by_group(self, numbers: torch.Tensor) -> torch.Tensor:
+        """[t, B, k] -> y [t, B, n], each group's features from its own columns."""
+        assert self.blocks is not None and self.decode is not None
+        form, (t, batch) = self.operand.format, numbers.shape[:2]
+        own = split(numbers[..., : form.columns], form.segments, self.operand.groups).flatten(0, 1).transpose(0, 1)
+        y = torch.bmm(own, self.blocks).transpose(0, 1).reshape(t, batch, -1)
+        return y if form.choices == 1 else y + numbers[..., form.columns :] @ self.decode[form.columns :]
 
     def _numbers(self, parts: Parts) -> torch.Tensor:
         """[t, B, k] fp32."""
@@ -365,8 +395,7 @@ class _LatentSums(_Sums):
         further = [held.pop(0)] if r.form.choices > 1 else []
         if r.form.scaled:
             levels, scales = held
-            n = levels.shape[-1]
-            pieces.append((levels - scales * r.half[:n]) * r.step[:n])
+            pieces.append((levels - scales * r.half) * r.step)
         sums = pieces[0] if len(pieces + further) == 1 else torch.cat(pieces + further, -1)
         sums = sums.reshape(batch, o.heads, -1, sums.shape[-1])
         if r.matrix is not None:

@@ -176,6 +176,7 @@ def examine(
                 head_dim=site.head,
                 dtype_bytes=site.decoder.dtype.itemsize,
                 singular=tuple(sigma.tolist()),
+                groups=codecs[site].groups,
             )
         )
     return found, matched.misses, complete(prepared, plan)

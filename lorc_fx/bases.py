@@ -33,7 +33,8 @@ class BasisMaker(Protocol):
 
 M = TypeVar("M", bound=Callable[..., Columns])
 
-BUILT_IN = ("joint", "auto", "grouped", "identity")
+GROUPED = "grouped"
+BUILT_IN = ("joint", "auto", GROUPED, "identity")
 _REGISTRY: dict[str, BasisMaker] = {}
 
 

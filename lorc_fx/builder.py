@@ -13,19 +13,20 @@ import torch
 from torch.fx import GraphModule
 
 from . import compat
-from .bases import BUILT_IN, in_columns_of
+from .bases import BUILT_IN, GROUPED, in_columns_of
 from .calibration import Calibration, basis_of, fingerprint
-from .codec import Codec, flat_basis, identity_codec, prior_basis, through
+from .codec import Codec, flat_basis, grouped_prior, identity_codec, prior_basis, through
 from .errors import BadCalibration, BadPlan, QualityWarning
 from .factors import gram, spectrum
 from .gather import Sums, Walker
+from .groups import head_groups
 from .logs import show
 from .options import CODEC_OPTIONS, FIRST_PROMPT, FIRST_PROMPT_TOKENS, Options
 from .passes.check import check_rewritten
 from .passes.epilogue import effective_weight
 from .passes.interface import Rewritten, Sharing
 from .passes.normalise import placeholders
-from .passes.plan import make_plan
+from .passes.plan import checked_groups, make_plan
 from .passes.rewrite import rewrite, writes_to
 from .passes.sites import Matched, Site
 from .passes.tracks import shared_tracks
@@ -274,16 +275,31 @@ class Builder:
             statistics = sums.statistics()
         elif isinstance(calibration, Calibration):
             statistics = calibration.of(site.name, site.kind, weight)
-        if statistics is None:
-            basis = prior_basis(factors, bias)
+        name, groups = self.options.basis_for(site.kind), self._groups(site, weight)
+        if statistics is not None:
+            basis = basis_of(statistics, product, site.name, groups)
+        elif groups is not None:
+            basis = grouped_prior(product, bias, groups, vectors=False)
         else:
-            basis = basis_of(statistics, product, site.name)
-        name = self.options.basis_for(site.kind)
+            basis = prior_basis(factors, bias)
         if site.unprojected:
             basis = flat_basis(basis)
         elif name not in BUILT_IN:
             basis = in_columns_of(name, basis, weight, statistics, site.name)
         return Prepared(site.name, weight, bias, factors, basis)
+
+    def _groups(self, site: Site, weight: torch.Tensor) -> int | None:
+        """Groups of columns that each have a basis of their own, by the plan or the options; None for a joint one."""
+        plan = self.options.plan
+        if site.unprojected:
+            return None
+        if plan is not None:
+            at = plan.places().get((site.layer, site.kind))
+            found = 1 if at is None else checked_groups(plan, plan.sites[at], len(weight))
+            return found if found > 1 else None
+        if self.options.basis_for(site.kind) != GROUPED:
+            return None
+        return head_groups(weight, site.head, self.options.group_size or 1, site.name)
 
     def _given(self, site: Site, arguments: Sequence[Any], plan: Plan, index: int) -> Prepared:
         """From the plan itself: nothing is factorised. Raises BadPlan for other weights."""

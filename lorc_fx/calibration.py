@@ -22,6 +22,7 @@ import torch
 
 from .codec import Basis
 from .errors import BadCalibration, QualityWarning
+from .groups import by_place, on_diagonal
 from .plan_file import checksum, write_tensors
 
 VERSION = 2
@@ -212,34 +213,37 @@ class Calibration:
         raise BadCalibration("this calibration", f"it has no statistics of {name}: it was made for other weights")
 
 
-def basis_of(site: SiteStatistics, gram: torch.Tensor, name: str = "") -> Basis:
+def basis_of(site: SiteStatistics, gram: torch.Tensor, name: str = "", groups: int | None = None) -> Basis:
     """C = cov + lambda s W W^T (``gram``, [n, n] fp64), its eigenvectors (in the metric of the gradients, where known),
     and the means.
 
-    Where statistics are by groups each group has its own eigenvectors; all columns together are put in order.
+    ``groups``: of features, each with eigenvectors of its own, columns by place (``groups.py``). Where statistics are
+    by groups each group has its own eigenvectors, too; all columns together are put in order.
     """
     n = len(site.total)
     if site.tokens < n:
         text = f"{name}: statistics of {site.tokens} tokens for {n} columns; the weight's own spectrum fills in"
         warnings.warn(f"{text}, more calibration text is better", QualityWarning, stacklevel=2)
-    device, groups = gram.device, len(site.outer)
+    device = gram.device
     mean, cov = covariance(site, device)
-    prior = _blocks(gram, groups)
+    cov = cov if groups is None else on_diagonal(cov, groups)
+    prior = on_diagonal(gram, len(cov))
     size, own = float(_trace(cov)), float(_trace(prior))
     scale = size / own if own > 0 and size > 0 else 1.0
     c = cov + PRIOR * scale * prior
     means = torch.stack([mean, *_sink_mean(site, mean, size)])
     if site.gradient is None:
         energy, u = torch.linalg.eigh((c + c.mT) / 2)
-        return _joined(u, u.mT, energy, means, absolute=False)
+        return _joined(u, u.mT, energy, means, False, groups)
     g = (site.gradient / max(site.gradients, 1)).to(device)
+    g = g if groups is None else on_diagonal(g, groups)
     g = (1 - FLATTEN) * g + FLATTEN * _trace(g) / n * torch.eye(g.shape[1], dtype=g.dtype, device=device)
     values, vectors = torch.linalg.eigh((g + g.mT) / 2)
     values = values.clamp_min(float(values.max()) * 1e-9 + 1e-300).unsqueeze(1)
     root, inverse = (vectors * values.sqrt()) @ vectors.mT, (vectors / values.sqrt()) @ vectors.mT
     weighted = root @ c @ root
     energy, u = torch.linalg.eigh((weighted + weighted.mT) / 2)
-    return _joined(root @ u, u.mT @ inverse, energy, means, absolute=not site.local)
+    return _joined(root @ u, u.mT @ inverse, energy, means, not site.local, groups)
 
 
 def covariance(site: SiteStatistics, device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
@@ -248,11 +252,6 @@ def covariance(site: SiteStatistics, device: torch.device | str = "cpu") -> tupl
     mean = (site.total / count).to(device)
     centre = mean.unflatten(0, (len(site.outer), -1))
     return mean, (site.outer / count).to(device) - centre.unsqueeze(2) * centre.unsqueeze(1)
-
-
-def _blocks(matrix: torch.Tensor, groups: int) -> torch.Tensor:
-    """[n, n] -> the blocks on its diagonal, [groups, n / groups, n / groups]."""
-    return matrix.unflatten(0, (groups, -1)).unflatten(2, (groups, -1)).diagonal(dim1=0, dim2=2).movedim(2, 0)
 
 
 def _trace(blocks: torch.Tensor) -> torch.Tensor:
@@ -270,9 +269,18 @@ def _sink_mean(site: SiteStatistics, mean: torch.Tensor, size: float) -> list[to
 
 
 def _joined(
-    analysis: torch.Tensor, synthesis: torch.Tensor, energy: torch.Tensor, means: torch.Tensor, absolute: bool
+    analysis: torch.Tensor,
+    synthesis: torch.Tensor,
+    energy: torch.Tensor,
+    means: torch.Tensor,
+    absolute: bool,
+    groups: int | None,
 ) -> Basis:
-    """P [g, w, w], S [g, w, w] and energies [g, w] of all groups as one basis, columns by falling energy."""
-    order = energy.flatten().argsort(descending=True, stable=True)
+    """P [g, w, w], S [g, w, w] and energies [g, w] (rising) of all groups as one basis: columns by falling energy, or
+    by place where they stay in ``groups``."""
+    if groups is None:
+        order = energy.flatten().argsort(descending=True, stable=True)
+    else:
+        order = by_place(energy)
     p, s = torch.block_diag(*analysis)[:, order], torch.block_diag(*synthesis)[order]
-    return Basis(p, s, energy.flatten()[order].clamp_min(0), means, informed=True, absolute=absolute)
+    return Basis(p, s, energy.flatten()[order].clamp_min(0), means, True, absolute, groups or 1)

@@ -24,6 +24,7 @@ import torch
 
 from .decoder import Decoder
 from .factors import Factors, stripes
+from .groups import in_rows, own_bases
 from .packing import MODEL, Format, Segment, pack, unpack
 from .plan_file import checksum
 
@@ -33,7 +34,8 @@ class Basis:
     """In which columns one site is coded: analysis P [n, k] and synthesis S [k, n] fp64, by falling ``energy`` [k]
     (what a column is expected to hold), around ``means`` [m, n] fp64. ``P = S^T`` where the basis is orthonormal.
     ``informed``: it knows the data, so a column of little energy may be dropped. ``absolute``: energies are predicted
-    losses, comparable between sites; else only their shares within a site mean something."""
+    losses, comparable between sites; else only their shares within a site mean something. ``groups`` (``groups.py``):
+    each column is of one of so many groups of features, and energies fall within a group."""
 
     analysis: torch.Tensor
     synthesis: torch.Tensor
@@ -41,6 +43,7 @@ class Basis:
     means: torch.Tensor
     informed: bool = False
     absolute: bool = False
+    groups: int = 1
 
 
 def prior_basis(factors: Factors, bias: torch.Tensor | None) -> Basis:
@@ -48,6 +51,12 @@ def prior_basis(factors: Factors, bias: torch.Tensor | None) -> Basis:
     mean."""
     u = factors.left
     return around_bias(Basis(u, u.T, factors.singular**2, u[:0]), bias)
+
+
+def grouped_prior(gram: torch.Tensor, bias: torch.Tensor | None, groups: int, vectors: bool = True) -> Basis:
+    """The same for each of ``groups`` of rows of W apart, from W W^T [n, n]; without ``vectors`` energies alone."""
+    u, energy = own_bases(gram, groups, vectors)
+    return around_bias(Basis(u, u.T, energy, u[:0], groups=groups), bias)
 
 
 def around_bias(basis: Basis, bias: torch.Tensor | None) -> Basis:
@@ -76,6 +85,7 @@ class Codec:
     decode [k, n]: S, then mu_j - mu_0 for each further mean; None for the identity (r = n, m = 1).
     mean [n]: mu_0, or None where it is zero.   consts: the tensors that the decoder's epilogue reads.
     origin: of an ``unprojected`` codec (``identity_codec``), which weight its site has, in hex; else "".
+    groups: of features, each read from its own part of every segment alone (``groups.py``); 1: all from all.
     """
 
     decoder: Decoder
@@ -88,6 +98,7 @@ class Codec:
     mean: torch.Tensor | None
     consts: tuple[torch.Tensor, ...]
     origin: str = ""
+    groups: int = 1
     version: int = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -130,7 +141,8 @@ class Codec:
     def signature(self) -> tuple[Any, ...]:
         """What a compiled graph depends on: two codecs of equal signature can be swapped as plain inputs."""
         has = tuple(t is None for t in (self.shift, self.offsets, self.spread, self.decode, self.mean))
-        return (self.format, self.latent_width, *has, self.unprojected, self.dtype, self.decoder.digest)
+        parts = (self.groups,) if self.groups > 1 else ()  # what was saved before there were any keeps its digest
+        return (self.format, self.latent_width, *has, self.unprojected, self.dtype, self.decoder.digest, *parts)
 
     @cached_property
     def digest(self) -> str:
@@ -187,6 +199,7 @@ def make_codec(
     centred = (torch.zeros_like(first) if bias is None else bias.detach().double()) - first  # b - mu_0
     if r >= n and form.plain and not bool(centred.any()):
         return Codec(decoder, form, weight.detach().to(dtype).contiguous(), None, None, None, None, mean, consts)
+    basis = in_rows(basis, segments)
     spread = _spread(basis, form)
     analysis, synthesis = basis.analysis[:, :r] / spread, basis.synthesis[:r] * spread[:, None]
     gaps = basis.means[1:] - first  # mu_j - mu_0
@@ -211,6 +224,7 @@ def make_codec(
         stored(decode),
         mean,
         consts,
+        groups=basis.groups,
     )
 
 
@@ -297,7 +311,7 @@ def through(codec: Codec, basis: Basis, y: torch.Tensor) -> torch.Tensor:
         return as_it_reads(codec, y)
     if codec.decode is None:
         return y
-    form, y = codec.format, y.double()
+    form, y, basis = codec.format, y.double(), in_rows(basis, codec.format.segments)
     first = basis.means[0]
     project, nearness = _projection(basis.analysis[:, : form.columns] / _spread(basis, form), basis.means[1:] - first)
     latent = (y - first) @ project.T

@@ -60,17 +60,6 @@ class ConflictingOptions(LorcError, ValueError):
         super().__init__(f"{' and '.join(self.names)} conflict: {reason}. {next_step}.")
 
 
-class NotYet(LorcError, NotImplementedError):
-    """A documented option value that this version does not have."""
-
-    def __init__(self, option: str, value: object, works_now: str) -> None:
-        self.option, self.value = option, value
-        super().__init__(
-            f"{option}={value!r} is documented but not in this version. "
-            f"What works now: {works_now}. Leave {option} out, or start from lorc_fx.PAPER."
-        )
-
-
 class UnknownBackend(LorcError, ValueError):
     """``inner`` names no backend that torch knows (or names lorc itself)."""
 

@@ -42,7 +42,12 @@ class Factors:
     @property
     def rank(self) -> int:
         """The numerical rank, at least 1: more columns would store nothing (repeated heads, narrow projections)."""
-        return max(1, int((self.singular > RANK_FLOOR * self.singular.max()).sum()))
+        return rank_of(self.singular)
+
+
+def rank_of(singular: torch.Tensor) -> int:
+    """How many of these values count as more than zero, 1 at least."""
+    return max(1, int((singular > RANK_FLOOR * singular.max()).sum()))
 
 
 def stripes(weight: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:

@@ -1,8 +1,7 @@
 """Options: every option of ``torch.compile(model, backend="lorc", options={...})``, validated in one place.
 
 ``Options`` is frozen and hashable, so it can be part of a cache key. Without data (``calibration="none"``) scheduler
-and precision are the paper's (``PAPER``) by default. Values that the docs promise for later raise NotYet, all others
-BadOption.
+and precision are the paper's (``PAPER``) by default.
 """
 
 from __future__ import annotations
@@ -15,8 +14,8 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from lorc_fx import formulas
-from lorc_fx.bases import registered_bases
-from lorc_fx.errors import BadOption, BadPlan, ConflictingOptions, NotYet, UnknownBackend, UnknownOption
+from lorc_fx.bases import GROUPED, registered_bases
+from lorc_fx.errors import BadOption, BadPlan, ConflictingOptions, UnknownBackend, UnknownOption
 from lorc_fx.schedulers import get_scheduler
 
 if TYPE_CHECKING:
@@ -25,11 +24,11 @@ if TYPE_CHECKING:
 DEFAULT_RATIO = 0.45
 #: knobs that only the progressive schedule has
 PROGRESSIVE_KNOBS = ("d_min", "d_max", "protect_first", "protect_last")
-#: option -> (values that work now, documented values that come later)
-CHOICES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "precision": (("model", "int8", "int4", "auto"), ()),
-    "basis": (("joint", "auto", "identity"), ("grouped",)),
-    "objective": (("balanced", "bytes", "time"), ()),
+#: option -> its values
+CHOICES: dict[str, tuple[str, ...]] = {
+    "precision": ("model", "int8", "int4", "auto"),
+    "basis": ("joint", "auto", "grouped", "identity"),
+    "objective": ("balanced", "bytes", "time"),
 }
 #: the ``calibration`` that waits for the first long enough prompt
 FIRST_PROMPT = "first-prompt"
@@ -38,7 +37,7 @@ FIRST_PROMPT_TOKENS = 256
 #: the options that a codec depends on, beside the weights
 CODEC_OPTIONS = (
     "ratio", "bytes_per_token", "scheduler", "precision", "d_min", "d_max", "protect_first", "protect_last",
-    "calibration", "plan", "basis", "objective",
+    "calibration", "plan", "basis", "group_size", "objective",
 )  # fmt: skip
 
 
@@ -78,7 +77,7 @@ PAPER = FrozenOptions(scheduler="progressive", precision="model", basis="joint",
 class Options:
     """All options, validated on construction. Budgets are bytes per token, ranks are columns.
 
-    Raises BadOption, ConflictingOptions, NotYet, UnknownScheduler, UnknownBackend or BadPlan. ``ratio`` is 0.45 where
+    Raises BadOption, ConflictingOptions, UnknownScheduler, UnknownBackend or BadPlan. ``ratio`` is 0.45 where
     neither it nor ``bytes_per_token`` nor ``plan`` is given, else None. Where the data is known or will be
     (``calibration`` is not "none"), the default ``scheduler`` is "loss" and ``precision`` "auto"; else they are the
     paper's, "progressive" and "model".
@@ -150,8 +149,10 @@ class Options:
         for name, default in (("precision", precision), ("basis", "auto"), ("objective", "balanced")):
             object.__setattr__(self, name, _choice(name, getattr(self, name), default))
         if self.group_size is not None:
-            _integer("group_size", self.group_size, 1, None)
-            raise NotYet("group_size", self.group_size, "no group_size, with basis='joint'")
+            _integer("group_size", self.group_size, 1, 1)
+            if GROUPED not in (self.basis_for("key"), self.basis_for("value")):
+                reason = "only grouped bases have groups"
+                raise ConflictingOptions(("group_size", f"basis={self.basis!r}"), reason, "Give basis='grouped' too")
         if not isinstance(self.strict, bool):
             raise BadOption("strict", self.strict, "True or False", False)
         _check_inner(self.inner)
@@ -231,20 +232,16 @@ def _integer(name: str, value: object, low: int, default: object) -> None:
 
 def _choice(name: str, value: object, default: str) -> Any:
     """A value of ``CHOICES``, or (basis only) a pair of them for K and V, which is one value where both are the
-    same. Raises NotYet for a value that comes later, BadOption for any other."""
-    now, later = CHOICES[name]
-    now += registered_bases() if name == "basis" else ()
-    allowed = " or ".join(repr(choice) for choice in now)
+    same. Raises BadOption for any other."""
+    choices = CHOICES[name] + (registered_bases() if name == "basis" else ())
+    allowed = " or ".join(repr(choice) for choice in choices)
     if name == "basis":
         allowed += ", or a pair of these for keys and values"
         if isinstance(value, (tuple, list)) and len(value) == 2 and all(isinstance(part, str) for part in value):
             pair = tuple(_choice(name, part, default) for part in value)
             return pair[0] if pair[0] == pair[1] else pair
-    if isinstance(value, str):
-        if value in now:
-            return value
-        if value in later:
-            raise NotYet(name, value, repr(now[0]))
+    if isinstance(value, str) and value in choices:
+        return value
     raise BadOption(name, value, allowed, default)
 
 

@@ -72,8 +72,9 @@ class SiteBasis:
         return {name: t.contiguous() for name, t in named.items()}
 
     @classmethod
-    def of_tensors(cls, given: Mapping[str, torch.Tensor], absolute: bool) -> SiteBasis:
-        """Inverse of ``tensors``. Raises KeyError for one that is missing, ValueError for one of a wrong shape."""
+    def of_tensors(cls, given: Mapping[str, torch.Tensor], absolute: bool, groups: int = 1) -> SiteBasis:
+        """Inverse of ``tensors``, of a basis in ``groups``. Raises KeyError for one that is missing, ValueError for one
+        of a wrong shape."""
         mark, singular, energy, means, analysis = (given[name] for name in REQUIRED)
         synthesis = given.get("synthesis", analysis.T)
         n, r = analysis.shape if analysis.dim() == 2 else (0, 0)
@@ -82,7 +83,7 @@ class SiteBasis:
         for name, shape in wanted.items():
             if tuple(found[name].shape) != shape or found[name].dtype != torch.float64 or not r:
                 raise ValueError(f"{name} is {tuple(found[name].shape)} {found[name].dtype}, not {shape} float64")
-        return cls(mark, singular, Basis(analysis, synthesis, energy, means, informed=True, absolute=absolute))
+        return cls(mark, singular, Basis(analysis, synthesis, energy, means, True, absolute, groups))
 
     @cached_property
     def digest(self) -> str:
@@ -92,7 +93,8 @@ class SiteBasis:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, SiteBasis):
             return NotImplemented
-        return self.basis.absolute == other.basis.absolute and self.digest == other.digest
+        known, others = ((b.absolute, b.groups) for b in (self.basis, other.basis))
+        return known == others and self.digest == other.digest
 
     def __hash__(self) -> int:
         return hash(self.digest)

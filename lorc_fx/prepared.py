@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from .codec import Basis, Codec, around_bias, make_codec, prior_basis
+from .codec import Basis, Codec, around_bias, grouped_prior, make_codec, prior_basis
 from .decoder import Decoder
-from .factors import Factors, factorise
+from .factors import Factors, factorise, gram
 from .packing import MODEL
 from .plan_data import kept
 from .records import PlannedSite
@@ -37,9 +37,15 @@ class Prepared:
         basis = self.basis_for(planned)
         exact = planned.rank == len(self.weight) and all(s.bits == MODEL for s in planned.segments)
         if not basis.analysis.numel() and not exact:  # a codec that loses nothing is the weight itself
-            basis = prior_basis(factorise(self.weight, self.name), self.bias)
+            basis = self._prior()
         basis = kept(basis, planned.rank)
         return make_codec(self.weight, self.bias, basis, planned.segments, decoder, consts, dtype)
+
+    def _prior(self) -> Basis:
+        groups = self.basis.groups
+        if groups > 1:
+            return grouped_prior(gram(self.weight, self.name), self.bias, groups)
+        return prior_basis(factorise(self.weight, self.name), self.bias)
 
     def kept(self, planned: PlannedSite) -> float:
         """Share of the site's energy in the stored columns (1.0 for an all-zero weight)."""

@@ -75,7 +75,7 @@ class PlannedSite:
     """One line of a plan: the segments of columns that the site gets, of ``choices`` means, and what they cost in bytes
     per token (positions included). ``predicted`` is the loss that is expected of that: in nats per token (``nats``), or
     as a share of the site's energy; None in old plans. ``projected``: False for a site that is cached as it is (basis
-    "identity")."""
+    "identity"). ``groups``: of heads, each in columns of its own (basis "grouped")."""
 
     layer: int
     kind: str
@@ -89,6 +89,7 @@ class PlannedSite:
     predicted: float | None = None
     nats: bool = False
     projected: bool = True
+    groups: int = 1
 
     @property
     def name(self) -> str:
@@ -101,7 +102,10 @@ class PlannedSite:
 
     def line(self) -> dict[str, Any]:
         segments = [[s.columns, "model" if s.bits == MODEL else s.bits] for s in self.segments]
-        return {**asdict(self), "segments": segments}
+        line = {**asdict(self), "segments": segments}
+        if self.groups == 1:
+            del line["groups"]  # as the plans that had none, and who reads only these
+        return line
 
     @classmethod
     def of_line(cls, line: dict[str, Any]) -> PlannedSite:
@@ -111,6 +115,9 @@ class PlannedSite:
             if isinstance(columns, bool) or not isinstance(columns, int) or bits not in ("model", *BITS):
                 raise ValueError(f"segment {[columns, bits]} is not [columns, 'model' or one of {BITS}]")
             segments.append(Segment(columns, MODEL if bits == "model" else bits))
+        groups = line.get("groups", 1)
+        if isinstance(groups, bool) or not isinstance(groups, int) or groups < 1:
+            raise ValueError(f"groups {groups!r} is no int of at least 1")
         return cls(**{**line, "segments": tuple(segments)})
 
 
@@ -189,7 +196,9 @@ class Plan:
             named.setdefault(site, {})[part] = tensor
         try:
             sites = tuple(PlannedSite.of_line(line) for line in lines)
-            bases = tuple(SiteBasis.of_tensors(named[f"{s.layer}.{s.kind}"], s.nats) for s in sites if tensors)
+            bases = tuple(
+                SiteBasis.of_tensors(named[f"{s.layer}.{s.kind}"], s.nats, s.groups) for s in sites if tensors
+            )
         except (ValueError, TypeError, KeyError) as why:
             raise BadPlan(str(path), f"it cannot be read as a plan ({why})") from None
         return cls(sites, bases)

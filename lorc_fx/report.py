@@ -55,12 +55,13 @@ class SiteReport:
     head_dim: int
     dtype_bytes: int
     singular: tuple[float, ...] = ()
+    groups: int = 1
 
     def sizes(self, tokens: int, batch: int) -> dict[str, int]:
         """What ``cost.counted`` needs for one decode step."""
         kept = tokens if self.window is None else min(tokens, self.window)
         sizes = {"B": batch, "T": kept, "S": 1, "H": self.query_heads, "D": self.head_dim, "n": self.width}
-        return sizes | {"k": self.latent_width, "w": self.row_bytes, "e": self.dtype_bytes}
+        return sizes | {"k": self.latent_width, "w": self.row_bytes, "e": self.dtype_bytes, "g": self.groups}
 
     def line(self) -> dict[str, Any]:
         """As plain data, without the singular values."""

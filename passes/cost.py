@@ -2,8 +2,8 @@
 
 One operand (keys or values) of one layer in one decode step. B rows of a batch, T cached tokens, S query tokens, H
 query heads, D head dim, n the cached width, k the numbers that a row holds, w its bytes, e bytes of a number in
-the model's dtype. Bytes are those that must be moved at least once, FLOPs those of products and of an epilogue,
-numbers those that are unpacked from rows."""
+the model's dtype, g groups of heads that have columns of their own (1: every head reads all). Bytes are those that must
+be moved at least once, FLOPs those of products and of an epilogue, numbers those that are unpacked from rows."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from typing import Any
 
 import sympy
 
-B, T, S, H, D, n, k, w, e = sympy.symbols("B T S H D n k w e", positive=True)
+B, T, S, H, D, n, k, w, e, g = sympy.symbols("B T S H D n k w e g", positive=True)
 
 READ_DENSE = 2 * S * H * D
 """FLOPs per cached token: one product over D per query and head."""
 
-DECODE = 2 * k * n
+DECODE = 2 * k * n / g
 """FLOPs per cached token of y_hat = c S."""
 
-READ_LATENT = 2 * S * H * k
-"""FLOPs per cached token: one product over k per query and head; the D x k product per query does not grow with T."""
+READ_LATENT = 2 * S * H * k / g
+"""FLOPs per cached token: one product over its columns per query and head; the D x k product per query does not grow
+with T."""
 
 EPILOGUE = 6 * n
 """FLOPs per cached token of a rotation: two products, a sum and their share of cosines; a norm is about as much."""
@@ -45,7 +46,7 @@ class Cost:
     stored: bool = False
 
 
-MATRIX = k * n * e
+MATRIX = k * n * e / g
 
 LOWERINGS: dict[str, Cost] = {
     # the dense cache, read in place
@@ -55,7 +56,7 @@ LOWERINGS: dict[str, Cost] = {
     # what the dense cache would hold, at lower precision (basis "identity")
     "rows": Cost(B * T * w, B * T * READ_DENSE, B * T * n, stored=True),
     # absorbed: the query moves into latent space, or the sum of latents is projected up
-    "latent": Cost(B * T * w + MATRIX, B * T * READ_LATENT + B * S * H * 2 * D * k, B * T * k, stored=True),
+    "latent": Cost(B * T * w + MATRIX, B * T * READ_LATENT + B * S * H * 2 * D * k / g, B * T * k, stored=True),
     # decoded tile by tile
     "tiles": Cost(B * T * w + MATRIX, B * T * (DECODE + EPILOGUE + READ_DENSE), B * T * PASSES),
     # decoded as a whole: the dense value is written, and read again
@@ -101,15 +102,16 @@ def typical(kind: str) -> Device:
     return TYPICAL.get(kind, OTHERS)
 
 
-SYMBOLS = (B, T, S, H, D, n, k, w, e)
+SYMBOLS = (B, T, S, H, D, n, k, w, e, g)
 _NUMBERS = {
     name: sympy.lambdify(SYMBOLS, (c.bytes, c.flops, c.numbers), modules="math") for name, c in LOWERINGS.items()
 }
 
 
 def counted(lowering: str, **sizes: float) -> tuple[float, float, float]:
-    """Bytes, FLOPs and unpacked numbers of a lowering for ``sizes`` by the symbols' names (all of them). Raises
-    KeyError for a lowering that there is not."""
+    """Bytes, FLOPs and unpacked numbers of a lowering for ``sizes`` by the symbols' names (all of them; ``g`` is 1
+    where it is left out). Raises KeyError for a lowering that there is not."""
+    sizes = {"g": 1, **sizes}
     bytes_, flops, numbers = _NUMBERS[lowering](*(sizes[str(s)] for s in SYMBOLS))
     return bytes_, flops, numbers
 
@@ -129,9 +131,9 @@ def seconds(lowering: str, device: Device, **sizes: float) -> float:
     return call + (sum(parts) if apart else max(parts))
 
 
-_saves = sympy.lambdify((S, H, D, n, k), DECODE + READ_DENSE - READ_LATENT, modules="math")
+_saves = sympy.lambdify((S, H, D, n, k, g), DECODE + READ_DENSE - READ_LATENT, modules="math")
 
 
-def absorbs(queries: Any, heads: int, head_dim: int, width: int, rank: int) -> bool:
+def absorbs(queries: Any, heads: int, head_dim: int, width: int, rank: int, groups: int = 1) -> bool:
     """Whether reading the latent takes fewer FLOPs than decoding first, for a static number of query tokens."""
-    return isinstance(queries, int) and _saves(queries, heads, head_dim, width, rank) > 0
+    return isinstance(queries, int) and _saves(queries, heads, head_dim, width, rank, groups) > 0

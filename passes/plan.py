@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from lorc_fx.allocate import BLOCK, DROPPED, Columns, allocate, least, predicted, row_bytes, segments
 from lorc_fx.codec import Basis
 from lorc_fx.errors import BadPlan, BudgetTooSmall, QualityWarning
-from lorc_fx.factors import Factors
+from lorc_fx.factors import Factors, rank_of
 from lorc_fx.options import FIRST_PROMPT, FIRST_PROMPT_TOKENS, Options
 from lorc_fx.packing import BITS, MODEL, Segment
 from lorc_fx.records import Plan, PlannedSite, SiteSpec
@@ -30,13 +30,14 @@ SAFE = 4
 @dataclass(frozen=True)
 class Candidate:
     """A site as the planner sees it: ``columns`` for the allocator, ``spec`` for the scheduler, bytes of positions,
-    whether losses are in nats per token, and whether it is projected."""
+    whether losses are in nats per token, whether it is projected, and groups of its columns."""
 
     columns: Columns
     spec: SiteSpec
     fixed: int
     nats: bool
     projected: bool = True
+    groups: int = 1
 
     @property
     def least(self) -> int:
@@ -57,6 +58,8 @@ def candidate(site: Site, factors: Factors, basis: Basis, keeps_positions: bool,
     width, only_model = min(factors.rank, len(basis.energy)), options.precision == "model"
     if site.unprojected:
         width = len(basis.energy)
+    elif basis.groups > 1:
+        width = basis.groups * places(basis)
     energy = basis.energy[:width].clamp_min(0)
     share = (energy / 2 if basis.absolute else energy / energy.sum().clamp_min(1e-300)).tolist()
     paper = only_model and options.calibration == "none"
@@ -66,7 +69,7 @@ def candidate(site: Site, factors: Factors, basis: Basis, keeps_positions: bool,
         chosen = site.unprojected and options.basis_for(site.kind) == AUTO
         safe = BITS_AS_IT_IS[site.kind] if chosen else SAFE
         levels = tuple(b for b in levels if b in (MODEL, DROPPED) or b >= safe)
-    block = width if site.unprojected else 1 if only_model else BLOCK
+    block = width if site.unprojected else basis.groups * (1 if only_model else BLOCK)
     columns = Columns(tuple(share), levels, element, len(basis.means), block)
     # The scheduler deals in columns' worth of bytes on top of the least that the site can have.
     base = fixed + row_bytes(least(columns), columns)
@@ -83,7 +86,12 @@ def candidate(site: Site, factors: Factors, basis: Basis, keeps_positions: bool,
         spectrum=tuple(energy.sqrt()[:worth].tolist()),
         window=site.window,
     )
-    return Candidate(columns, spec, fixed, basis.absolute, not site.unprojected)
+    return Candidate(columns, spec, fixed, basis.absolute, not site.unprojected, basis.groups)
+
+
+def places(basis: Basis) -> int:
+    """Columns that each group of a basis may have: the most that one needs (repeated heads fill no more)."""
+    return max(rank_of(energy.sqrt()) for energy in basis.energy.clamp_min(0).view(-1, basis.groups).T)
 
 
 def _precision(level: int) -> int:
@@ -171,7 +179,15 @@ def planned_site(view: Candidate, chosen: tuple[Segment, ...]) -> PlannedSite:
         predicted(view.columns, chosen),
         view.nats,
         view.projected,
+        view.groups,
     )
+
+
+def checked_groups(plan: Plan, line: PlannedSite, width: int) -> int:
+    """The groups of a planned site of ``width`` columns. Raises BadPlan where they cannot be."""
+    if width % line.groups or any(s.columns % line.groups for s in line.segments):
+        raise BadPlan(plan, f"{line.name}: {width} columns, and its segments, are not in {line.groups} equal groups")
+    return line.groups
 
 
 def _checked(plan: Plan, views: Sequence[tuple[Candidate, Basis]]) -> Plan:
@@ -185,6 +201,8 @@ def _checked(plan: Plan, views: Sequence[tuple[Candidate, Basis]]) -> Plan:
         line = plan.sites[places[spec.layer, spec.kind]]
         if any(s.columns < 1 for s in line.segments) or not 1 <= line.rank <= width:
             raise BadPlan(plan, f"{line.name}: rank {line.rank!r} is not in 1..{width}")
+        if checked_groups(plan, line, len(basis.means[0])) != view.groups:
+            raise BadPlan(plan, f"{line.name} was planned in {line.groups} groups, it has {view.groups}")
         if basis.informed and line.rank > basis.analysis.shape[1]:
             reason = f"{line.name} asks for {line.rank} columns, its tensor file holds {basis.analysis.shape[1]}"
             raise BadPlan(plan, reason)

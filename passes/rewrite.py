@@ -30,6 +30,7 @@ from lorc_fx.kernels.attend import Attend
 from lorc_fx.packing import unpack
 from lorc_fx.rows import zero_unwritten
 
+from . import grouped
 from .axes import shape
 from .caches import Group, viewed, written
 from .interface import Input, Output, Rewritten, Sharing
@@ -311,7 +312,10 @@ class Rewriter:
     def vectors(self, group: Group, cell: Cell) -> Node:
         """y_hat [B, T, n]."""
         y, decode, mean = self.latents(group, cell), self.codec_input(group, "decode"), self.codec_input(group, "mean")
-        if decode is not None:
+        template = self.templates[group]
+        if decode is not None and template.groups > 1:
+            y = grouped.vectors(self.call, y, decode, template)
+        elif decode is not None:
             y = self.call(aten.matmul.default, y, decode)
         y = self.call(aten.transpose.int, y, 0, 1)
         return y if mean is None else self.call(aten.add.Tensor, y, mean)

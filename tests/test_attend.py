@@ -75,6 +75,15 @@ TABLE = {
     "identity bf16": case(form="identity", dtype=BF16, each=3),
     "rotary": case(form="rotary"),
     "rotary bf16": case(form="rotary", dtype=BF16),
+    "grouped": case(groups=2, segments=((32, 8),)),
+    "grouped, four of two heads": case(groups=4, heads=8, segments=((16, 8), (32, 4), (64, 2))),
+    "grouped, exact and levels": case(groups=2, segments=((6, 0), (32, 6), (16, 3)), means=2),
+    "grouped, part of a byte": case(groups=2, segments=((6, 8), (6, 4), (6, 5))),
+    "grouped, one column each": case(groups=2, segments=((2, 8),), mean=False),
+    "grouped, three means": case(groups=2, segments=((32, 4),), means=3),
+    "grouped bf16": case(groups=2, segments=((16, 0), (16, 5)), dtype=BF16, each=3),
+    "grouped rotary": case(groups=2, form="rotary", segments=((16, 8), (16, 4))),
+    "grouped rotary, two means": case(groups=2, form="rotary", segments=((16, 0), (16, 4)), means=2),
 }
 
 

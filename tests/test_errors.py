@@ -16,7 +16,6 @@ CASES = {
         errors.ConflictingOptions(("ratio", "bytes_per_token"), "both set the budget", "Give one of them"),
         ["ratio and bytes_per_token", "Give one of them."],
     ),
-    "NotYet": (errors.NotYet("precision", "int8", "'model'"), ["precision='int8'", "'model'", "lorc_fx.PAPER"]),
     "UnknownBackend": (
         errors.UnknownBackend("inductr", ["inductor", "eager"]),
         ["'inductr'", "Did you mean 'inductor'?", "eager, inductor"],
@@ -82,7 +81,6 @@ def test_message(name):
 def test_option_errors_are_value_errors():
     for name in ("UnknownOption", "BadOption", "ConflictingOptions", "BudgetTooSmall", "UnknownScheduler"):
         assert isinstance(CASES[name][0], ValueError)
-    assert isinstance(CASES["NotYet"][0], NotImplementedError)
 
 
 def test_warnings_can_be_filtered_as_one():

@@ -79,7 +79,7 @@ BAD = {
     "unknown inner": ({"inner": "inductr"}, errors.UnknownBackend, "Did you mean 'inductor'"),
     "itself inside": ({"inner": "lorc"}, errors.UnknownBackend, "'lorc'"),
     "unknown mode": ({"mode": "fastest"}, errors.BadOption, "mode='fastest'"),
-    "later basis": ({"basis": "grouped"}, errors.NotYet, "basis='grouped'"),
+    "groups of a joint basis": ({"basis": "joint", "group_size": 2}, errors.ConflictingOptions, "only grouped bases"),
     "a calibration of no model": ({"calibration": Calibration(())}, errors.BadCalibration, "made for other weights"),
     "knobs that do not fit": ({"ratio": 0.2, "d_min": 12, "d_max": 12}, errors.KnobsDoNotFit, "d_max=12"),
     "a plan that is none": ({"plan": 7}, errors.BadPlan, "neither a Plan nor a path"),
