@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from families import FAMILIES
@@ -19,24 +21,27 @@ from lorc_fx.report import examined
 DEVICE = cost.Device("a device", 1e11, 1e12, "made up")
 
 
+@pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("how", ["rows", "latent", "tiles"])
 @pytest.mark.parametrize("shape", [(4, 4, 16), (8, 2, 32), (7, 1, 8)], ids=str)
-def test_products_are_those_that_are_counted(how, shape, monkeypatch):
+def test_products_are_those_that_are_counted(how, shape, groups, monkeypatch):
     """By torch's own counter, on the form in torch ops. It does not see sums: unpacking and epilogues are left out."""
     monkeypatch.setattr(native, "library", lambda: None)
     heads, cached, dim = shape
-    tokens, batch, n = 100, 3, cached * dim
+    tokens, batch, n, groups = 100, 3, cached * dim, 1 if how == "rows" else min(groups, cached)
     (k, keys), (v, values) = (lowerings.operand(way, tokens, batch, cached, dim) for way in (how, "rows"))
+    k = replace(k, groups=groups)
     about = Attend(k, v, torch.fx.symbolic_trace(lambda scores: scores), ())
     query = torch.randn(batch, heads, 1, dim)
     with FlopCounterMode(display=False) as counter:
         tiled.attend(about, query, keys, values, ())
     width = k.latent_width
     sizes = {"B": batch, "T": tokens, "S": 1, "H": heads, "D": dim, "n": n, "k": width, "w": keys.rows.shape[2], "e": 4}
+    sizes["g"] = groups
     given = {symbol: sizes[str(symbol)] for symbol in cost.SYMBOLS}
     products = {
         "rows": cost.B * cost.T * cost.READ_DENSE,
-        "latent": cost.B * cost.T * cost.READ_LATENT + cost.B * cost.S * cost.H * 2 * cost.D * cost.k,
+        "latent": cost.B * cost.T * cost.READ_LATENT + cost.B * cost.S * cost.H * 2 * cost.D * cost.k / cost.g,
         "tiles": cost.B * cost.T * (cost.READ_DENSE + cost.DECODE),
     }
     wanted = (products[how] + products["rows"]).subs(given)
@@ -45,7 +50,7 @@ def test_products_are_those_that_are_counted(how, shape, monkeypatch):
     bytes_, flops, numbers = cost.counted(how, **sizes)
     assert numbers == batch * tokens * {"rows": n, "latent": width, "tiles": 4 * width + 6 * n}[how]
     assert flops >= products[how].subs(given)
-    moved = keys.rows.numel() * keys.rows.element_size() + sum(t.numel() * 4 for t in keys.codec)
+    moved = keys.rows.numel() * keys.rows.element_size() + sum(t.numel() * 4 // groups for t in keys.codec)
     assert bytes_ == moved
 
 
