@@ -34,7 +34,7 @@ from lorc_fx.evaluate import compressed, first_prompt
 RATIOS = (0.5, 0.45, 0.35, 0.25, 0.2, 0.15, 0.1)
 CALIBRATION_TOKENS, ROW, SKIP = 24_576, 1024, 12_000
 
-FIRST = "first prompt"
+FIRST, GRADIENTS = "first prompt", "calibrated with gradients"
 
 #: name -> options beside the ratio and the calibration; the first prompt is the first row to calibrate on
 METHODS: dict[str, dict[str, Any]] = {
@@ -44,8 +44,12 @@ METHODS: dict[str, dict[str, Any]] = {
     f"{FIRST}, as they are": {"basis": "identity"},
     f"{FIRST}, auto": {},
     "calibrated": {"basis": "joint"},
-    "calibrated with gradients": {"basis": "joint"},
+    "calibrated, by heads": {"basis": "grouped"},
+    "calibrated, by two heads": {"basis": "grouped", "group_size": 2},
+    GRADIENTS: {"basis": "joint"},
 }
+BY_HEADS = [name for name, given in METHODS.items() if given.get("basis") == "grouped"]
+"""Not of the default: a model of one cached head has one group."""
 
 
 class Text(NamedTuple):
@@ -84,11 +88,13 @@ def calibrations(
 ) -> dict[str, lorc_fx.Calibration]:
     """One for each of the calibrated ``methods``."""
     made: dict[str, lorc_fx.Calibration] = {}
-    if "calibrated" in methods:
-        made["calibrated"] = lorc_fx.calibrate(model, text.calibration, progress=False)
-    if "calibrated with gradients" in methods:
+    asked = [method for method in methods if method.startswith("calibrated")]
+    if GRADIENTS in asked:
         exact, _ = models.load_model(checkpoint, dtype=torch.float32)  # gradients in 16 bits lose too much
-        made["calibrated with gradients"] = lorc_fx.calibrate(exact, text.calibration, gradients=True, progress=False)
+        made[GRADIENTS] = lorc_fx.calibrate(exact, text.calibration, gradients=True, progress=False)
+        asked.remove(GRADIENTS)
+    if asked:
+        made |= dict.fromkeys(asked, lorc_fx.calibrate(model, text.calibration, progress=False))
     return made
 
 
@@ -99,7 +105,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"))
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--ratios", type=float, nargs="+", default=list(RATIOS))
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    usual = [method for method in METHODS if method not in BY_HEADS]
+    parser.add_argument("--methods", nargs="+", default=usual, choices=list(METHODS))
     parser.add_argument("--out", type=Path, default=RESULTS / "quality.json")
     args = parser.parse_args(argv)
     warnings.simplefilter("ignore")
