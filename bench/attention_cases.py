@@ -253,11 +253,8 @@ def _operand(
         rows = pack(latents, offsets, None, form.spec, case.means, case.dtype)
     codec: list[torch.Tensor] = []
     if case.matrix:
-        decode = torch.randn(k, n) / math.sqrt(k // case.groups)
-        if case.groups > 1:  # each column is of the group that has this place in its segment
-            own = torch.cat([torch.arange(c) * case.groups // c for c, _ in form.segments])
-            there = own[:, None] == torch.arange(n) * case.groups // n
-            decode[: form.columns] = decode[: form.columns].where(there, 0.0)
+        each = form.columns // case.groups
+        decode = torch.randn(each + case.means - 1, n) / math.sqrt(each)
         codec.append(decode.to(case.dtype))
     if case.mean:
         codec.append(torch.randn(n).to(case.dtype))

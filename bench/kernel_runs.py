@@ -49,6 +49,12 @@ VALUES = {
     "two means": Case(keys=((24, 0), (32, 8)), values=((30, 6), (20, 2)), means=2, mean=True),
     "three plain means": Case(keys=((24, 0),), values=((20, 0),), means=3, mean=True),
     "four means": Case(keys=((24, 4),), values=((20, 2),), means=4, mean=True, rotary="half"),
+    "heads of their own columns": Case(
+        heads=8, cached=4, groups=4, keys=((32, 8), (16, 4)), values=((8, 0), (32, 5)), means=2, mean=True
+    ),
+    "rotary, heads of their own columns": Case(
+        heads=4, cached=2, groups=2, rotary="half", keys=((16, 0), (32, 8)), values=((16, 3),), dtype=BF16
+    ),
     "no projection": Case(matrix=False, keys=((64, 0),), values=((64, 0),)),
     "no projection, 4 bits": Case(matrix=False, keys=((128, 4),), values=((128, 8),), cached=2, mean=True),
     "no projection, mixed": Case(matrix=False, keys=MIXED, values=((128, 3),), cached=2, rotary="half", mean=True),
@@ -104,6 +110,12 @@ BUILDS = {
         sink=True,
     ),
     "fp32, partial": Case(dim=80, heads=8, cached=8, keys=((320, 0),), values=((320, 0),), rotary="partial", queries=4),
+    "heads of their own columns": Case(
+        heads=8, cached=4, groups=4, keys=((32, 8), (16, 4)), values=((8, 0), (32, 5)), means=2, mean=True
+    ),
+    "rotary, heads of their own columns": Case(
+        heads=4, cached=2, groups=2, rotary="half", keys=((16, 0), (32, 8)), values=((16, 3),), dtype=BF16
+    ),
     "no projection": Case(
         dtype=BF16,
         dim=128,

@@ -40,8 +40,8 @@ class Operand:
     absorbed: the product is taken with latents. ``decodes``, ``has_mean``: which codec tensors there are.
     turned: rows hold heads times the orthonormal [D, D] that is the last codec tensor; the op turns queries and
     results.
-    groups: of features, each decoded from its own part of every segment alone (``lorc_fx.groups``); where ``absorbed``
-    as many heads each. Who ignores it multiplies with zeros.
+    groups: of features, each decoded from its own part of every segment alone, by a compact matrix
+    (``lorc_fx.groups``); where ``absorbed`` as many heads each.
     """
 
     format: Format

@@ -20,7 +20,7 @@ from lorc_fx.packing import Format
 
 from . import native
 from .attend import Attend, Operand
-from .stored import Stored, by_group, by_head, strides, times
+from .stored import Stored, by_head, strides, times
 
 aten = torch.ops.aten
 
@@ -262,7 +262,7 @@ def _asked(operand: Operand, stored: Stored, query: torch.Tensor) -> tuple[torch
         offset = times(grouped.float(), by_head(operand, mean.float()[None]).transpose(1, 2)).contiguous()
     if decode is not None:
         matrix = _fast(decode)
-        grouped = times(grouped.to(matrix.dtype), by_group(operand, matrix).transpose(1, 2))
+        grouped = times(grouped.to(matrix.dtype), by_head(operand, matrix).transpose(1, 2))
     return grouped.float().contiguous(), offset
 
 
@@ -281,7 +281,7 @@ def _answered(
     out = out.view(sizes[0], operand.heads, -1, out.shape[-1])
     if decode is not None:
         matrix = _fast(decode)
-        out = times(out.to(matrix.dtype), by_group(operand, matrix)).float()
+        out = times(out.to(matrix.dtype), by_head(operand, matrix)).float()
     if mean is not None:
         out = out + share.view(sizes[0], operand.heads, -1, 1) * by_head(operand, mean.float()[None])
     return out.reshape(*sizes, -1)

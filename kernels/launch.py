@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from lorc_fx.groups import expanded
 from lorc_fx.logs import show
 from lorc_fx.models import cache_root
 
@@ -85,7 +86,7 @@ def attend(
             about, tokens, batch, (given, here), lambda: (target(here), words.kernel_words(about, given))
         )
         config = found if isinstance(found, Config) else usual
-    call = query, keys, values, extras
+    call = query, _whole(about.keys, keys), _whole(about.values, values), extras
     out = _tried(about, given, config, call, "" if config == usual else "the default")
     if out is None and config != usual:  # an entry of another reader of its kind, say
         out = _tried(about, given, usual, call, "")
@@ -127,7 +128,8 @@ def exactly(
     """The op's result by the kernel of this config and no other. Raises NotGenerated or ImportError where there is
     none, and what Triton raises (``fallback.of_compiling`` tells) where it does not compile."""
     key = _key(about, given, config, query.device)
-    return _kept(key, about, given, config, (query, keys, values, extras))
+    call = query, _whole(about.keys, keys), _whole(about.values, values), extras
+    return _kept(key, about, given, config, call)
 
 
 def _kept(key: tuple[Any, ...], about: Attend, given: Given, config: Config, call: _Call) -> torch.Tensor:
@@ -332,6 +334,15 @@ def _on(kernel: Kernel, device: torch.device) -> tuple[list[torch.Tensor], list[
 @functools.cache
 def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _whole(operand: Operand, stored: Stored) -> Stored:
+    """With the matrix of an operand in groups as kernels take it, which multiply with every column of a row: those of
+    other groups by zeros."""
+    if operand.groups == 1 or not operand.decodes:
+        return stored
+    decode, *others = stored.codec
+    return replace(stored, codec=(expanded(decode, operand.format.segments, operand.groups), *others))
 
 
 def _queries(operand: Operand, stored: Stored, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

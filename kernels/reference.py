@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from lorc_fx.decoder import decode_dense
+from lorc_fx.groups import expanded
 from lorc_fx.packing import unpack
 
 from .attend import Attend, Operand
@@ -39,6 +40,7 @@ def dense(operand: Operand, stored: Stored) -> torch.Tensor:
     form = operand.format
     latents = (stored.rows if form.plain else unpack(stored.rows, form.spec, form.choices, form.dtype)).double()
     decode, mean, consts = stored.parts(operand)
+    decode = None if decode is None else expanded(decode, form.segments, operand.groups)
     if operand.absorbed:
         y = latents if decode is None else latents @ decode.double()
         y = (y if mean is None else y + mean.double()).transpose(0, 1)

@@ -12,23 +12,10 @@ if TYPE_CHECKING:
 
 
 def by_head(operand: Operand, source: torch.Tensor) -> torch.Tensor:
-    """A codec's matrix or mean as the operand's heads see it: [k, n] -> [heads, k, D]."""
+    """A codec's matrix or mean as the operand's heads see it: [k, n] -> [heads, k, D]; of a codec in groups [heads, k /
+    groups, D], each head's own columns."""
     source = source if operand.columns is None else source[:, list(operand.columns)]
     return source.unflatten(1, (operand.heads, operand.head_dim)).transpose(0, 1)
-
-
-def by_group(operand: Operand, decode: torch.Tensor) -> torch.Tensor:
-    """A codec's matrix [k, n] as heads see it that read their own group's columns alone: [heads, k / G, D] (and of
-    further means all rows)."""
-    found = by_head(operand, decode)
-    if operand.groups == 1:
-        return found
-    groups, parts, at = operand.groups, [], 0
-    for columns, _ in operand.format.segments:
-        part = found[:, at : at + columns].unflatten(1, (groups, -1)).unflatten(0, (groups, -1))
-        parts.append(part.diagonal(dim1=0, dim2=2).movedim(-1, 0).flatten(0, 1))
-        at += columns
-    return torch.cat([*parts, found[:, at:]], 1)
 
 
 def times(x: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
@@ -52,7 +39,8 @@ class Stored:
     codec: tuple[torch.Tensor, ...]
 
     def parts(self, operand: Operand) -> tuple[torch.Tensor | None, torch.Tensor | None, tuple[torch.Tensor, ...]]:
-        """decode [k, n], mean [n] (None where the operand has none), and the decoder's constants."""
+        """decode [k, n] (compact where the operand is in groups), mean [n] (None where the operand has none), and the
+        decoder's constants."""
         at = iter(self.codec)
         decode = next(at) if operand.decodes else None
         mean = next(at) if operand.has_mean else None

@@ -26,7 +26,7 @@ from . import fused, native, tuned, words
 from .attend import Attend, Operand
 from .config import Tile
 from .reference import features
-from .stored import Stored, by_group, by_head
+from .stored import Stored, by_head
 
 TILE_NUMBERS = 1 << 19
 """Numbers in a tile: 2 MiB of fp32, so that a tile of keys and one of values stay in a core's cache between their
@@ -161,7 +161,7 @@ class _Absorbed:
         self.exact = self.form.columns if self.form.plain else sum(s.columns for s in self.form.segments if not s.bits)
         if self.form.scaled:
             self.step, self.half = native.block_constants(self.form, self.blocks, stored.rows.device)
-        self.matrix = None if decode is None else by_group(operand, decode.float())  # [heads, a block's k, D]
+        self.matrix = None if decode is None else by_head(operand, decode.float())  # [heads, a block's k, D]
         self.mean = None if mean is None else by_head(operand, mean.float()[None])  # [heads, 1, D]
 
     def tile(self, batch: int, lines: int) -> int:
@@ -286,7 +286,6 @@ class _Decoded:
         self.operand, self.stored = operand, stored
         decode, mean, self.consts = stored.parts(operand)
         self.decode = None if decode is None else decode.float()
-        self.blocks = None if decode is None or operand.groups == 1 else self._blocks(decode.float())
         self.mean = None if mean is None else mean.float()
         self.width = max(operand.decoder.width, operand.latent_width)
         if operand.format.scaled:
@@ -299,10 +298,8 @@ class _Decoded:
         """[B, heads, t, D] fp32."""
         o = self.operand
         y = self._numbers(parts_of(self.stored.rows[start:stop], o.format))
-        if self.blocks is not None:
-            y = self._by_group(y)
-        elif self.decode is not None:
-            y = y @ self.decode
+        if self.decode is not None:
+            y = y @ self.decode if o.groups == 1 else self._by_group(y)
         y = y.transpose(0, 1)
         y = y if self.mean is None else y + self.mean
         if not o.absorbed:
@@ -311,19 +308,14 @@ class _Decoded:
         y = y if o.columns is None else y[..., list(o.columns)]
         return y.unflatten(2, (o.heads, o.head_dim)).transpose(1, 2)
 
-    def _blocks(self, decode: torch.Tensor) -> torch.Tensor:
-        """Of the matrix [k, n], each group's part [groups, r / groups, n / groups]."""
-        o = self.operand
-        rows = split(decode[: o.format.columns].T, o.format.segments, o.groups)  # [n, groups, r / groups]
-        return rows.unflatten(0, (o.groups, -1)).diagonal(dim1=0, dim2=2).permute(2, 1, 0).contiguous()
-
     def _by_group(self, numbers: torch.Tensor) -> torch.Tensor:
         """[t, B, k] -> y [t, B, n], each group's features from its own columns."""
-        assert self.blocks is not None and self.decode is not None
-        form, (t, batch) = self.operand.format, numbers.shape[:2]
-        own = split(numbers[..., : form.columns], form.segments, self.operand.groups).flatten(0, 1).transpose(0, 1)
-        y = torch.bmm(own, self.blocks).transpose(0, 1).reshape(t, batch, -1)
-        return y if form.choices == 1 else y + numbers[..., form.columns :] @ self.decode[form.columns :]
+        assert self.decode is not None
+        form, groups, (t, batch) = self.operand.format, self.operand.groups, numbers.shape[:2]
+        own = split(numbers[..., : form.columns], form.segments, groups).flatten(0, 1).transpose(0, 1)
+        blocks, gaps = self.decode.split((form.columns // groups, form.choices - 1))
+        y = torch.bmm(own, blocks.unflatten(1, (groups, -1)).transpose(0, 1)).transpose(0, 1).reshape(t, batch, -1)
+        return y if form.choices == 1 else y + numbers[..., form.columns :] @ gaps
 
     def _numbers(self, parts: Parts) -> torch.Tensor:
         """[t, B, k] fp32."""

@@ -24,7 +24,7 @@ import torch
 
 from .decoder import Decoder
 from .factors import Factors, stripes
-from .groups import in_rows, own_bases
+from .groups import compact, expanded, in_rows, own_bases
 from .packing import MODEL, Format, Segment, pack, unpack
 from .plan_file import checksum
 
@@ -82,7 +82,8 @@ class Codec:
     offsets [m, r] or None (m = 1): what mean j takes off the columns.
     spread [r] or None (plain rows): the units in which the columns above are, about their standard deviations; 1 for a
     column in the model's dtype. Encode and decode have them folded in; the quantiser weighs errors by them.
-    decode [k, n]: S, then mu_j - mu_0 for each further mean; None for the identity (r = n, m = 1).
+    decode [k, n]: S, then mu_j - mu_0 for each further mean; None for the identity (r = n, m = 1). Of a codec in groups
+    S is [r / groups, n], each feature's own columns alone; ``matrix`` has the zeros.
     mean [n]: mu_0, or None where it is zero.   consts: the tensors that the decoder's epilogue reads.
     origin: of an ``unprojected`` codec (``identity_codec``), which weight its site has, in hex; else "".
     groups: of features, each read from its own part of every segment alone (``groups.py``); 1: all from all.
@@ -118,6 +119,11 @@ class Codec:
     def outdated(self) -> bool:
         """Whether ``encode``, which at full rank is the model's own weight, was written since."""
         return version_of(self.encode) != self.version
+
+    @property
+    def matrix(self) -> torch.Tensor | None:
+        """``decode`` as [k, n], what latents are multiplied with; one of a codec in groups is made anew."""
+        return None if self.decode is None else expanded(self.decode, self.format.segments, self.groups)
 
     @property
     def rank(self) -> int:
@@ -207,7 +213,7 @@ def make_codec(
     shift = project @ centred
     shift[r:] -= nearness
     offsets = torch.cat([torch.zeros_like(analysis[:1]), gaps @ analysis]) if len(gaps) else None
-    decode = torch.cat([synthesis, gaps])
+    decode = torch.cat([compact(synthesis, segments, basis.groups), gaps])
 
     exact = dtype if form.plain else torch.promote_types(dtype, torch.float32)
 
@@ -309,7 +315,8 @@ def through(codec: Codec, basis: Basis, y: torch.Tensor) -> torch.Tensor:
     """y [N, n] written to the cache and read again, fp64. ``basis``: the one that ``codec`` was made of."""
     if codec.unprojected and not codec.format.plain:
         return as_it_reads(codec, y)
-    if codec.decode is None:
+    matrix = codec.matrix
+    if matrix is None:
         return y
     form, y, basis = codec.format, y.double(), in_rows(basis, codec.format.segments)
     first = basis.means[0]
@@ -319,7 +326,7 @@ def through(codec: Codec, basis: Basis, y: torch.Tensor) -> torch.Tensor:
     if not form.plain:
         rows = pack(latent.float(), codec.offsets, codec.spread, form.spec, form.choices, form.dtype)
         latent = codec.latents(rows)
-    read = latent.to(form.dtype).double() @ codec.decode.double()
+    read = latent.to(form.dtype).double() @ matrix.double()
     return read if codec.mean is None else read + codec.mean.double()
 
 

@@ -93,8 +93,27 @@ def in_rows(basis: Basis, segments: Sequence[Segment]) -> Basis:
     return replace(basis, analysis=basis.analysis[:, rows], synthesis=basis.synthesis[rows], energy=energy)
 
 
+def compact(synthesis: torch.Tensor, segments: Sequence[tuple[int, int]], groups: int) -> torch.Tensor:
+    """S [r, n] of columns in the order of a row -> [r / groups, n]: what each feature has of its own group's columns.
+    The rest of S is zero."""
+    own = split(synthesis.T, segments, groups).unflatten(0, (groups, -1))  # [G, n / G, G, r / G]
+    return own.diagonal(dim1=0, dim2=2).permute(1, 2, 0).flatten(1, 2)
+
+
+def expanded(compacted: torch.Tensor, segments: Sequence[tuple[int, int]], groups: int) -> torch.Tensor:
+    """The inverse of ``compact``: S [r, n]. Rows behind those of the columns (of further means) stay what they are."""
+    if groups == 1:
+        return compacted
+    n, at, parts = compacted.shape[1], 0, []
+    own = torch.eye(groups, dtype=compacted.dtype, device=compacted.device).repeat_interleave(n // groups, 1)  # [G, n]
+    for count, _ in segments:
+        parts.append((own[:, None] * compacted[at : at + count // groups]).flatten(0, 1))
+        at += count // groups
+    return torch.cat([*parts, compacted[at:]])
+
+
 def split(columns: torch.Tensor, segments: Sequence[tuple[int, int]], groups: int) -> torch.Tensor:
-    """What a row's columns have, [.., r] in the order of a row -> [.., groups, r / groups]."""
+    """What columns have, [.., r] in the order of a row -> [.., groups, r / groups]."""
     if groups == 1:
         return columns.unsqueeze(-2)
     parts, at = [], 0

@@ -157,7 +157,7 @@ class LatentKV(torch.Tensor):
         home = c.encode.device  # an offloaded cache is elsewhere
         codes = self.codes.to(home)
         positions = None if self.positions is None else self.positions.to(home)
-        coded = decode_dense(c.decoder, c.latents(codes), positions, c.decode, c.mean, c.consts).contiguous()
+        coded = decode_dense(c.decoder, c.latents(codes), positions, c.matrix, c.mean, c.consts).contiguous()
         if bool(unwritten(codes).any()):  # a dense buffer holds zeros there, whatever the mean
             coded = zero_unwritten(coded, codes, c.decoder.batch_dim, c.decoder.token_dim)
         coded = coded.to(self.codes.device)

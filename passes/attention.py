@@ -126,7 +126,8 @@ def find_attention(
         return None
     key, value = (s.operand(codecs[s.group], queries, heads) for s in seen if s is not None)
     kernels = query.meta["val"].device.type == "cuda"
-    if not (PLAIN or kernels) and key.format.plain and value.format.plain:
+    joint = key.groups == value.groups == 1
+    if joint and not (PLAIN or kernels) and key.format.plain and value.format.plain:
         return None
     if not (ANGLES or kernels) and any(not o.absorbed and o.decoder.needs_positions for o in (key, value)):
         return None

@@ -17,25 +17,21 @@ aten = torch.ops.aten
 
 
 def vectors(call: Callable[..., Node], latents: Node, decode: Node, codec: Codec) -> Node:
-    """``latents`` [T, B, k] times ``decode`` [k, n] of a codec in groups: [T, B, n]."""
+    """``latents`` [T, B, k] times the compact ``decode`` [k / G, n] of a codec in groups: [T, B, n]."""
     groups, form = codec.groups, codec.format
-    features, at = codec.width // groups, 0
-    columns, blocks = [], []
+    each, features, at = form.columns // groups, codec.width // groups, 0
+    columns = []
     for count, _ in form.segments:
-        each = count // groups
         piece = call(aten.slice.Tensor, latents, 2, at, at + count)
-        columns.append(call(aten.reshape.default, piece, [-1, groups, each]))
-        rows = call(aten.slice.Tensor, decode, 0, at, at + count)
-        rows = call(aten.reshape.default, rows, [groups, each, groups, features])
-        blocks.append(call(aten.diagonal.default, rows, 0, 0, 2))  # [each, n / G, G]
+        columns.append(call(aten.reshape.default, piece, [-1, groups, count // groups]))
         at += count
     own = columns[0] if len(columns) == 1 else call(aten.cat.default, columns, 2)
-    block = blocks[0] if len(blocks) == 1 else call(aten.cat.default, blocks, 0)
-    made = call(aten.bmm.default, call(aten.transpose.int, own, 0, 1), call(aten.permute.default, block, [2, 0, 1]))
+    blocks = call(aten.reshape.default, call(aten.slice.Tensor, decode, 0, 0, each), [each, groups, features])
+    made = call(aten.bmm.default, call(aten.transpose.int, own, 0, 1), call(aten.transpose.int, blocks, 0, 1))
     sizes = [call(aten.sym_size.int, latents, dim) for dim in (0, 1)]
     y = call(aten.reshape.default, call(aten.transpose.int, made, 0, 1), [*sizes, groups * features])
     if form.choices == 1:
         return y
     further = call(aten.slice.Tensor, latents, 2, at, at + form.choices - 1)
-    gaps = call(aten.slice.Tensor, decode, 0, at, at + form.choices - 1)
+    gaps = call(aten.slice.Tensor, decode, 0, each, each + form.choices - 1)
     return call(aten.add.Tensor, y, call(aten.matmul.default, further, gaps))

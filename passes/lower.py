@@ -214,8 +214,8 @@ def _latent(
 ) -> Seen | None:
     """The operand where reading it as latents is cheaper than decoding it."""
     seen = seen_as(matched, codecs, facts, operand, axes, latent=True)
-    if seen is None or codecs[seen.group].decode is None:
-        return None
+    if seen is None or codecs[seen.group].decode is None or codecs[seen.group].groups > 1:
+        return None  # groups are decoded apart, or read by ``lorc::attend``
     return seen if seen.worth(codecs[seen.group], sizes[2], sizes[1]) else None
 
 

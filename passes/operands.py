@@ -38,23 +38,23 @@ class Seen:
     columns: tuple[int, ...] | None
     latent: bool
 
-    def worth(self, codec: Codec, queries: int, heads: int, groups: int = 1) -> bool:
+    def worth(self, codec: Codec, queries: int, heads: int) -> bool:
         """Whether a product with latents is cheaper than decoding first."""
         fits = self.latent and heads % self.heads == 0
-        return fits and absorbs(queries, heads, self.head_dim, codec.width, codec.latent_width, groups)
+        return fits and absorbs(queries, heads, self.head_dim, codec.width, codec.latent_width, codec.groups)
 
-    def groups(self, codec: Codec) -> int:
-        """Groups of a codec's columns that consecutive heads read alone; 1 where a head needs columns of several."""
-        if self.heads % codec.groups:
-            return 1
+    def reads_groups(self, codec: Codec) -> bool:
+        """Whether consecutive heads read one group of a codec's columns each, and none needs those of several."""
+        if codec.groups == 1 or self.heads % codec.groups:
+            return codec.groups == 1
         index = torch.arange(codec.width) if self.columns is None else torch.tensor(self.columns)
         own = (index * codec.groups // codec.width).view(codec.groups, -1)
-        return codec.groups if torch.equal(own, torch.arange(codec.groups)[:, None].expand_as(own)) else 1
+        return torch.equal(own, torch.arange(codec.groups)[:, None].expand_as(own))
 
     def operand(self, codec: Codec, queries: int, heads: int) -> Operand:
         """For ``lorc::attend`` with ``heads`` query heads."""
-        groups = self.groups(codec) if self.latent and codec.groups > 1 else 1
-        latent = self.latent and (codec.decode is None or self.worth(codec, queries, heads, groups))
+        latent = self.latent and (codec.decode is None or self.worth(codec, queries, heads))
+        latent = latent and self.reads_groups(codec)
         turned = codec.unprojected and bool(codec.consts)
         if turned and (self.columns is not None or self.head_dim != len(codec.consts[0])):
             latent = False  # the product is not one of whole heads
@@ -69,7 +69,7 @@ class Seen:
             decodes=codec.decode is not None,
             has_mean=codec.mean is not None,
             turned=turned and latent,
-            groups=groups if latent else codec.groups,
+            groups=codec.groups,
         )
 
 

@@ -77,7 +77,7 @@ def _as_kept(value: torch.Tensor, codec: Any) -> torch.Tensor:
 def _coded(features: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, codec: Any) -> Any:
     form, r = codec.format, codec.format.columns
     mean = torch.zeros_like(bias) if codec.mean is None else codec.mean.double()
-    decode = torch.eye(len(bias), dtype=torch.float64) if codec.decode is None else codec.decode.double()
+    decode = torch.eye(len(bias), dtype=torch.float64) if codec.decode is None else _whole(codec)
     synthesis, gaps = decode[:r], decode[r:]
     means = torch.cat([mean[None], mean + gaps])
 
@@ -96,6 +96,23 @@ def _coded(features: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, cod
         return changed
 
     return hook
+
+
+def _whole(codec: Any) -> torch.Tensor:
+    """A codec's S [k, n] in fp64: of one in groups, each column of a segment is of the group that has this place in it
+    and has zeros elsewhere."""
+    decode, groups = codec.decode.double(), codec.groups
+    if groups == 1:
+        return decode
+    each, rows, at = decode.shape[1] // groups, [], 0
+    for columns, _ in codec.format.segments:
+        for group in range(groups):
+            own = slice(group * each, (group + 1) * each)
+            for row in decode[at : at + columns // groups]:
+                rows.append(torch.zeros_like(row))
+                rows[-1][own] = row[own]
+        at += columns // groups
+    return torch.cat([torch.stack(rows), decode[at:]])
 
 
 def _rounded(values: torch.Tensor, bits: torch.Tensor, spread: torch.Tensor) -> torch.Tensor:

@@ -57,15 +57,17 @@ def test_with_errors_known_attention_is_bounded_sharply(llama: Any) -> None:
         assert layer.alone.slack > layer.linearised.slack
 
 
-@pytest.mark.parametrize("name", ["gpt2", "gemma3", "bloom"])
-def test_what_is_bounded_is_the_compiled_model(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "basis"), [("gpt2", "joint"), ("gemma3", "joint"), ("bloom", "joint"), ("gpt2", "grouped")]
+)
+def test_what_is_bounded_is_the_compiled_model(name: str, basis: str) -> None:
     """Logits of the model that torch.compile gives are within the certificate (and rounding) of the eager ones."""
-    dense = model(name)
-    found = lorc_fx.certify(dense, ids(), options=JOINT)
+    dense, given = model(name), {**JOINT, "basis": basis}
+    found = lorc_fx.certify(dense, ids(), options=given)
     with torch.no_grad():
         want = dense(input_ids=ids(), use_cache=True).logits
         reset(dense)
-        compiled = torch.compile(dense, backend="lorc", options={**JOINT, "inner": "eager"})
+        compiled = torch.compile(dense, backend="lorc", options={**given, "inner": "eager"})
         got = compiled(input_ids=ids(), use_cache=True).logits
     away = (got - want)[0].double().abs().amax(-1)
     assert bool((away <= found.bound + 1e-3).all())

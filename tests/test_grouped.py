@@ -284,7 +284,10 @@ def test_a_row_has_each_segment_group_by_group(groups, counts, seed):
     parts = split(rows.energy[:r], segments, groups)
     assert torch.equal(parts, energy.flip(1)[:, : r // groups]), "each group by falling energy"
     codec = make_codec(torch.randn(n, 7), None, basis, segments, None, (), torch.float32)  # type: ignore[arg-type]
-    assert codec.decode is not None and not codec.decode.T[_row_groups(segments, groups) != _features(n, groups)].any()
+    assert codec.decode is not None and codec.matrix is not None and len(codec.decode) == r // groups
+    assert not codec.matrix.T[_row_groups(segments, groups) != _features(n, groups)].any()
+    spread = 1.0 if codec.spread is None else codec.spread[:, None]
+    assert torch.equal(codec.matrix, (rows.synthesis[:r] * spread).float())
     y = torch.randn(5, n, dtype=torch.float64)
     other = torch.where(_features(n, groups)[:, 0] == groups - 1, -y, y)  # of the same size: the scale is for a row
     moved, still = through(codec, basis, other), through(codec, basis, y)

@@ -119,7 +119,7 @@ def read_back(codec: Codec, x: torch.Tensor) -> torch.Tensor:
     if not form.plain:
         latent = codec.latents(pack(latent.float(), codec.offsets, codec.spread, form.spec, form.choices, form.dtype))
     latent = latent.to(form.dtype).double()
-    y = latent if codec.decode is None else latent @ codec.decode.double()
+    y = latent if codec.matrix is None else latent @ codec.matrix.double()
     return y if codec.mean is None else y + codec.mean.double()
 
 
