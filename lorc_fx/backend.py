@@ -189,10 +189,10 @@ def plans(gm: GraphModule, example_inputs: Sequence[Any], many: Sequence[Options
     arguments = take(example_inputs)
     canonical = normalise(opened, arguments)
     matched, found = match(canonical), []
-    made: dict[tuple[bool, ...], tuple[Builder, dict[Site, Prepared]]] = {}
+    made: dict[tuple[tuple[bool, bool], ...], tuple[Builder, dict[Site, Prepared]]] = {}
     for options in many:
         chosen = without_projection(matched, options)
-        kept = tuple(site.unprojected for site in chosen.sites)
+        kept = tuple((site.unprojected, site.grouped) for site in chosen.sites)
         if kept not in made:
             builder = Builder(canonical, chosen, options)
             made[kept] = builder, builder.prepared(chosen.sites, arguments)

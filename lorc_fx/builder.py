@@ -13,7 +13,7 @@ import torch
 from torch.fx import GraphModule
 
 from . import compat
-from .bases import BUILT_IN, GROUPED, in_columns_of
+from .bases import BUILT_IN, in_columns_of
 from .calibration import Calibration, basis_of, fingerprint
 from .codec import Codec, flat_basis, grouped_prior, identity_codec, prior_basis, through
 from .errors import BadCalibration, BadPlan, QualityWarning
@@ -297,7 +297,7 @@ class Builder:
             at = plan.places().get((site.layer, site.kind))
             found = 1 if at is None else checked_groups(plan, plan.sites[at], len(weight))
             return found if found > 1 else None
-        if self.options.basis_for(site.kind) != GROUPED:
+        if not site.grouped:
             return None
         return head_groups(weight, site.head, self.options.group_size or 1, site.name)
 

@@ -42,6 +42,7 @@ class Site:
 
     ``layer`` pairs a key site with its value site, from 0; ``ordinal`` tells apart sites of equal kind and weights.
     ``weights``: placeholders of the affine chain; ``consts``: placeholders (or attributes) the epilogue reads.
+    ``grouped``: its columns are each of one group of heads (``lorc_fx.groups``).
     ``unprojected``: what is stored is what the dense cache would hold (``unprojected.py``), not a latent of y.
     """
 
@@ -57,6 +58,7 @@ class Site:
     consts: tuple[Node, ...]
     window: int | None
     unprojected: bool = False
+    grouped: bool = False
 
     @property
     def name(self) -> str:

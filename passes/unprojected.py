@@ -7,9 +7,9 @@ levels.
 
 ``auto`` is joint, but where that is predicted to be slower than the dense cache: keys that would have to be decoded at
 each step (rotated or normed ones), and what a device reads more slowly as latents of all heads than head by head. It
-needs bits: at few, dropping columns by what they hold is worth more. At any number of bits it is identity where
-decoding would need more beside the codes than ``sites.SIDE_SHARE`` (cosines of each token, say, of a layer that is
-compiled by itself): dense is what is left else.
+needs bits: at few, dropping columns by what they hold is worth more, and such sites have columns for each head
+(``lorc_fx.groups``). At any number of bits it is identity where decoding would need more beside the codes than
+``sites.SIDE_SHARE`` (cosines of each token, say, of a layer that is compiled by itself): dense is what is left else.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from functools import cache
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from lorc_fx.bases import GROUPED
 from lorc_fx.decoder import Decoder
 from lorc_fx.options import Options
 from lorc_fx.packing import SCALE_BYTES
@@ -55,7 +56,29 @@ def without_projection(matched: Matched, options: Options) -> Matched:
     if options.plan is None and options.precision == "auto":
         lost = costly(found)
         found = _as_they_are(found, {s for s in found.sites if s.group in lost and options.basis_for(s.kind) == AUTO})
-    return without(found, costly(found))
+    return _in_groups(without(found, costly(found)), options)
+
+
+def _in_groups(matched: Matched, options: Options) -> Matched:
+    """``matched`` where sites are marked that have columns for each group of heads: those that the options want so, and
+    of what ``auto`` projects those of several heads that are predicted to be slower than the dense cache as latents of
+    all (on a CPU: kernels for others read every column). A plan says it itself."""
+    if options.plan is not None:
+        return matched
+    trades = options.objective != "bytes" and options.precision != "model"
+    wanted = {
+        site
+        for site in matched.sites
+        if (name := options.basis_for(site.kind)) == GROUPED or (name == AUTO and trades and _gains(site))
+    }
+    sites = tuple(replace(s, grouped=True) if s in wanted and not s.unprojected else s for s in matched.sites)
+    return matched if sites == matched.sites else replace(matched, sites=sites)
+
+
+def _gains(site: Site) -> bool:
+    """Whether groups of heads make a site faster, which would be slow without."""
+    several = site.decoder.width > site.head > 1
+    return several and site.node.meta["val"].device.type == "cpu" and (_decodes(site) or _slower(site))
 
 
 def _as_they_are(matched: Matched, chosen: set[Site]) -> Matched:

@@ -282,7 +282,7 @@ def test_in_another_process(name, kind, tmp_path):
     want = steps(model, cache, prompt(2, 3, seed=5)[0])
     graphs = counters["stats"]["unique_graphs"]
     script = SCRIPT.format(tests=str(Path(__file__).parent), here=str(tmp_path), name=name)
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=300)
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=300, cwd=tmp_path)  # not our sources' folder
     got, compiles = torch.load(tmp_path / "out.pt")
     assert torch.equal(got, want)
     assert compiles <= graphs + 1, "the trace that made the codecs, and no more than the saved cache costs"

@@ -292,3 +292,36 @@ def test_a_row_has_each_segment_group_by_group(groups, counts, seed):
     other = torch.where(_features(n, groups)[:, 0] == groups - 1, -y, y)  # of the same size: the scale is for a row
     moved, still = through(codec, basis, other), through(codec, basis, y)
     assert torch.equal(moved[:, : n - n // groups], still[:, : n - n // groups]), "groups do not mix"
+
+
+# -- what "auto" does -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "objective", "groups"),
+    [
+        ("llama-gqa", "balanced", (2, 1)),  # keys would be decoded; four heads of 16 read 32 columns fast enough
+        ("llama-gqa", "bytes", (1, 1)),
+        ("falcon-mqa", "balanced", (1, 1)),  # one head
+        ("wide gpt2", "balanced", (16, 16)),
+        ("wide gpt2", "bytes", (1, 1)),
+    ],
+)
+def test_auto_has_groups_where_joint_latents_are_slow_and_bits_few(name, objective, groups):
+    if name == "wide gpt2":
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        torch.manual_seed(0)
+        config = GPT2Config(n_embd=256, n_head=16, n_layer=1, n_inner=64, vocab_size=101, n_positions=64)
+        model = GPT2LMHeadModel(config).eval()
+    else:
+        model = FAMILIES[name].build(layers=1)
+    given = {"calibration": "none", "precision": "auto", "scheduler": "uniform", "objective": objective}
+    ids, cache = prompt(2, TOKENS)[0], new_cache(model)
+    for ratio, few in ((0.19, True), (1.0, False)):
+        cache = new_cache(model)
+        piecewise(compiled(model, **given, ratio=ratio), ids, cache, [7, TOKENS])
+        ((keys, values),) = latents(cache)
+        found = keys.codec.groups, values.codec.groups
+        assert found == (groups if few else (1, 1))
+        assert not few or not (keys.codec.unprojected or values.codec.unprojected)
