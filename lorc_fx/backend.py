@@ -11,6 +11,7 @@ from torch.fx import GraphModule, Node
 
 from . import compat
 from .builder import Builder, compile_inner, complete
+from .codec import Basis
 from .errors import (
     DenseCacheWarning,
     GradRequired,
@@ -22,9 +23,11 @@ from .errors import (
     UnloadedWeights,
     UnreadableGraph,
 )
+from .factors import Factors
 from .latent import LatentKV
 from .options import Options
 from .parts import in_parts
+from .passes.alternatives import Alternative, alternatives
 from .passes.check import check_canonical
 from .passes.epilogue import may_project
 from .passes.lower import absorb, readings
@@ -142,14 +145,16 @@ def _may_hold_tokens(value: Any) -> bool:
 
 
 def examine(
-    gm: GraphModule, example_inputs: Sequence[Any], options: Options
+    gm: GraphModule, example_inputs: Sequence[Any], options: Options, others: bool = False
 ) -> tuple[list[dict[str, Any]], tuple[Miss, ...], Plan]:
-    """The same steps up to the codecs, for reports: one dict per site (fields of ``report.SiteReport``)."""
+    """The same steps up to the codecs, for reports: one dict per site (fields of ``report.SiteReport``). ``others``:
+    with what other bases would cost."""
     canonical, matched, example_inputs = read_graph(gm, example_inputs, options)
     builder = Builder(canonical, matched, options)
     prepared, plan = builder.planned(matched.sites, example_inputs)
     codecs = builder.made(prepared, plan, example_inputs)
     read = readings(absorb(canonical, matched, {s.group.find(): c for s, c in codecs.items()}, step=True))
+    costs = _others(canonical, options, plan, example_inputs) if others and options.plan is None else {}
     found = []
     for (site, p), line in zip(prepared.items(), plan.sites, strict=True):
         sigma = p.factors.singular
@@ -177,9 +182,23 @@ def examine(
                 dtype_bytes=site.decoder.dtype.itemsize,
                 singular=tuple(sigma.tolist()),
                 groups=codecs[site].groups,
+                unprojected=site.unprojected,
+                predicted=line.predicted,
+                nats=line.nats,
+                others=costs.get((line.layer, line.kind), ()),
             )
         )
     return found, matched.misses, complete(prepared, plan)
+
+
+def _others(
+    canonical: GraphModule, options: Options, plan: Plan, arguments: Sequence[Any]
+) -> dict[tuple[int, str], tuple[Alternative, ...]]:
+    def prepare(matched: Matched, asked: Options) -> dict[Site, tuple[Factors, Basis]]:
+        made = Builder(canonical, matched, asked).prepared(matched.sites, arguments)
+        return {site: (p.factors, p.basis) for site, p in made.items()}
+
+    return alternatives(canonical, match(canonical), options, plan.sites, prepare)
 
 
 def plans(gm: GraphModule, example_inputs: Sequence[Any], many: Sequence[Options]) -> list[Plan]:

@@ -125,7 +125,7 @@ def explain(
             options = Options.parse({}, ratio=ratio, bytes_per_token=bytes_per_token, scheduler=scheduler, **knobs)
             loaded, _ = load_model(model, dtype.torch(), show.stage)
             show.stage("Reading the graph")
-            report = examined(loaded, (torch.arange(1, tokens + 1).unsqueeze(0),), {}, options)
+            report = examined(loaded, (torch.arange(1, tokens + 1).unsqueeze(0),), {}, options, others=True)
         if json_file:
             write_json(json_file, report.json())
         wide().print(report)

@@ -18,6 +18,7 @@ from .device import device_of
 from .errors import StrictMiss, UnloadedWeights
 from .options import FIRST_PROMPT, FIRST_PROMPT_TOKENS, Options
 from .packing import MODEL, Segment
+from .passes.alternatives import BASES, Alternative
 from .passes.cost import Device, seconds
 from .passes.sites import UNREAD
 from .records import Fidelity, Miss, Plan
@@ -32,7 +33,8 @@ class SiteReport:
     """One site: widths and ranks in columns, ``segments`` how many of them at which precision, bytes per token,
     ``energy`` the share of the site's energy (without statistics: of its weight's squared singular values) that the
     stored columns hold, ``lowering`` how a decode step reads it, ``singular`` its weight's singular values, descending
-    (too many for ``Report.json``)."""
+    (too many for ``Report.json``), ``predicted`` the loss that is expected (``PlannedSite``), ``others`` what other
+    bases would cost at the same bytes (``explain`` alone asks for that)."""
 
     layer: int
     kind: str
@@ -56,12 +58,16 @@ class SiteReport:
     dtype_bytes: int
     singular: tuple[float, ...] = ()
     groups: int = 1
+    unprojected: bool = False
+    predicted: float | None = None
+    nats: bool = False
+    others: tuple[Alternative, ...] = ()
 
-    def sizes(self, tokens: int, batch: int) -> dict[str, int]:
-        """What ``cost.counted`` needs for one decode step."""
-        kept = tokens if self.window is None else min(tokens, self.window)
+    def sizes(self, tokens: int, batch: int, other: Alternative | None = None) -> dict[str, int]:
+        """What ``cost.counted`` needs for one decode step, as planned or in another basis."""
+        kept, rows = tokens if self.window is None else min(tokens, self.window), other or self
         sizes = {"B": batch, "T": kept, "S": 1, "H": self.query_heads, "D": self.head_dim, "n": self.width}
-        return sizes | {"k": self.latent_width, "w": self.row_bytes, "e": self.dtype_bytes, "g": self.groups}
+        return sizes | {"k": rows.latent_width, "w": rows.row_bytes, "e": self.dtype_bytes, "g": rows.groups}
 
     def line(self) -> dict[str, Any]:
         """As plain data, without the singular values."""
@@ -72,6 +78,11 @@ class SiteReport:
         if all(bits == MODEL for _, bits in self.segments):
             return str(self.rank)
         return " + ".join(f"{n}" if bits == MODEL else f"{n} x {bits} bits" for n, bits in self.segments)
+
+    @property
+    def basis(self) -> str:
+        """The one that was chosen, by the names of ``alternatives.BASES``."""
+        return "identity" if self.unprojected else "grouped" if self.groups > 1 else "joint"
 
 
 @dataclass(frozen=True)
@@ -131,7 +142,26 @@ class Report:
         for s in self.sites:
             row = [str(s.layer), s.kind, str(s.width), s.precision(), s.epilogue, f"{s.cond:.3g}", f"{s.energy:.1%}"]
             table.add_row(*row, str(s.bytes), str(s.dense_bytes), str(s.window or "all"), s.lowering)
-        return Group(table, Text(self._summary()), *self._errors())
+        return Group(table, Text(self._summary()), *self._errors(), *self._others())
+
+    def _others(self) -> list[Table]:
+        """What was chosen, and what each basis would cost."""
+        if not any(s.others for s in self.sites):
+            return []
+        here = device_of(self.where)
+        unit = "nats per token" if all(s.nats for s in self.sites) else "share of energy"
+        text = f"at the same bytes: loss ({unit}), us a step at least"
+        table = Table(title=text)
+        for name in ("layer", "site", "chosen", *BASES):
+            table.add_column(name, justify="left" if name in ("site", "chosen") else "right")
+        for s in self.sites:
+            cells = {o.basis: f"{o.loss:.2g}, {1e6 * self._seconds(s, o, here):.0f}" for o in s.others}
+            table.add_row(str(s.layer), s.kind, s.basis, *(cells.get(name, "too few bytes") for name in BASES))
+        return [table]
+
+    @staticmethod
+    def _seconds(site: SiteReport, other: Alternative, device: Device) -> float:
+        return seconds(other.lowering, device, **site.sizes(STEP_TOKENS, 1, other))
 
     def _errors(self) -> list[Table]:
         """What the first prompt showed, if it has come."""
@@ -173,7 +203,7 @@ class Report:
         """All of it as plain data."""
         coded, dense = self.step_seconds(STEP_TOKENS) if self.sites else (0.0, 0.0)
         return {
-            "sites": [s.line() for s in self.sites],
+            "sites": [s.line() | {"others": self._costs(s)} for s in self.sites],
             "misses": [asdict(m) for m in self.misses],
             "bytes_per_token": self.bytes_per_token,
             "bytes_per_token_dense": self.bytes_per_token_dense,
@@ -183,6 +213,14 @@ class Report:
             "fidelity": [asdict(f) for f in self.fidelity],
             "step": {"tokens": STEP_TOKENS, "coded_seconds": coded, "dense_seconds": dense},
         }
+
+    def _costs(self, site: SiteReport) -> list[dict[str, Any]]:
+        here = device_of(self.where) if site.others else None
+        return [
+            {"basis": o.basis, "loss": o.loss, "lowering": o.lowering, "seconds": self._seconds(site, o, here)}
+            for o in site.others
+            if here is not None
+        ]
 
     def __str__(self) -> str:
         out = io.StringIO()
@@ -198,7 +236,7 @@ def explain(model: torch.nn.Module, *args: Any, options: Mapping[str, Any] | Non
     UnloadedWeights for weights on ``meta``, BudgetTooSmall, BadPlan or BadCalibration where budget, plan or
     calibration do not fit the model, and what ``Options`` raises.
     """
-    report = examined(model, args, kwargs, Options.parse(options))
+    report = examined(model, args, kwargs, Options.parse(options), others=True)
     Console(width=140).print(report)
     return report
 
@@ -209,14 +247,17 @@ def make_plan(model: torch.nn.Module, *args: Any, options: Mapping[str, Any] | N
     return examined(model, args, kwargs, Options.parse(options)).plan or Plan(())
 
 
-def examined(model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], options: Options) -> Report:
-    """``explain`` without printing. A model with graph breaks gives the sites of all its graphs."""
+def examined(
+    model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], options: Options, others: bool = False
+) -> Report:
+    """``explain`` without printing, and without ``others`` than the basis that is chosen. A model with graph breaks
+    gives the sites of all its graphs."""
     sites: list[SiteReport] = []
     misses: list[Miss] = []
     plans: list[Plan] = []
 
     def record(gm: GraphModule, examples: Sequence[Any]) -> None:
-        found, missed, plan = examine(gm, examples, options)
+        found, missed, plan = examine(gm, examples, options, others)
         offset = 1 + max((s.layer for s in sites), default=-1)
         sites.extend(SiteReport(**{**s, "layer": s["layer"] + offset}) for s in found)
         misses.extend(missed)

@@ -25,6 +25,7 @@ from .attention import Reading, find_attention
 from .axes import Axes, arg, shape
 from .caches import Group
 from .facts import Facts, static_size
+from .grouped import own_columns
 from .operands import Seen, seen_as
 
 if TYPE_CHECKING:
@@ -38,14 +39,18 @@ aten = torch.ops.aten
 
 
 def _matrix(r: Rewriter, latent: Seen) -> Node:
-    """S as [heads, r, D]."""
+    """S as [heads, r, D]; of a codec in groups what each head has of its own one."""
     decode = r.codec_input(latent.group, "decode")
     assert decode is not None
-    rank = r.templates[latent.group].latent_width
-    columns = _columns(r, latent, decode, 1)
+    rows, columns = _rows(r.templates[latent.group]), _columns(r, latent, decode, 1)
     return r.call(
-        aten.transpose.int, r.call(aten.reshape.default, columns, [rank, latent.heads, latent.head_dim]), 0, 1
+        aten.transpose.int, r.call(aten.reshape.default, columns, [rows, latent.heads, latent.head_dim]), 0, 1
     )
+
+
+def _rows(codec: Codec) -> int:
+    """Rows of its matrix: k, or what a group has of it."""
+    return codec.format.columns // codec.groups + codec.format.choices - 1
 
 
 def _columns(r: Rewriter, latent: Seen, source: Node, dim: int) -> Node:
@@ -86,12 +91,13 @@ def query_latent(r: Rewriter, query: Node, latent: Seen, sizes: tuple[Any, int, 
 def weights_latent(r: Rewriter, weights: Node, latent: Seen, sizes: tuple[Any, int, int], partial: bool) -> Node:
     """A [B, H, S, T] -> A V_hat [B, H, S, D]; ``partial`` where the weights of a query may not sum to one."""
     batch, heads, queries = sizes
-    each = heads // latent.heads
-    rank = r.templates[latent.group].latent_width
+    each, codec = heads // latent.heads, r.templates[latent.group]
     flat = r.call(aten.reshape.default, weights, [batch, heads * queries, -1])
     codes = r.call(aten.transpose.int, r.latents(latent.group, r.cells[latent.cell]), 0, 1)
     summed = r.call(aten.matmul.default, flat, codes)
-    grouped = r.call(aten.reshape.default, summed, [batch, latent.heads, each * queries, rank])
+    if codec.groups > 1:
+        summed = own_columns(r.call, summed, batch, heads * queries, codec)
+    grouped = r.call(aten.reshape.default, summed, [batch, latent.heads, each * queries, _rows(codec)])
     values = r.call(aten.matmul.default, grouped, _matrix(r, latent))
     values = r.call(aten.reshape.default, values, [batch, heads, queries, latent.head_dim])
     mean = _mean(r, latent, each)
@@ -211,12 +217,16 @@ def _latent(
     operand: Node,
     axes: Axes,
     sizes: tuple[Any, int, int],
+    kind: str,
 ) -> Seen | None:
     """The operand where reading it as latents is cheaper than decoding it."""
     seen = seen_as(matched, codecs, facts, operand, axes, latent=True)
-    if seen is None or codecs[seen.group].decode is None or codecs[seen.group].groups > 1:
-        return None  # groups are decoded apart, or read by ``lorc::attend``
-    return seen if seen.worth(codecs[seen.group], sizes[2], sizes[1]) else None
+    if seen is None or codecs[seen.group].decode is None:
+        return None
+    codec = codecs[seen.group]
+    if codec.groups > 1 and (kind == "key" or not seen.reads_groups(codec)):
+        return None  # such keys are decoded by groups, or read by ``lorc::attend``
+    return seen if seen.worth(codec, sizes[2], sizes[1]) else None
 
 
 def _attention(
@@ -226,7 +236,8 @@ def _attention(
     dropout, causal = arg(node, 4, "dropout_p", 0.0), arg(node, 5, "is_causal", False)
     if sizes is None or len(shape(node)) != 4 or dropout or (causal and not step):
         return None
-    key, value = (_latent(matched, codecs, facts, operand, Axes(0, 2), sizes) for operand in node.args[1:3])
+    given = zip(node.args[1:3], ("key", "value"), strict=True)
+    key, value = (_latent(matched, codecs, facts, operand, Axes(0, 2), sizes, kind) for operand, kind in given)
     return None if key is None and value is None else Attention(key, value, sizes)
 
 
@@ -236,7 +247,7 @@ def _product(node: Node, matched: Matched, codecs: Mapping[Group, Codec], facts:
     if sizes is None or len(shape(right)) != 4 or shape(left)[:2] != shape(node)[:2]:
         return None  # the same queries for all batch rows, say
     for kind, axes in (("value", Axes(0, 2)), ("key", Axes(0, 3))):
-        latent = _latent(matched, codecs, facts, right, axes, sizes)
+        latent = _latent(matched, codecs, facts, right, axes, sizes, kind)
         if latent is not None:
             return Product(latent, kind, sizes)
     return None

@@ -17,6 +17,7 @@ import lorc_fx
 from helpers import cache_name, compiled, latents, new_cache, prompt
 from lorc_fx.errors import QualityWarning, StrictMiss
 from lorc_fx.packing import MODEL, Segment
+from lorc_fx.passes.cost import Device, seconds
 from lorc_fx.records import Plan
 from lorc_fx.report import Report, SiteReport
 
@@ -157,3 +158,52 @@ def test_the_length_is_printed() -> None:
     assert "codecs hold 701 bytes, paid for after 11 tokens" in str(Report((line(70, None, 701),), (), None))
     never = str(Report((line(70, 4, 701), line(-1, None, 0)), (), None))
     assert "codecs hold 701 bytes, paid for at no length" in " ".join(never.split())
+
+
+ALL = ("joint", "grouped", "identity")
+
+
+@pytest.mark.parametrize(
+    ("given", "chosen"),
+    [
+        ({"ratio": 0.45}, {"key": "identity", "value": "joint"}),
+        ({"ratio": 0.19}, {"key": "grouped", "value": "joint"}),
+        ({"ratio": 0.19, "objective": "bytes"}, {"key": "joint", "value": "joint"}),
+        ({"ratio": 0.45, "basis": "grouped"}, {"key": "grouped", "value": "grouped"}),
+    ],
+)
+def test_what_other_bases_would_cost(given: dict[str, Any], chosen: dict[str, str], capsys: Any) -> None:
+    """Of each site at its own bytes: the chosen one costs what the plan says, in loss and in time."""
+    model = build("llama-gqa")
+    args, kwargs = call(model)
+    options = {"calibration": "none", "precision": "auto", "scheduler": "uniform", **given}
+    report = lorc_fx.explain(model, *args, options=options, **kwargs)
+    assert "at the same bytes: loss (share of energy), us a step at least" in capsys.readouterr().out
+    device = Device("a device", 1.0, 1.0, "made up", fused=False)
+    for site in report.sites:
+        assert site.basis == chosen[site.kind]
+        assert tuple(o.basis for o in site.others) == ALL
+        (own,) = (o for o in site.others if o.basis == site.basis)
+        assert own.loss == pytest.approx(site.predicted)
+        assert own.lowering == site.lowering
+        assert seconds(own.lowering, device, **site.sizes(100, 3, own)) == seconds(
+            site.lowering, device, **site.sizes(100, 3)
+        )
+        assert all(o.row_bytes <= site.row_bytes + (4 if site.kind == "key" else 0) for o in site.others)
+        joint, grouped, _ = site.others
+        assert joint.loss <= grouped.loss * 1.0001, "no basis of groups holds more than a joint one"
+    costs = report.json()["sites"][0]["others"]
+    assert [c["basis"] for c in costs] == list(ALL) and all(c["seconds"] > 0 for c in costs)
+
+
+def test_a_basis_that_cannot_have_so_few_bytes_is_said() -> None:
+    """Without statistics no column has less than 4 bits, and identity cannot drop any. A plan has no alternatives."""
+    model = build("llama-gqa")
+    args, kwargs = call(model)
+    paper = {**lorc_fx.PAPER, "ratio": 0.5}
+    report = lorc_fx.explain(model, *args, options=paper, **kwargs)
+    assert all({o.basis for o in s.others} == {"joint", "grouped"} for s in report.sites)
+    assert str(report).count("too few bytes") == len(report.sites)
+    args, kwargs = call(model)
+    again = lorc_fx.explain(model, *args, options={"plan": report.plan}, **kwargs)
+    assert not any(s.others for s in again.sites)
