@@ -192,7 +192,8 @@ def test_training_runs_untouched():
     model, plain = decoder(grad=True).train(), decoder(grad=True).train()
     with pytest.warns(errors.LorcWarning, match="no gradient.*uncompressed") as caught:
         logits, cache = compiled(model)(IDS)
-    assert len(caught) == 1 and not any(isinstance(t, LatentKV) for t in cache)
+    said = [w for w in caught if issubclass(w.category, errors.LorcWarning)]  # torch has its own about Python 3.13.0
+    assert len(said) == 1 and not any(isinstance(t, LatentKV) for t in cache)
     logits.square().mean().backward()
     plain(IDS)[0].square().mean().backward()
     for name, parameter in model.named_parameters():
