@@ -14,10 +14,13 @@ import typer
 
 from lorc_fx import cli_machine, cli_report
 from lorc_fx.cli_options import (
+    Basis,
     BytesPerToken,
     Calibrated,
+    GroupSize,
     Json,
     ModelPath,
+    Objective,
     Precision,
     Ratio,
     Ratios,
@@ -106,6 +109,9 @@ def explain(
     bytes_per_token: BytesPerToken = None,
     scheduler: Scheduler = None,
     precision: Precision = None,
+    basis: Basis = None,
+    group_size: GroupSize = None,
+    objective: Objective = None,
     calibration: Calibrated = None,
     dtype: RunsIn = DType.bf16,
     tokens: Annotated[int, typer.Option(min=2, help="Length of the example prompt.")] = 16,
@@ -122,6 +128,7 @@ def explain(
             from lorc_fx.report import examined
 
             knobs = {"precision": precision, "calibration": calibration}
+            knobs |= {"basis": basis, "group_size": group_size, "objective": objective}
             options = Options.parse({}, ratio=ratio, bytes_per_token=bytes_per_token, scheduler=scheduler, **knobs)
             loaded, _ = load_model(model, dtype.torch(), show.stage)
             show.stage("Reading the graph")
@@ -149,6 +156,9 @@ def certify(
     calibration: Calibrated = None,
     scheduler: Scheduler = None,
     precision: Precision = None,
+    basis: Basis = None,
+    group_size: GroupSize = None,
+    objective: Objective = None,
     dtype: RunsIn = DType.bf16,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens of the prompt, at most.")] = 128,
     rounding: Annotated[bool, typer.Option("--rounding", help="Bound what a machine rounds too.")] = False,
@@ -176,6 +186,7 @@ def certify(
             if plot is not None:
                 plan_plot.check("plot", plot)
             knobs = {"calibration": calibration, "scheduler": scheduler, "precision": precision}
+            knobs |= {"basis": basis, "group_size": group_size, "objective": objective}
             options = Options.parse({}, ratio=ratio, bytes_per_token=bytes_per_token, **knobs)
             given = prompt if text is None else read_text(text)
             loaded, tokenizer = load_model(model, dtype.torch(), show.stage)
@@ -260,6 +271,9 @@ def evaluate(
     calibration: Calibrated = None,
     scheduler: Scheduler = None,
     precision: Precision = None,
+    basis: Basis = None,
+    group_size: GroupSize = None,
+    objective: Objective = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to score, at most.")] = 2048,
     prompt_tokens: Annotated[int, typer.Option(min=0, help="First tokens that are not scored: the prompt.")] = 1024,
     chunk: Annotated[int, typer.Option(min=1, help="Tokens per call of the loss that is read through the cache.")] = 32,
@@ -271,6 +285,7 @@ def evaluate(
 ) -> None:
     """Loss, perplexity and retrieval of a text file, dense beside compressed."""
     knobs = {"calibration": calibration, "scheduler": scheduler, "precision": precision}
+    knobs |= {"basis": basis, "group_size": group_size, "objective": objective}
     options = {name: value for name, value in knobs.items() if value is not None}
     with reported():
         with Show() as show:
@@ -319,6 +334,9 @@ def plan(
     calibration: Calibrated = None,
     scheduler: Scheduler = None,
     precision: Precision = None,
+    basis: Basis = None,
+    group_size: GroupSize = None,
+    objective: Objective = None,
     dtype: RunsIn = DType.bf16,
     sweep: Annotated[str, typer.Option(help="Ratios whose predicted loss is shown, with commas between.")] = "",
     plot: Annotated[Path | None, typer.Option(help="Also draw the sweep: PATH.png and PATH.svg.")] = None,
@@ -337,6 +355,7 @@ def plan(
 
             plan_command.check(output, ratios, plot, text, measure)
             knobs = {"calibration": calibration, "scheduler": scheduler, "precision": precision}
+            knobs |= {"basis": basis, "group_size": group_size, "objective": objective}
             budget = {"ratio": ratio, "bytes_per_token": bytes_per_token}
             many = plan_command.asked(knobs, budget, ratios, output is not None)
             loaded, tokenizer = load_model(model, dtype.torch(), show.stage)

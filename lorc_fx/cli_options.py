@@ -21,7 +21,9 @@ Ratios = Annotated[list[float] | None, typer.Option("--ratio", help="Cache bytes
 BytesPerToken = Annotated[int | None, typer.Option(help="The same budget in bytes, instead of --ratio.")]
 Scheduler = Annotated[str | None, typer.Option(help="progressive (LoRC), uniform, energy, loss.")]
 Precision = Annotated[str | None, typer.Option(help="model (LoRC), int8, int4, auto.")]
-Basis = Annotated[str | None, typer.Option(help="joint, identity, auto.")]
+Basis = Annotated[str | None, typer.Option(help="joint, grouped, identity, auto.")]
+GroupSize = Annotated[int | None, typer.Option(help="Cached heads of a group, for --basis grouped.")]
+Objective = Annotated[str | None, typer.Option(help="What --basis auto may trade: balanced, bytes, time.")]
 Calibrated = Annotated[
     str | None, typer.Option(help="first-prompt (the default), none, or what `lorc calibrate` wrote.")
 ]

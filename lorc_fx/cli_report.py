@@ -8,10 +8,13 @@ from typing import Annotated
 import typer
 
 from lorc_fx.cli_options import (
+    Basis,
     BytesPerToken,
     Calibrated,
+    GroupSize,
     Json,
     ModelPath,
+    Objective,
     Precision,
     Ratio,
     RunsIn,
@@ -42,6 +45,9 @@ def report(
     bytes_per_token: BytesPerToken = None,
     scheduler: Scheduler = None,
     precision: Precision = None,
+    basis: Basis = None,
+    group_size: GroupSize = None,
+    objective: Objective = None,
     calibration: Calibrated = None,
     dtype: RunsIn = DType.bf16,
     sweep: Annotated[str, typer.Option(help="Ratios of the curve of loss against bytes; '' for none.")] = SWEEP,
@@ -72,6 +78,7 @@ def report(
 
             timed = tuple(sizes("time_tokens", lengths, MOST_TOKENS)) if time else ()
             knobs = {"precision": precision, "calibration": calibration, "scheduler": scheduler}
+            knobs |= {"basis": basis, "group_size": group_size, "objective": objective}
             options = Options.parse({}, ratio=ratio, bytes_per_token=bytes_per_token, **knobs)
             asked = html_report.Asked(
                 ratios, text, measure, tokens, hidden, needle_keys, timed, repeats=repeats, inner=inner
