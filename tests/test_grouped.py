@@ -134,6 +134,21 @@ def test_a_group_of_all_heads_is_joint(size):
     assert (error(got, want) < 1e-5) == (size > 2)
 
 
+@pytest.mark.parametrize(("name", "kind"), [("llama-gqa", "dynamic"), ("gpt2", "static")])
+def test_under_inductor(name, kind):
+    """Keys decoded by groups and values read as latents in the graph, and both by the op."""
+    model = FAMILIES[name].build(layers=1)
+    other, new = copy.deepcopy(model), 3
+    ids, mask = prompt(2, 9, 3)
+    got = generate(
+        compiled(model, **MIXED, ratio=0.2, inner="inductor"), ids, mask, new_cache(model, kind, 12), new=new
+    )
+    want = generate(compiled(other, **MIXED, ratio=0.2), ids, mask, new_cache(other, kind, 12), new=new)
+    assert {x.codec.groups for pair in latents(got.cache) for x in pair} == {2 if name == "llama-gqa" else 4}
+    assert_tokens("tokens", got.sequences, want.sequences)
+    assert_close("logits", got.logits, want.logits, 1e-4)
+
+
 # -- readers ----------------------------------------------------------------------------------------------------------
 
 
