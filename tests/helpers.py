@@ -6,6 +6,7 @@ import inspect
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from torch.fx import GraphModule
 from transformers import DynamicCache, LogitsProcessor, StaticCache
@@ -145,6 +146,17 @@ def piecewise(model: Any, ids: torch.Tensor, cache: Any, cuts: list[int]) -> tor
     """Logits at every position, the prompt being fed in pieces that end at ``cuts``."""
     pieces = [ids[:, a:b] for a, b in zip([0, *cuts[:-1]], cuts, strict=True)]
     return torch.cat([model(p, **{cache_name(model): cache, "use_cache": True}).logits for p in pieces], 1)
+
+
+# -- cases ----------------------------------------------------------------------------------------------------------
+
+
+def some(cases: Any, quick: Any) -> list[Any]:
+    """Cases (values, or tuples of them) as pytest's parameters: those in ``quick`` run by default; the others, which
+    show the same on more models, are slow."""
+    marks = [() if case in quick else pytest.mark.slow for case in cases]
+    values = [case if isinstance(case, tuple) else (case,) for case in cases]
+    return [pytest.param(*v, marks=m) for v, m in zip(values, marks, strict=True)]
 
 
 # -- compiling -------------------------------------------------------------------------------------------------------

@@ -56,7 +56,7 @@ MADE = {"chunked": chunked, "convolutions": convolutions, "encoder-decoder": enc
 SETUPS = [
     ("llama-gqa", "static", 0.5, True),
     ("gemma3", "dynamic", 1.0, True),
-    ("encoder-decoder", "dynamic", 1.0, True),
+    ("encoder-decoder", "dynamic", 1.0, False),
     ("llama-gqa", "dynamic", 0.5, False),
     ("gemma3", "dynamic", 0.5, False),
     ("gemma3", "static", 1.0, False),

@@ -12,7 +12,7 @@ from oracle import coded_cache, coded_oracle
 from transformers import DynamicCache
 
 import lorc_fx
-from helpers import assert_close, compiled, error, latents, new_cache, piecewise, prompt
+from helpers import assert_close, compiled, error, latents, new_cache, piecewise, prompt, some
 from lorc_fx import Calibration, calibration
 from lorc_fx.calibration import basis_of, fingerprint, groups_of
 from lorc_fx.errors import BadCalibration
@@ -159,8 +159,8 @@ def test_other_weights_are_refused():
         other(prompt(2, 12)[0])
 
 
-@pytest.mark.parametrize("ratio", [0.2, 0.35])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("ratio", some([0.2, 0.35], [0.2]))
+@pytest.mark.parametrize("name", some(NAMES, ["llama-gqa", "gpt2", "gemma3"]))
 def test_calibrated_models_are_the_oracle(name, ratio):
     """Mixed precision, sinks and all: one function, however the text is cut."""
     family = FAMILIES[name]
@@ -181,7 +181,7 @@ def test_calibrated_models_are_the_oracle(name, ratio):
 
 
 @pytest.mark.parametrize("precision", ["auto", "int8", "int4", "model"])
-@pytest.mark.parametrize("scheduler", ["loss", "progressive", "uniform", "energy"])
+@pytest.mark.parametrize("scheduler", some(["loss", "progressive", "uniform", "energy"], ["loss", "progressive"]))
 def test_bytes_held_are_bytes_planned(precision, scheduler):
     model = FAMILIES["llama-gqa"].build()
     given = {"ratio": 0.4, "precision": precision, "scheduler": scheduler, "calibration": quiet(model, [text()])}
@@ -255,7 +255,7 @@ def test_keys_are_coded_for_the_queries_that_read_them(name):
 
 
 @pytest.mark.parametrize("bos", [True, False])
-@pytest.mark.parametrize("name", ["llama-gqa", "gpt2", "gemma3"])
+@pytest.mark.parametrize("name", some(["llama-gqa", "gpt2", "gemma3"], ["llama-gqa", "gpt2"]))
 def test_padding_and_first_tokens_change_nothing(name, bos):
     """A row alone, and the same row padded on the left in a batch, in one piece and in two: with a constant first token
     (which has a mean of its own) and with any. gemma3 has windows that the text outgrows."""
