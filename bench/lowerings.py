@@ -46,11 +46,16 @@ TIE = 1.1
 
 @dataclass(frozen=True)
 class Way:
-    """``key`` and ``value``: how each is read (names of ``cost.LOWERINGS``)."""
+    """``key`` and ``value``: how each is read (names of ``cost.LOWERINGS``); ``by_heads``: each head in columns of its
+    own."""
 
     name: str
     key: str
     value: str
+    by_heads: bool = False
+
+    def groups(self, heads: int) -> int:
+        return heads if self.by_heads else 1
 
 
 WAYS = (
@@ -58,6 +63,7 @@ WAYS = (
     Way("int8", "rows", "rows"),
     Way("int8, values half", "rows", "latent"),
     Way("half, absorbed", "latent", "latent"),
+    Way("half, by heads", "latent", "latent", by_heads=True),
     Way("half, keys in tiles", "tiles", "latent"),
     Way("half, keys decoded", "decoding", "latent"),
 )
@@ -87,17 +93,19 @@ def plain(heads: int, dim: int) -> Decoder:
     return Decoder(module, heads * dim, ("B", heads, "T", dim), torch.float32, None, "none", digest=f"p{heads}.{dim}")
 
 
-def operand(how: str, tokens: int, batch: int, heads: int, dim: int) -> tuple[Operand, Stored]:
-    """One cached operand of int8 columns: all n of them as they are, or half as many in a joint basis."""
+def operand(how: str, tokens: int, batch: int, heads: int, dim: int, groups: int = 1) -> tuple[Operand, Stored]:
+    """One cached operand of int8 columns: all n of them as they are, or half as many in a joint basis, or in one for
+    each of ``groups`` of heads."""
     n = heads * dim
     whole = how == "rows"
     form = Format((Segment(n if whole else n // 2, 8),), 1, torch.float32)
     rows = pack(torch.randn(tokens, batch, form.columns), None, None, form.spec, 1, torch.float32)
     decoded = how in ("tiles", "decoding")
     side = torch.arange(tokens, dtype=torch.int32)[:, None].expand(tokens, batch).contiguous() if decoded else None
-    codec = () if whole else (torch.randn(form.columns, n) / math.sqrt(n),)
+    codec = () if whole else (torch.randn(form.columns // groups, n) / math.sqrt(n),)
     made = rotary(heads, dim) if decoded else plain(heads, dim)
-    return Operand(form, form.columns, made, heads, dim, None, not decoded, not whole, False), Stored(rows, side, codec)
+    about = Operand(form, form.columns, made, heads, dim, None, not decoded, not whole, False, groups=groups)
+    return about, Stored(rows, side, codec)
 
 
 def runs(tokens: int, batch: int, shape: tuple[int, int, int]) -> list[Callable[[], torch.Tensor]]:
@@ -111,7 +119,8 @@ def runs(tokens: int, batch: int, shape: tuple[int, int, int]) -> list[Callable[
         lambda: F.scaled_dot_product_attention(query, keys, values, enable_gqa=query_heads != heads)
     ]
     for way in WAYS[1:]:
-        (k, k_stored), (v, v_stored) = (operand(how, tokens, batch, heads, dim) for how in (way.key, way.value))
+        groups = way.groups(heads)
+        (k, k_stored), (v, v_stored) = (operand(how, tokens, batch, heads, dim, groups) for how in (way.key, way.value))
         about = Attend(k, v, scores, ())
         if way.key == "decoding":
             found.append(_decoding(query, k, k_stored, v, v_stored, scale))
@@ -145,6 +154,7 @@ def predicted(way: Way, device: cost.Device, tokens: int, batch: int, shape: tup
     for how in (way.key, way.value):
         k = n if how in ("rows", "dense") else n // 2
         sizes = {"B": batch, "T": tokens, "S": 1, "H": query_heads, "D": dim, "n": n, "k": k, "w": k + 2, "e": 4}
+        sizes["g"] = way.groups(heads)
         total += cost.seconds(how, device, **sizes)
     return total
 

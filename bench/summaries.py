@@ -8,7 +8,7 @@ from typing import Any
 from bench.verdicts import summary
 
 #: of ``bench.lowerings``: what dense is compared with, as the ways are called there
-READ = ("int8", "int8, values half", "half, absorbed")
+READ = ("int8", "int8, values half", "half, absorbed", "half, by heads")
 #: of ``bench.growth``: cached tokens
 LENGTHS = (512, 4096)
 
@@ -30,7 +30,7 @@ def lowered(result: dict[str, Any]) -> str:
     lines = []
     for row in result["rows"]:
         ms = {way["name"]: way["ms"] for way in row["ways"]}
-        ratios = [f"{ms['dense'] / ms[name]:.2f}" for name in READ]
+        ratios = [f"{ms['dense'] / ms[name]:.2f}" if name in ms else "–" for name in READ]
         name = f"{row['shape']}, batch {row['batch']}, {row['tokens']} tokens"
         lines.append([name, f"{ms['dense']:.2f} ms", *ratios])
     return markdown(["attention of one layer", "dense", *READ], lines)
