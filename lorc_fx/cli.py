@@ -127,7 +127,7 @@ def explain(
             from lorc_fx.options import Options
             from lorc_fx.report import examined
 
-            knobs = {"precision": precision, "calibration": calibration}
+            knobs: dict[str, Any] = {"precision": precision, "calibration": calibration}
             knobs |= {"basis": basis, "group_size": group_size, "objective": objective}
             options = Options.parse({}, ratio=ratio, bytes_per_token=bytes_per_token, scheduler=scheduler, **knobs)
             loaded, _ = load_model(model, dtype.torch(), show.stage)
@@ -185,7 +185,7 @@ def certify(
 
             if plot is not None:
                 plan_plot.check("plot", plot)
-            knobs = {"calibration": calibration, "scheduler": scheduler, "precision": precision}
+            knobs: dict[str, Any] = {"calibration": calibration, "scheduler": scheduler, "precision": precision}
             knobs |= {"basis": basis, "group_size": group_size, "objective": objective}
             options = Options.parse({}, ratio=ratio, bytes_per_token=bytes_per_token, **knobs)
             given = prompt if text is None else read_text(text)
@@ -284,7 +284,7 @@ def evaluate(
     json_file: Json = None,
 ) -> None:
     """Loss, perplexity and retrieval of a text file, dense beside compressed."""
-    knobs = {"calibration": calibration, "scheduler": scheduler, "precision": precision}
+    knobs: dict[str, Any] = {"calibration": calibration, "scheduler": scheduler, "precision": precision}
     knobs |= {"basis": basis, "group_size": group_size, "objective": objective}
     options = {name: value for name, value in knobs.items() if value is not None}
     with reported():
@@ -354,7 +354,7 @@ def plan(
             from lorc_fx.models import load_model
 
             plan_command.check(output, ratios, plot, text, measure)
-            knobs = {"calibration": calibration, "scheduler": scheduler, "precision": precision}
+            knobs: dict[str, Any] = {"calibration": calibration, "scheduler": scheduler, "precision": precision}
             knobs |= {"basis": basis, "group_size": group_size, "objective": objective}
             budget = {"ratio": ratio, "bytes_per_token": bytes_per_token}
             many = plan_command.asked(knobs, budget, ratios, output is not None)

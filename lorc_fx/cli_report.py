@@ -77,7 +77,7 @@ def report(
             from lorc_fx.options import Options
 
             timed = tuple(sizes("time_tokens", lengths, MOST_TOKENS)) if time else ()
-            knobs = {"precision": precision, "calibration": calibration, "scheduler": scheduler}
+            knobs: dict[str, Any] = {"precision": precision, "calibration": calibration, "scheduler": scheduler}
             knobs |= {"basis": basis, "group_size": group_size, "objective": objective}
             options = Options.parse({}, ratio=ratio, bytes_per_token=bytes_per_token, **knobs)
             asked = html_report.Asked(
