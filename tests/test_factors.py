@@ -13,6 +13,7 @@ from lorc_fx.codec import prior_basis
 from lorc_fx.decoder import Decoder
 from lorc_fx.errors import BadWeight
 from lorc_fx.factors import factorise, gram, spectrum
+from lorc_fx.groups import on_diagonal
 from lorc_fx.packing import MODEL, Segment
 from lorc_fx.prepared import Prepared
 from lorc_fx.records import PlannedSite
@@ -104,12 +105,15 @@ def test_one_bad_number_is_found_wherever_it_is(bad, place):
 
 
 def test_blocks_of_the_gram_matrix_are_those_of_groups_of_rows():
-    from lorc_fx.calibration import _blocks
-
     weight = matrix(24, 40, 0)
     for groups in (1, 2, 6):
-        found = _blocks(gram(weight, "a site"), groups)
-        assert torch.allclose(found, second_moment(weight.T, groups), rtol=1e-13, atol=1e-12)
+        found = on_diagonal(gram(weight, "a site"), groups)
+        want = second_moment(weight.T, groups)
+        assert torch.allclose(found, want, rtol=1e-13, atol=1e-12)
+        assert torch.equal(on_diagonal(found, groups), found)
+        for other in (1, 2, 3, 12):  # of what is known by blocks: zeros outside of them
+            known = on_diagonal(torch.block_diag(*found), other)
+            assert torch.equal(on_diagonal(found, other), known)
 
 
 # -- a site's codec from singular values alone ------------------------------------------------------------------------
