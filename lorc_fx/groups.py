@@ -51,12 +51,12 @@ def repeats(heads: torch.Tensor) -> int:
 def on_diagonal(blocks: torch.Tensor, groups: int) -> torch.Tensor:
     """The ``groups`` blocks on the diagonal [groups, n / groups, n / groups] of a matrix [n, n], or of one that is
     known by the blocks on its diagonal [g, n / g, n / g] (zero outside of them)."""
-    if blocks.dim() == 3:
-        if len(blocks) == groups:
-            return blocks
-        blocks = blocks[0] if len(blocks) == 1 else torch.block_diag(*blocks)
-    parts = blocks.unflatten(0, (groups, -1)).unflatten(2, (groups, -1))
-    return parts.diagonal(dim1=0, dim2=2).movedim(-1, 0)
+    blocks = blocks.unsqueeze(0) if blocks.dim() == 2 else blocks
+    if groups % len(blocks):
+        blocks = torch.block_diag(*blocks).unsqueeze(0)
+    each = groups // len(blocks)
+    parts = blocks.unflatten(1, (each, -1)).unflatten(3, (each, -1)).diagonal(dim1=1, dim2=3)
+    return parts.movedim(-1, 1).flatten(0, 1)
 
 
 def by_place(energy: torch.Tensor) -> torch.Tensor:

@@ -119,6 +119,8 @@ def counted(lowering: str, **sizes: float) -> tuple[float, float, float]:
 def seconds(lowering: str, device: Device, **sizes: float) -> float:
     """The least time of a lowering on ``device``: whatever of memory, arithmetic and unpacking takes longest
     (Williams et al., Roofline, 2009), or their sum where they are ``apart``; and an operand's share of a call."""
+    if device.fused:  # generated kernels read every column of a row for every head
+        sizes = {**sizes, "g": 1}
     apart, call = LOWERINGS[lowering].apart or (lowering == "tiles" and not device.fused), device.call / 2
     if lowering == "dense":
         call = 0.0

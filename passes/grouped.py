@@ -1,8 +1,8 @@
 """Columns by groups, in a graph: each group's features are decoded from its own columns alone, and of sums over tokens
 each head takes its own.
 
-joint      c [T, B, k] @ S [k, n]                                              2 k n FLOP a token
-grouped    c -> [G, T B, k / G];  S -> its G blocks [k / G, n / G];  bmm       2 k n / G
+    joint      c [T, B, k] @ S [k, n]                              2 k n FLOP a token
+    grouped    c -> [G, T B, k / G] @ S -> [G, k / G, n / G]       2 k n / G
 """
 
 from __future__ import annotations

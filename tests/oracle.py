@@ -1,7 +1,8 @@
 """The function that a model with compressed keys and values computes.
 
 ``oracle``: after each key and value projection, ``y -> b + (y - b) U U^T`` with U the leading left singular vectors of
-the fp64 weight; it shares nothing with lorc_fx but the ranks. ``coded_oracle``: what is rounded, too; from a codec's
+the fp64 weight (of groups of its rows apart, where there are any); it shares nothing with lorc_fx but the ranks.
+``coded_oracle``: what is rounded, too; from a codec's
 matrices and format and the quantiser's constants.
 """
 
@@ -16,12 +17,17 @@ from transformers import DynamicCache
 from helpers import assert_close, latents
 
 
-def oracle(family: Family, model: Any, ranks: list[tuple[int, int]]) -> Any:
-    """``model`` with a hook after each projection, at the ranks (keys, values) of each layer."""
+def oracle(
+    family: Family, model: Any, ranks: list[tuple[int, int]], groups: list[tuple[int, int]] | None = None
+) -> Any:
+    """``model`` with a hook after each projection, at the ranks (keys, values) of each layer, which are those of all
+    ``groups`` together."""
     for p in family.projections(model):
-        rank = ranks[p.layer][p.kind == "value"]
-        u = torch.linalg.svd(p.weight.double())[0][:, :rank]
-        p.module.register_forward_hook(_projected(p.features, p.bias.double(), u @ u.T))
+        count = 1 if groups is None else groups[p.layer][p.kind == "value"]
+        rank, parts = ranks[p.layer][p.kind == "value"] // count, p.weight.double().unflatten(0, (count, -1))
+        leading = [torch.linalg.svd(part)[0][:, :rank] for part in parts]
+        project = torch.block_diag(*(u @ u.T for u in leading))
+        p.module.register_forward_hook(_projected(p.features, p.bias.double(), project))
     return model
 
 
@@ -36,6 +42,10 @@ def _projected(features: torch.Tensor, bias: torch.Tensor, project: torch.Tensor
 
 def ranks_of(cache: Any) -> list[tuple[int, int]]:
     return [(k.codec.rank, v.codec.rank) for k, v in latents(cache)]
+
+
+def groups_of(cache: Any) -> list[tuple[int, int]]:
+    return [(k.codec.groups, v.codec.groups) for k, v in latents(cache)]
 
 
 def coded_oracle(family: Family, model: Any, pairs: Any, ids: torch.Tensor) -> Any:

@@ -73,6 +73,9 @@ def test_what_takes_longest_counts():
         moved, multiplied, _ = cost.counted(how, **sizes)
         assert cost.seconds(how, device, **sizes) == moved + multiplied, "ops that write their results one by one"
     assert cost.seconds("tiles", one, **sizes) == max(cost.counted("tiles", **sizes)[:2])
+    halves = {**sizes, "g": 2}
+    assert cost.seconds("latent", ops, **halves) < cost.seconds("latent", ops, **sizes)
+    assert cost.seconds("latent", one, **halves) == cost.seconds("latent", one, **sizes), "kernels read all columns"
     called = cost.Device("slow to call", 1.0, 1.0, "", call=1e6)
     assert cost.seconds("latent", called, **sizes) == cost.seconds("latent", one, **sizes) + 5e5
     assert cost.seconds("dense", called, **sizes) == cost.seconds("dense", one, **sizes)

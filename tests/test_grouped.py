@@ -11,7 +11,7 @@ import torch
 from families import FAMILIES
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import coded_cache, coded_oracle
+from oracle import coded_cache, coded_oracle, groups_of, oracle, ranks_of
 
 import lorc_fx
 from helpers import (
@@ -45,25 +45,6 @@ MIXED = {**GROUPED, "precision": "auto", "scheduler": "energy"}
 FEW = ("llama-bias", "llama-gqa", "gpt2", "gpt-neox", "falcon-gqa", "bloom", "qwen3")
 
 
-def own_projections(family: Any, model: Any, pairs: Any) -> Any:
-    """``model`` whose keys and values pass, group by group, through the leading singular vectors of the group's rows of
-    the weight: what LoRC does to a model with so many attention modules. Shares nothing with lorc_fx but the ranks."""
-    for p in family.projections(model):
-        codec = pairs[p.layer][p.kind == "value"].codec
-        groups, weight = codec.groups, p.weight.double()
-        rank = codec.rank // groups
-        parts = [torch.linalg.svd(w)[0][:, :rank] for w in weight.view(groups, -1, weight.shape[1])]
-        project = torch.block_diag(*(u @ u.T for u in parts))
-
-        def hook(module: Any, args: Any, y: torch.Tensor, p: Any = p, project: torch.Tensor = project) -> torch.Tensor:
-            changed = y.clone()
-            changed[..., p.features] = (p.bias + (y[..., p.features].double() - p.bias) @ project).to(y.dtype)
-            return changed
-
-        p.module.register_forward_hook(hook)
-    return model
-
-
 @pytest.mark.parametrize(
     ("name", "kind"),
     some(
@@ -77,9 +58,10 @@ def test_each_group_keeps_its_own_singular_vectors(name, kind):
     plain, truth = copy.deepcopy(model), copy.deepcopy(model)
     ids, cache = prompt(2, TOKENS)[0], new_cache(model, kind, TOKENS)
     got = piecewise(compiled(model, **GROUPED, ratio=0.5), ids, cache, [7, 8, TOKENS])
-    pairs = latents(cache)
-    assert {x.codec.groups for pair in pairs for x in pair} - {1}, "no site has several heads: this test shows nothing"
-    want = piecewise(own_projections(family, truth, pairs), ids, new_cache(model, kind, TOKENS), [TOKENS])
+    groups = groups_of(cache)
+    assert any(count > 1 for pair in groups for count in pair), "no site has several heads: this test shows nothing"
+    alone = oracle(family, truth, ranks_of(cache), groups)
+    want = piecewise(alone, ids, new_cache(model, kind, TOKENS), [TOKENS])
     assert_close(f"{name}, logits", got, want, 1e-4)
     dense = piecewise(plain, ids, new_cache(model, kind, TOKENS), [TOKENS])
     assert error(want, dense) > 1e-2, "the ranks take nothing away: this test shows nothing"

@@ -156,7 +156,8 @@ class _Tables:
     def __init__(self, codec: Codec, weight: torch.Tensor, groups: int) -> None:
         n, r = weight.shape[0], codec.format.columns
         encode = codec.encode.double()
-        decode = torch.eye(n, dtype=torch.float64) if codec.matrix is None else codec.matrix.double()
+        matrix = codec.matrix
+        decode = torch.eye(n, dtype=torch.float64) if matrix is None else matrix.double()
         shift = encode.new_zeros(len(encode)) if codec.shift is None else codec.shift.double()
         self.encode, self.shift, self.decode = encode, shift, decode
         self.offsets = encode.new_zeros((1, r)) if codec.offsets is None else codec.offsets.double()
@@ -287,10 +288,11 @@ def computed(
     the model's dtype: gamma_k |S| |c|, then a rounding of each."""
     form, r = codec.format, codec.format.columns
     sums, lost = _sums(codec, x, radius), code_rounding(codec, x, radius)
-    if codec.matrix is None:
+    matrix = codec.matrix
+    if matrix is None:
         entries = lost
     else:
-        read = codec.matrix.double().abs()
+        read = matrix.double().abs()
         columns = sums if codec.offsets is None else sums + _padded(codec.offsets.double().abs().amax(0), sums)
         entries = lost[..., :r] @ read[:r] + gamma(len(read) + 1, accumulated(form.dtype)) * (columns @ read)
     entries = entries + 2 * unit(form.dtype) * (size + error.each + entries)

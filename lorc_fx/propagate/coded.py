@@ -119,7 +119,8 @@ def read_back(codec: Codec, x: torch.Tensor) -> torch.Tensor:
     if not form.plain:
         latent = codec.latents(pack(latent.float(), codec.offsets, codec.spread, form.spec, form.choices, form.dtype))
     latent = latent.to(form.dtype).double()
-    y = latent if codec.matrix is None else latent @ codec.matrix.double()
+    matrix = codec.matrix
+    y = latent if matrix is None else latent @ matrix.double()
     return y if codec.mean is None else y + codec.mean.double()
 
 
