@@ -1,4 +1,5 @@
-"""``rows.cpp`` and ``attend.cpp`` for torch: built when first used, by the compiler that inductor uses on a CPU."""
+"""``rows.cpp``, ``attend.cpp`` and ``pack.cpp`` for torch: built when first used, by the compiler that inductor uses
+on a CPU."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 PAD = 16
 """Floats that each run of weights is padded to: the widest vector of ``rows.cpp``."""
-_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _FIELD = 8
 """A plane of fields of b bits has kind 8 + b (``rows.cpp``)."""
 
@@ -31,22 +32,22 @@ class _Plane(ctypes.Structure):
 
 
 def source() -> str:
-    """What is compiled: ``attend.cpp`` behind ``rows.cpp``."""
-    return "\n".join((Path(__file__).parent / name).read_text() for name in ("rows.cpp", "attend.cpp"))
+    """What is compiled: ``attend.cpp`` and ``pack.cpp`` behind ``rows.cpp``."""
+    return "\n".join((Path(__file__).parent / name).read_text() for name in ("rows.cpp", "attend.cpp", "pack.cpp"))
 
 
 @functools.cache
 def library() -> Any:
-    """The compiled functions, or None (said once) where nothing compiles them: attention over rows then runs in
-    torch."""
+    """The compiled functions, or None (said once) where nothing compiles them: attention over rows and
+    the packing of new ones then run in torch."""
     try:
         made = compile_cpp(source())
     except Exception as error:  # whatever the compiler or its absence raises
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         text = (
-            f"rows.cpp does not compile ({reason}); attention over stored rows runs in torch ops, all of it: as right, "
-            "but slower. Any C++ compiler that inductor takes will do: install g++ or clang++, or set CXX, and start "
-            "again."
+            f"rows.cpp does not compile ({reason}); attention over stored rows and the packing of new ones run in "
+            "torch ops: as right, but slower. Any C++ compiler that inductor takes will do: install g++ or clang++, or "
+            "set CXX, and start again."
         )
         warnings.warn(text, KernelWarning, stacklevel=2)
         return None
@@ -57,7 +58,8 @@ def library() -> Any:
     made.lorc_attend.argtypes = [
         *[where] * 2, *[number] * 3, *[where] * 3, number, where, number, where, *[number] * 2, *[where] * 2, number
     ]  # fmt: skip
-    made.lorc_attend.restype = None
+    made.lorc_pack.argtypes = [where, *[number] * 3, where, where, number]
+    made.lorc_attend.restype = made.lorc_pack.restype = None
     return made
 
 
@@ -84,7 +86,7 @@ class Layout:
 def layout(form: Format, blocks: int) -> Layout | None:
     """None where ``rows.cpp`` does not know such rows: more than two means, or blocks that begin within a run of bytes
     and end in another field. Of several segments a block has its part of each."""
-    if form.choices > 2 or (form.choices == 2 and not form.scaled) or form.dtype not in _KINDS:
+    if form.choices > 2 or (form.choices == 2 and not form.scaled) or form.dtype not in KINDS:
         return None
     if any(s.columns % blocks for s in form.segments):
         return None
@@ -98,7 +100,7 @@ def layout(form: Format, blocks: int) -> Layout | None:
         each, weight = columns // blocks, 1.0
         if bits == MODEL:
             size = form.dtype.itemsize
-            found.append(_Plane(_KINDS[form.dtype], offset, each * size, blocks, each, 1, at))
+            found.append(_Plane(KINDS[form.dtype], offset, each * size, blocks, each, 1, at))
             pieces.append((first, first + each, at + torch.arange(each), weight))
             at += _padded(each)
         begin = offset

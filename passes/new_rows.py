@@ -11,6 +11,7 @@ from torch.fx import Node
 
 from lorc_fx.codec import Codec
 from lorc_fx.kernels import encode
+from lorc_fx.kernels import pack as by_op
 from lorc_fx.packing import pack
 
 from .axes import Axes, shape
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from .rewrite import Rewriter
 
 aten = torch.ops.aten
-_encode = torch.ops.lorc.encode
+_encode, _pack = torch.ops.lorc.encode, torch.ops.lorc.pack
 
 
 def encoded(r: Rewriter, index: int, site: Site) -> Node:
@@ -40,8 +41,17 @@ def encoded(r: Rewriter, index: int, site: Site) -> Node:
         x = r.call(aten.to.dtype, x, codec.encode.dtype)
     codes = r.call(aten.linear.default, x, own["encode"], *([] if own["shift"] is None else [own["shift"]]))
     if not form.plain:
-        codes = r.call(pack, codes, own["offsets"], own["spread"], form.spec, form.choices, form.dtype)
+        codes = _packed(r, site, codes, own["offsets"], own["spread"])
     return _token_major(r, codes, site.rows.x_axes, *_extent(r, site), [form.width])
+
+
+def _packed(r: Rewriter, site: Site, latent: Node, offsets: Node | None, spread: Node | None) -> Node:
+    """Latents [.., k] as rows of bytes: one op where the device has it, else those of ``pack``."""
+    form = r.codecs[site].format
+    if site.node.meta["val"].device.type not in by_op.DEVICES:
+        return r.call(pack, latent, offsets, spread, form.spec, form.choices, form.dtype)
+    columns, bits = zip(*form.spec, strict=True)
+    return r.call(_pack.default, latent, offsets, spread, list(columns), list(bits), form.choices, form.dtype)
 
 
 def _encoding(codec: Codec) -> dict[str, torch.Tensor | None]:
@@ -69,7 +79,7 @@ def _stored(r: Rewriter, site: Site, codec: Codec, owner: tuple[str, int]) -> No
         turned = r.call(aten.matmul.default, r.call(aten.to.dtype, heads, codec.consts[0].dtype), turn)
         flat = r.call(aten.flatten.using_ints, turned, -2, -1)
     if not form.plain:
-        flat = r.call(pack, flat, None, None, form.spec, form.choices, form.dtype)
+        flat = _packed(r, site, flat, None, None)
     return _token_major(r, flat, at, *_extent(r, site), [form.width])
 
 

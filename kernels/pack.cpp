@@ -1,0 +1,167 @@
+// Rows of bytes from latents: packing.pack, a token at a time.
+
+// One plane of a segment: ``bits`` bits of ``columns`` quantised columns from ``first`` on, those above ``shift``, at ``offset``
+// of the row. Byte j has columns j, j + n, j + 2 n .. of them from its lowest bits on, n bytes.
+struct Field { int64_t first, columns, shift, bits, offset; };
+
+// What a format and a codec say. ``exact`` columns come first, ``bytes`` each, and ``quantised`` ones behind them, whose steps at
+// scale 1 and 2^(bits - 1) are ``step`` and ``half``; ``offsets`` [choices, columns]; ``spread`` [columns] (or null); ``scale``
+// and ``index``: where in a row of ``width`` bytes they are (-1: nowhere).
+struct Codec {
+  int64_t exact, kind, quantised, choices, width, scale, index;
+  const Field* fields; int64_t n;
+  const float *step, *half, *offsets, *spread, *clips; int64_t candidates;
+  float least, snap;
+};
+
+static inline uint16_t float_to_half(float f) {   // to the nearest, ties to even
+  uint32_t bits; std::memcpy(&bits, &f, 4);
+  const uint16_t sign = uint16_t((bits >> 16) & 0x8000);
+  bits &= 0x7fffffff;
+  if (bits > 0x7f800000) return sign | 0x7e00;
+  if (bits >= 0x477ff000) return sign | 0x7c00;    // from 65520 on
+  if (bits < 0x38800000) {                         // subnormal: units of 2^-24
+    float size; std::memcpy(&size, &bits, 4);
+    return sign | uint16_t(std::nearbyint(size * 16777216.0f));
+  }
+  bits += 0xfff + ((bits >> 13) & 1);
+  return sign | uint16_t((bits - 0x38000000) >> 13);
+}
+
+static inline uint16_t float_to_bfloat(float f) {
+  uint32_t bits; std::memcpy(&bits, &f, 4);
+  if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fc0;
+  return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+static inline V down(V v) {
+#if defined(__AVX512F__)
+  return (V)_mm512_floor_ps((__m512)v);
+#elif defined(__AVX2__)
+  return (V)_mm256_floor_ps((__m256)v);
+#else
+  for (int i = 0; i < LANES; i++) v[i] = std::floor(v[i]);
+  return v;
+#endif
+}
+
+// Levels 0 .. 2 half - 1.
+static inline V level(V value, V step, V half) {
+  V q = down(value / step);
+  q = q < -half ? -half : q;
+  q = q > half - 1 ? half - 1 : q;
+  return q + half;
+}
+
+// The scale of a token's quantised ``values`` (padded with zeros, as ``spread`` is) of least squared error, in fp16.
+static uint16_t best_scale(const Codec& c, const float* values, const float* spread) {
+  V most = {};
+  bool known = true;
+  for (int64_t j = 0; j < c.quantised; j += LANES) {
+    const V v = load(values + j), size = (v < 0 ? -v : v) / (load(c.step + j) * load(c.half + j));
+    most = size > most ? size : most;
+  }
+  for (int64_t j = 0; j < c.quantised; j++) known &= values[j] == values[j];
+  if (!known) return 0x7e00;                       // what is no number is read as none
+  float largest = 0, least = INFINITY;
+  for (int i = 0; i < LANES; i++) largest = std::max(largest, most[i]);
+  auto limited = [&](float s) { return float_to_half(std::min(std::max(s, c.least), 65504.0f)); };
+  uint16_t best = limited(largest);
+  for (int64_t i = 0; i < c.candidates; i++) {
+    const uint16_t candidate = limited(largest * c.clips[i]);
+    const float scale = half_to_float(candidate);
+    V sum = {};
+    for (int64_t j = 0; j < c.quantised; j += LANES) {
+      const V v = load(values + j), half = load(c.half + j), step = scale * load(c.step + j);
+      const V off = ((level(v, step, half) - (half - 0.5f)) * step - v) * load(spread + j);
+      sum += off * off;
+    }
+    const float error = total(sum);
+    if (error < least) { least = error; best = candidate; }
+  }
+  return best;
+}
+
+static void pack_field(const Field& f, const int32_t* levels, uint8_t* row) {
+  const int64_t each = 8 / f.bits, count = (f.columns + each - 1) / each;
+  const int mask = (1 << f.bits) - 1;
+  const int32_t* from = levels + f.first;
+  uint8_t* to = row + f.offset;
+  for (int64_t j = 0; j < count; j++) to[j] = uint8_t((from[j] >> f.shift) & mask);
+  for (int64_t i = 1; i < each; i++) {
+    const int64_t rest = std::min(count, f.columns - i * count), by = i * f.bits;
+    for (int64_t j = 0; j < rest; j++) to[j] = uint8_t(to[j] | ((from[i * count + j] >> f.shift) & mask) << by);
+  }
+}
+
+// Takes the nearest mean off ``values`` and says which it is.
+static int64_t less_mean(const Codec& c, const float* near, float* values) {
+  int64_t index = 0;
+  float most = 0;
+  for (int64_t i = 1; i < c.choices; i++) if (near[i - 1] > most || (near[i - 1] != near[i - 1] && most == most)) {
+    most = near[i - 1];
+    index = i;
+  }
+  const int64_t columns = c.exact + c.quantised;
+  const float* gap = c.offsets + index * columns;
+  float away = 0, size = 0;
+  for (int64_t j = 0; j < columns; j++) {
+    const float unit = c.spread ? c.spread[j] : 1.0f;
+    values[j] -= gap[j];
+    away += values[j] * unit * values[j] * unit;
+    size += gap[j] * unit * gap[j] * unit;
+  }
+  if (std::sqrt(away) <= c.snap * std::sqrt(size)) std::fill(values, values + columns, 0.0f);
+  return index;
+}
+
+// latent [tokens, columns + choices - 1] of numbers of ``kind``, ``stride`` bytes apart -> rows [tokens, width]. ``step`` and
+// ``half`` have zeros' worth of ones behind them up to whole vectors.
+extern "C" void lorc_pack(const uint8_t* latent, int64_t kind, int64_t tokens, int64_t stride, const Codec* codec,
+                          uint8_t* rows, int64_t threads) {
+  const Codec& c = *codec;
+  const int64_t columns = c.exact + c.quantised, all = columns + c.choices - 1, room = columns + 2 * LANES;
+#pragma omp parallel num_threads(threads)
+  {
+    std::vector<float> held(all + 2 * LANES), spread(room, 0.0f);
+    std::vector<int32_t> levels(room);
+    for (int64_t j = 0; j < c.quantised; j++) spread[j] = c.spread ? c.spread[c.exact + j] : 1.0f;
+    std::vector<float> quantised(room, 0.0f);
+#pragma omp for
+    for (int64_t t = 0; t < tokens; t++) {
+      const uint8_t* from = latent + t * stride;
+      uint8_t* row = rows + t * c.width;
+      for (int64_t j = 0; j < all; j += LANES) {
+        const int64_t count = std::min<int64_t>(LANES, all - j);
+        const V v = kind == 0   ? numbers<0>(from + 4 * j, count)
+                    : kind == 1 ? numbers<1>(from + 2 * j, count)
+                                : numbers<2>(from + 2 * j, count);
+        store(held.data() + j, v);
+      }
+      float* const values = held.data();
+      const int64_t index = c.choices > 1 ? less_mean(c, values + columns, values) : 0;
+      std::fill(row, row + c.width, uint8_t(0));
+      if (c.kind == 0) {
+        std::memcpy(row, values, 4 * c.exact);
+      } else {
+        for (int64_t j = 0; j < c.exact; j++) {
+          const uint16_t two = c.kind == 1 ? float_to_bfloat(values[j]) : float_to_half(values[j]);
+          std::memcpy(row + 2 * j, &two, 2);
+        }
+      }
+      if (c.scale >= 0) {
+        std::memcpy(quantised.data(), values + c.exact, 4 * c.quantised);
+        const uint16_t best = best_scale(c, quantised.data(), spread.data());
+        const float scale = half_to_float(best);
+        for (int64_t j = 0; j < c.quantised; j += LANES) {
+          const V q = level(load(quantised.data() + j), scale * load(c.step + j), load(c.half + j));
+          *(I*)&levels[j] = __builtin_convertvector(q, I);
+        }
+        const uint16_t written = best | (c.choices == 2 && index == 1 ? 0x8000 : 0);
+        std::memcpy(row + c.scale, &written, 2);
+        for (int64_t i = 0; i < c.n; i++) pack_field(c.fields[i], levels.data(), row);
+      }
+      if (c.index >= 0) row[c.index] = uint8_t(index + 1);
+    }
+  }
+}

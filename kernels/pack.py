@@ -1,0 +1,128 @@
+"""``packing.pack`` as one op, ``lorc::pack``: on a CPU compiled code (``pack.cpp``) that makes one row after the other.
+
+A compiler can fuse the torch ops of ``pack``, but they are a hundred or more for each cached projection: traced,
+scheduled and compiled for every layer of every graph, and then loops of a few numbers each.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lorc_fx import packing
+from lorc_fx.packing import CLIPS, INDEX_BYTES, MODEL, SCALE_BYTES, SNAP, TINY, Format, Segment, planes, segment_bytes
+
+from . import native
+from .attend import LIBRARY
+
+DEVICES = ("cpu",)
+"""Types of devices on which graphs have the op. A GPU's compiler makes a few kernels of the ops of all layers."""
+
+ALONE = 1 << 15
+"""Columns of all rows, at most, that one thread packs: more are worth waking the others."""
+
+
+class _Field(ctypes.Structure):
+    _fields_ = [(n, ctypes.c_int64) for n in ("first", "columns", "shift", "bits", "offset")]
+
+
+class _Codec(ctypes.Structure):
+    _fields_ = [
+        *((n, ctypes.c_int64) for n in ("exact", "kind", "quantised", "choices", "width", "scale", "index")),
+        ("fields", ctypes.POINTER(_Field)),
+        ("n", ctypes.c_int64),
+        *((n, ctypes.c_void_p) for n in ("step", "half", "offsets", "spread", "clips")),
+        ("candidates", ctypes.c_int64),
+        ("least", ctypes.c_float),
+        ("snap", ctypes.c_float),
+    ]
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """A format for ``pack.cpp``; ``kept``: what ``about`` points to."""
+
+    about: _Codec
+    kept: tuple[Any, ...]
+
+
+@functools.lru_cache(maxsize=256)
+def _layout(form: Format) -> _Layout:
+    exact = sum(s.columns for s in form.segments if s.bits == MODEL)
+    offset, first, found = exact * form.dtype.itemsize, 0, []
+    scale = offset if form.scaled else -1
+    offset += SCALE_BYTES * form.scaled
+    for columns, bits in form.segments:
+        shift = 0
+        for plane in planes(bits) if bits != MODEL else ():
+            found.append(_Field(first, columns, shift, plane, offset))
+            offset, shift = offset + segment_bytes(columns, plane, 0), shift + plane
+        first += columns if bits != MODEL else 0
+    index = offset if packing.index_bytes(form.choices, form.scaled) == INDEX_BYTES else -1
+    step, half = packing.per_column(form.spec, torch.device("cpu")) if form.scaled else (torch.ones(0),) * 2
+    padded = [torch.cat([t, torch.ones(native.PAD)]) for t in (step, half)]
+    clips, fields = torch.tensor(CLIPS), (_Field * len(found))(*found)
+    about = _Codec(
+        exact, native.KINDS[form.dtype], first, form.choices, form.nbytes, scale, index, fields, len(found),
+        *(t.data_ptr() for t in padded), None, None, clips.data_ptr(), len(CLIPS), TINY,
+        SNAP * torch.finfo(form.dtype).eps,
+    )  # fmt: skip
+    return _Layout(about, (*padded, clips, fields))
+
+
+def pack(latent: torch.Tensor, offsets: torch.Tensor | None, spread: torch.Tensor | None, form: Format) -> torch.Tensor:
+    """``packing.pack``, by compiled code where the tensors are a CPU's and something compiles it. Rows are the same but
+    for what the order of sums decides: of two scales whose squared errors are equal up to rounding either may be
+    chosen, and a token that is within a rounding of the border may lie on its mean or beside it."""
+    made = native.library() if latent.device.type == "cpu" and latent.dtype in native.KINDS else None
+    if made is None or form.dtype not in native.KINDS or (form.choices > 1 and offsets is None):
+        return packing.pack(latent, offsets, spread, form.spec, form.choices, form.dtype)
+    width = latent.shape[-1]
+    flat = latent.reshape(-1, width)
+    flat = flat if flat.stride(1) == 1 else flat.contiguous()
+    small = [None if t is None else t.float().contiguous() for t in (offsets, spread)]
+    layout = _layout(form)
+    about = _Codec()
+    ctypes.pointer(about)[0] = layout.about
+    about.offsets, about.spread = [None if t is None else t.data_ptr() for t in small]
+    rows = latent.new_empty((*latent.shape[:-1], form.nbytes), dtype=torch.uint8)
+    step = flat.stride(0) * flat.element_size()
+    threads = 1 if flat.numel() <= ALONE else torch.get_num_threads()
+    kind = native.KINDS[latent.dtype]
+    made.lorc_pack(flat.data_ptr(), kind, flat.shape[0], step, ctypes.byref(about), rows.data_ptr(), threads)
+    return rows
+
+
+def _op(
+    latent: torch.Tensor,
+    offsets: torch.Tensor | None,
+    spread: torch.Tensor | None,
+    columns: Sequence[int],
+    bits: Sequence[int],
+    choices: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    return pack(latent, offsets, spread, _form(tuple(columns), tuple(bits), choices, dtype))
+
+
+@functools.lru_cache(maxsize=256)
+def _form(columns: tuple[int, ...], bits: tuple[int, ...], choices: int, dtype: torch.dtype) -> Format:
+    return Format(tuple(map(Segment, columns, bits)), choices, dtype)
+
+
+def _fake(latent, offsets, spread, columns, bits, choices, dtype):  # type: ignore[no-untyped-def]
+    form = _form(tuple(columns), tuple(bits), choices, dtype)
+    return latent.new_empty((*latent.shape[:-1], form.nbytes), dtype=torch.uint8)
+
+
+LIBRARY.define(
+    "pack(Tensor latent, Tensor? offsets, Tensor? spread, int[] columns, int[] bits, int choices, ScalarType dtype) "
+    "-> Tensor"
+)
+LIBRARY.impl("pack", _op, "CompositeExplicitAutograd")
+torch.library.register_fake("lorc::pack", _fake, lib=LIBRARY)

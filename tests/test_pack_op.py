@@ -1,0 +1,131 @@
+"""``lorc::pack``: compiled code makes the rows of ``packing.pack``."""
+
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_packing import DTYPES, formats, latent_of, scale_in
+
+from lorc_fx import packing
+from lorc_fx.kernels import native
+from lorc_fx.kernels.pack import ALONE, pack
+from lorc_fx.packing import BITS, MODEL, Format, Segment, unpack
+
+ODD = [1, 7, 15, 16, 17, 33, 129]
+
+
+def given_of(form):
+    """A format as the op takes it."""
+    columns, bits = zip(*form.spec, strict=True)
+    return list(columns), list(bits), form.choices, form.dtype
+
+
+def same(latent, offsets, spread, form):
+    """Rows are those of ``packing.pack``; where a scale differs, it is as good a one."""
+    got = pack(latent, offsets, spread, form)
+    want = packing.pack(latent, offsets, spread, form.spec, form.choices, form.dtype)
+    assert got.dtype == want.dtype and got.shape == want.shape
+    other = (got != want).any(-1)
+    if not other.any():
+        return
+    assert form.scaled and other.float().mean() <= 0.2
+    exact = sum(s.columns for s in form.segments if s.bits == MODEL)
+    a, b = (unpack(rows[other], form.spec, form.choices, form.dtype).float() for rows in (got, want))
+    assert torch.equal(a[..., form.columns :], b[..., form.columns :]), "another mean"
+    assert not torch.equal(scale_in(got[other], form), scale_in(want[other], form)), "other levels at the same scale"
+    values = latent[other][..., : form.columns].float()
+    if offsets is not None:
+        near = torch.cat([torch.zeros_like(values[..., :1]), latent[other][..., form.columns :].float()], -1)
+        values = values - offsets.float()[near.argmax(-1)]
+    unit = torch.ones(form.columns) if spread is None else spread.float()
+    off = [((x[..., : form.columns] - values) * unit)[..., exact:].norm(dim=-1) for x in (a, b)]
+    torch.testing.assert_close(*off, rtol=1e-4, atol=1e-30)
+
+
+@settings(deadline=None, max_examples=150)
+@given(form=formats(), seed=st.integers(0, 2**31), scale=st.sampled_from([1e-9, 1e-3, 1.0, 300.0, 1e6]), data=st.data())
+def test_rows_are_those_of_torch(form, seed, scale, data):
+    latent, offsets = latent_of(form, seed, 1.0)
+    latent = (latent.float() * scale).to(data.draw(st.sampled_from(DTYPES)))
+    offsets = None if offsets is None else offsets * scale
+    spread = torch.rand(form.columns) + 0.1 if data.draw(st.booleans()) else None
+    same(latent, offsets, spread, form)
+
+
+@pytest.mark.parametrize("columns", ODD)
+@pytest.mark.parametrize("bits", (MODEL, *BITS))
+def test_odd_sizes(columns, bits):
+    g = torch.Generator().manual_seed(columns * 10 + bits)
+    for dtype in DTYPES:
+        same(torch.randn(5, 3, columns, generator=g), None, None, Format((Segment(columns, bits),), 1, dtype))
+
+
+def test_many_tokens_are_packed_by_all_threads():
+    form = Format((Segment(24, 8), Segment(40, 3)), 2, torch.bfloat16)
+    g = torch.Generator().manual_seed(0)
+    latent = torch.randn(ALONE // 64 + 3, 2, 65, generator=g)
+    same(latent, torch.randn(2, 64, generator=g), None, form)
+
+
+def test_rows_that_lie_apart():
+    """A slice of features, tokens in the second place, no token, no batch."""
+    form = Format((Segment(8, 4), Segment(5, 2)), 1, torch.float32)
+    wide = torch.randn(6, 4, 30)
+    for latent in (
+        wide[..., 3:16],
+        wide.transpose(0, 1)[..., :13],
+        wide[:0, :, :13],
+        wide[0, 0, :13],
+        wide[..., ::2][..., :13],
+    ):
+        same(latent, None, None, form)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("at", [0, 5, 30])
+def test_numbers_that_are_none_are_never_read_as_numbers_of_their_own(value, at):
+    """What is written of NaN is read as NaN, of infinity as torch ops have it."""
+    form = Format((Segment(3, MODEL), Segment(20, 8), Segment(9, 3)), 1, torch.bfloat16)
+    latent = torch.randn(2, 1, 32)
+    latent[0, 0, at] = value
+    got, want = (
+        unpack(rows, form.spec, 1, form.dtype)
+        for rows in (pack(latent, None, None, form), packing.pack(latent, None, None, form.spec, 1, form.dtype))
+    )
+    torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+    if value != value:
+        assert bool(got[0].isnan().any()) and not bool(got[1].isnan().any())
+
+
+def test_borders_of_16_bits():
+    """Numbers that round to the next, to infinity, to subnormal ones and to nothing."""
+    edges = torch.tensor(
+        [65504.0, 65519.9, 65520.0, 1e9, 6.1e-5, 6.0e-5, 5.96e-8, 2.9e-8, 3.0e-8, 1e-30, 1.0009765, 1.00048828125]
+    )
+    both = torch.cat([edges, -edges, torch.tensor([0.0, float("inf"), float("nan")])])
+    for dtype in DTYPES:
+        form = Format((Segment(len(both), MODEL),), 2, dtype)
+        latent = torch.cat([both, torch.tensor([-1.0])]).expand(2, 1, -1)
+        found = unpack(pack(latent, torch.zeros(2, len(both)), None, form), form.spec, 2, dtype)
+        torch.testing.assert_close(found[..., :-1], both.to(dtype).expand(2, 1, -1), rtol=0, atol=0, equal_nan=True)
+
+
+def test_where_nothing_compiles():
+    form = Format((Segment(8, 4),), 1, torch.float32)
+    latent = torch.randn(3, 2, 8)
+    with mock.patch.object(native, "library", return_value=None):
+        same(latent, None, None, form)
+
+
+def test_the_op_is_one_of_torch():
+    form = Format((Segment(8, MODEL), Segment(9, 5)), 2, torch.float16)
+    given = (torch.randn(2, 3, 18), torch.randn(2, 17), torch.ones(17), *given_of(form))
+    torch.library.opcheck(torch.ops.lorc.pack.default, given, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_several_means_need_offsets():
+    form = Format((Segment(8, 4),), 2, torch.float32)
+    want = packing.pack(torch.ones(1, 1, 9), None, None, form.spec, 2, form.dtype)
+    assert torch.equal(pack(torch.ones(1, 1, 9), None, None, form), want)
