@@ -51,15 +51,17 @@ def library() -> Any:
         )
         warnings.warn(text, KernelWarning, stacklevel=2)
         return None
-    number, where = ctypes.c_int64, ctypes.c_void_p
-    about = [where, *[number] * 5, ctypes.POINTER(_Plane), *[number] * 4]  # rows .. scale, planes, n .. width
+    number, address = ctypes.c_int64, ctypes.c_void_p
+    about = [address, *[number] * 5, ctypes.POINTER(_Plane), *[number] * 4]  # rows .. scale, planes, n .. width
     for function in (made.lorc_scores, made.lorc_sums):
-        function.argtypes, function.restype = [*about, *[where] * 4, number], None
+        function.argtypes, function.restype = [*about, *[address] * 4, number], None
     made.lorc_attend.argtypes = [
-        *[where] * 2, *[number] * 3, *[where] * 3, number, where, number, where, *[number] * 2, *[where] * 2, number
+        *[address] * 2, *[number] * 3, *[address] * 3, number, address, number, address, *[number] * 2, *[address] * 2,
+        number,
     ]  # fmt: skip
-    made.lorc_pack.argtypes = [where, *[number] * 3, where, where, number]
-    made.lorc_attend.restype = made.lorc_pack.restype = None
+    made.lorc_pack.argtypes = [address, *[number] * 3, address, address, number]
+    made.lorc_unpack.argtypes = [address, *[number] * 4, address, address, number]
+    made.lorc_attend.restype = made.lorc_pack.restype = made.lorc_unpack.restype = None
     return made
 
 
@@ -151,7 +153,7 @@ def scores(
     assert rows.shape[1] == batch, f"{rows.shape[1]} rows of a batch for {batch} of queries"
     out = weights.new_empty((batch, blocks, m, rows.shape[0]))
     given = (weights.data_ptr(), shift.data_ptr(), further.data_ptr(), out.data_ptr())
-    loaded().lorc_scores(*_where(rows), *_which(about), blocks, m, width, *given, torch.get_num_threads())
+    loaded().lorc_scores(*where(rows), *_which(about), blocks, m, width, *given, torch.get_num_threads())
     return out
 
 
@@ -164,7 +166,7 @@ def sums(rows: torch.Tensor, about: Layout, p: torch.Tensor) -> tuple[torch.Tens
     acc = p.new_zeros((threads, batch, blocks, m, about.width))
     few = p.new_zeros((2, threads, batch, blocks, m))
     given = (p.data_ptr(), acc.data_ptr(), few[0].data_ptr(), few[1].data_ptr())
-    loaded().lorc_sums(*_where(rows), *_which(about), blocks, m, about.width, *given, threads)
+    loaded().lorc_sums(*where(rows), *_which(about), blocks, m, about.width, *given, threads)
     few = few[:, 0] if threads == 1 else few.sum(1)
     return acc[0] if threads == 1 else acc.sum(0), few[0], few[1]
 
@@ -197,7 +199,8 @@ def loaded() -> Any:
     return found
 
 
-def _where(rows: torch.Tensor) -> tuple[int, ...]:
+def where(rows: torch.Tensor) -> tuple[int, ...]:
+    """Rows [T, B, ..] for C++: the address, T, B, and both strides in bytes."""
     size = rows.element_size()
     return (rows.data_ptr(), rows.shape[0], rows.shape[1], rows.stride(0) * size, rows.stride(1) * size)
 

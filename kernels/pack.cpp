@@ -1,4 +1,4 @@
-// Rows of bytes from latents: packing.pack, a token at a time.
+// Rows of bytes from latents, and latents from rows: packing.pack and packing.unpack, a token at a time.
 
 // One plane of a segment: ``bits`` bits of ``columns`` quantised columns from ``first`` on, those above ``shift``, at ``offset``
 // of the row. Byte j has columns j, j + n, j + 2 n .. of them from its lowest bits on, n bytes.
@@ -162,6 +162,78 @@ extern "C" void lorc_pack(const uint8_t* latent, int64_t kind, int64_t tokens, i
         for (int64_t i = 0; i < c.n; i++) pack_field(c.fields[i], levels.data(), row);
       }
       if (c.index >= 0) row[c.index] = uint8_t(index + 1);
+    }
+  }
+}
+
+// A vector of numbers in ``kind``.
+static inline void put(V v, int64_t kind, uint8_t* to) {
+  if (kind == 0) {
+    store((float*)to, v);
+    return;
+  }
+  I wide = (I)v;
+  wide = (wide + 0x7fff + ((wide >> 16) & 1)) >> 16;   // bf16, if no number is NaN or NaN is all ones above
+#if defined(__AVX512F__)
+  _mm256_storeu_si256((__m256i*)to, kind == 1 ? _mm512_cvtepi32_epi16((__m512i)wide) : _mm512_cvtps_ph((__m512)v, 0));
+#else
+  uint16_t two[LANES];
+  for (int i = 0; i < LANES; i++) two[i] = kind == 1 ? uint16_t(wide[i]) : float_to_half(v[i]);
+  std::memcpy(to, two, sizeof(two));
+#endif
+}
+
+// One plane of a segment into its columns' levels. Runs in order: what a vector writes behind its own columns is zero, and is
+// written again where there is more. ``row`` and ``levels`` have a vector's room behind them.
+static void unpack_field(const Field& f, const uint8_t* row, int32_t* levels) {
+  const int64_t each = 8 / f.bits, count = (f.columns + each - 1) / each;
+  const int mask = (1 << f.bits) - 1, shift = int(f.shift);
+  I lane;
+  for (int i = 0; i < LANES; i++) lane[i] = i;
+  for (int64_t i = 0; i < each; i++) {
+    const int64_t rest = std::min(count, f.columns - i * count), by = i * f.bits;
+    int32_t* to = levels + f.first + i * count;
+    for (int64_t j = 0; j < rest; j += LANES) {
+      const I raw = bytes<false>(row + f.offset + j, LANES) & (lane < int(rest - j));
+      *(I*)(to + j) = ((raw >> int(by)) & mask) << shift;
+    }
+  }
+}
+
+// rows [tokens, batch, width], strides in bytes -> latent [tokens, batch, columns + choices - 1] of numbers of the codec's kind.
+extern "C" void lorc_unpack(const uint8_t* rows, int64_t tokens, int64_t batch, int64_t stride_t, int64_t stride_b,
+                            const Codec* codec, uint8_t* latent, int64_t threads) {
+  const Codec& c = *codec;
+  const int64_t element = c.kind == 0 ? 4 : 2, all = c.exact + c.quantised + c.choices - 1;
+  const uint8_t* end = rows + (tokens - 1) * stride_t + (batch - 1) * stride_b + c.width;
+#pragma omp parallel num_threads(threads)
+  {
+    std::vector<int32_t> levels(c.quantised + 2 * LANES), upper(c.quantised + 2 * LANES);   // (a sum of two: no waiting)
+    std::vector<uint8_t> held(c.width + 2 * LANES), made(all * element + 4 * LANES);
+#pragma omp for
+    for (int64_t i = 0; i < tokens * batch; i++) {
+      const uint8_t* row = rows + i / batch * stride_t + i % batch * stride_b;
+      uint8_t* to = made.data();
+      if (row + c.width + LANES > end) row = (uint8_t*)std::memcpy(held.data(), row, c.width);
+      std::memcpy(to, row, c.exact * element);
+      int64_t index = 0;
+      if (c.scale >= 0) {
+        uint16_t two; std::memcpy(&two, row + c.scale, 2);
+        float scale = half_to_float(two);
+        if (c.choices == 2 && scale < 0) { index = 1; scale = -scale; }
+        for (int64_t k = 0; k < c.n; k++) unpack_field(c.fields[k], row, (c.fields[k].shift ? upper : levels).data());
+        for (int64_t j = 0; j < c.quantised; j += LANES) {
+          const V level = __builtin_convertvector(*(const I*)&levels[j] + *(const I*)&upper[j], V);
+          put((level - (load(c.half + j) - 0.5f)) * (scale * load(c.step + j)), c.kind, to + (c.exact + j) * element);
+        }
+      }
+      if (c.index >= 0) index = int64_t(row[c.index]) - 1;
+      for (int64_t j = 1; j < c.choices; j++) {
+        const float one = index == j ? 1.0f : 0.0f;
+        const uint16_t two = c.kind == 1 ? float_to_bfloat(one) : float_to_half(one);
+        std::memcpy(to + (c.exact + c.quantised + j - 1) * element, c.kind == 0 ? (void*)&one : (void*)&two, element);
+      }
+      std::memcpy(latent + i * all * element, to, all * element);
     }
   }
 }

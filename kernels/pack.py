@@ -1,7 +1,8 @@
-"""``packing.pack`` as one op, ``lorc::pack``: on a CPU compiled code (``pack.cpp``) that makes one row after the other.
+"""``packing.pack`` and ``packing.unpack`` as ops, ``lorc::pack`` and ``lorc::unpack``: on a CPU compiled code
+(``pack.cpp``) that does one row after the other.
 
-A compiler can fuse the torch ops of ``pack``, but they are a hundred or more for each cached projection: traced,
-scheduled and compiled for every layer of every graph, and then loops of a few numbers each.
+A compiler can fuse their torch ops, but those are a hundred or more for each cached projection: traced, scheduled and
+compiled for every layer of every graph, and then loops over a few numbers each.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ DEVICES = ("cpu",)
 """Types of devices on which graphs have the op. A GPU's compiler makes a few kernels of the ops of all layers."""
 
 ALONE = 1 << 15
-"""Columns of all rows, at most, that one thread packs: more are worth waking the others."""
+"""Columns of all rows, at most, that one thread packs or unpacks: more are worth waking the others."""
 
 
 class _Field(ctypes.Structure):
@@ -86,19 +87,37 @@ def pack(latent: torch.Tensor, offsets: torch.Tensor | None, spread: torch.Tenso
     flat = latent.reshape(-1, width)
     flat = flat if flat.stride(1) == 1 else flat.contiguous()
     small = [None if t is None else t.float().contiguous() for t in (offsets, spread)]
-    layout = _layout(form)
-    about = _Codec()
-    ctypes.pointer(about)[0] = layout.about
+    about = _Codec.from_buffer_copy(_layout(form).about)
     about.offsets, about.spread = [None if t is None else t.data_ptr() for t in small]
     rows = latent.new_empty((*latent.shape[:-1], form.nbytes), dtype=torch.uint8)
     step = flat.stride(0) * flat.element_size()
-    threads = 1 if flat.numel() <= ALONE else torch.get_num_threads()
+    threads = _threads(flat.numel())
     kind = native.KINDS[latent.dtype]
     made.lorc_pack(flat.data_ptr(), kind, flat.shape[0], step, ctypes.byref(about), rows.data_ptr(), threads)
     return rows
 
 
-def _op(
+def unpack(rows: torch.Tensor, form: Format) -> torch.Tensor:
+    """``packing.unpack``, by compiled code where the rows are a CPU's and something compiles it: the same numbers."""
+    made = native.library() if rows.device.type == "cpu" else None
+    if made is None or form.dtype not in native.KINDS:
+        return packing.unpack(rows, form.spec, form.choices, form.dtype)
+    flat = rows if rows.dim() == 3 else rows.reshape(-1, 1, rows.shape[-1])
+    flat = flat if flat.stride(2) == 1 else flat.contiguous()
+    latent = rows.new_empty((*rows.shape[:-1], form.columns + form.choices - 1), dtype=form.dtype)
+    about = ctypes.byref(_layout(form).about)
+    made.lorc_unpack(*native.where(flat), about, latent.data_ptr(), _threads(latent.numel()))
+    return latent
+
+
+def _threads(columns: int) -> int:
+    return 1 if columns <= ALONE else torch.get_num_threads()
+
+
+# -- the ops ----------------------------------------------------------------------------------------------------------
+
+
+def _pack(
     latent: torch.Tensor,
     offsets: torch.Tensor | None,
     spread: torch.Tensor | None,
@@ -115,14 +134,26 @@ def _form(columns: tuple[int, ...], bits: tuple[int, ...], choices: int, dtype: 
     return Format(tuple(map(Segment, columns, bits)), choices, dtype)
 
 
-def _fake(latent, offsets, spread, columns, bits, choices, dtype):  # type: ignore[no-untyped-def]
+def _fake_pack(latent, offsets, spread, columns, bits, choices, dtype):  # type: ignore[no-untyped-def]
     form = _form(tuple(columns), tuple(bits), choices, dtype)
     return latent.new_empty((*latent.shape[:-1], form.nbytes), dtype=torch.uint8)
+
+
+def _unpack(
+    rows: torch.Tensor, columns: Sequence[int], bits: Sequence[int], choices: int, dtype: torch.dtype
+) -> torch.Tensor:
+    return unpack(rows, _form(tuple(columns), tuple(bits), choices, dtype))
+
+
+def _fake_unpack(rows, columns, bits, choices, dtype):  # type: ignore[no-untyped-def]
+    return rows.new_empty((*rows.shape[:-1], sum(columns) + choices - 1), dtype=dtype)
 
 
 LIBRARY.define(
     "pack(Tensor latent, Tensor? offsets, Tensor? spread, int[] columns, int[] bits, int choices, ScalarType dtype) "
     "-> Tensor"
 )
-LIBRARY.impl("pack", _op, "CompositeExplicitAutograd")
-torch.library.register_fake("lorc::pack", _fake, lib=LIBRARY)
+LIBRARY.define("unpack(Tensor rows, int[] columns, int[] bits, int choices, ScalarType dtype) -> Tensor")
+for name, run, fake in (("pack", _pack, _fake_pack), ("unpack", _unpack, _fake_unpack)):
+    LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"lorc::{name}", fake, lib=LIBRARY)

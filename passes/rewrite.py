@@ -26,6 +26,7 @@ from lorc_fx.codec import Codec
 from lorc_fx.compat import size_expr
 from lorc_fx.errors import GraphInvariant
 from lorc_fx.kernels import ops as _ops  # noqa: F401  (registers lorc::table)
+from lorc_fx.kernels import pack as by_op
 from lorc_fx.kernels.attend import Attend
 from lorc_fx.packing import unpack
 from lorc_fx.rows import zero_unwritten
@@ -42,6 +43,7 @@ from .sites import Matched, Site
 from .tracks import shared_tracks
 
 aten = torch.ops.aten
+_unpack = torch.ops.lorc.unpack
 
 
 class Rewriter:
@@ -307,7 +309,10 @@ class Rewriter:
         if form.plain:
             return cell.codes
         version = self.writes.get(group, 0)
-        return self.once(version, unpack, (cell.codes, form.spec, form.choices, form.dtype), {})
+        if self.templates[group].encode.device.type not in by_op.DEVICES:
+            return self.once(version, unpack, (cell.codes, form.spec, form.choices, form.dtype), {})
+        columns, bits = zip(*form.spec, strict=True)
+        return self.once(version, _unpack.default, (cell.codes, columns, bits, form.choices, form.dtype), {})
 
     def vectors(self, group: Group, cell: Cell) -> Node:
         """y_hat [B, T, n]."""

@@ -1,4 +1,4 @@
-"""``lorc::pack``: compiled code makes the rows of ``packing.pack``."""
+"""``lorc::pack`` and ``lorc::unpack``: compiled code makes the rows of ``packing.pack``, and reads them alike."""
 
 from unittest import mock
 
@@ -10,6 +10,7 @@ from test_packing import DTYPES, formats, latent_of, scale_in
 
 from lorc_fx import packing
 from lorc_fx.kernels import native
+from lorc_fx.kernels import pack as by_op
 from lorc_fx.kernels.pack import ALONE, pack
 from lorc_fx.packing import BITS, MODEL, Format, Segment, unpack
 
@@ -22,11 +23,19 @@ def given_of(form):
     return list(columns), list(bits), form.choices, form.dtype
 
 
+def read(rows, form):
+    """What rows hold is what ``packing.unpack`` finds in them, bit by bit."""
+    got, want = by_op.unpack(rows, form), unpack(rows, form.spec, form.choices, form.dtype)
+    assert got.dtype == want.dtype and got.shape == want.shape
+    torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+
+
 def same(latent, offsets, spread, form):
     """Rows are those of ``packing.pack``; where a scale differs, it is as good a one."""
     got = pack(latent, offsets, spread, form)
     want = packing.pack(latent, offsets, spread, form.spec, form.choices, form.dtype)
     assert got.dtype == want.dtype and got.shape == want.shape
+    read(want, form)
     other = (got != want).any(-1)
     if not other.any():
         return
@@ -83,6 +92,31 @@ def test_rows_that_lie_apart():
         same(latent, None, None, form)
 
 
+def test_rows_of_a_larger_buffer():
+    """Some tokens and batch rows of a cache that has room, at any offset."""
+    form = Format((Segment(8, 8), Segment(21, 3)), 2, torch.bfloat16)
+    g = torch.Generator().manual_seed(1)
+    rows = pack(torch.randn(40, 5, 30, generator=g), torch.randn(2, 29, generator=g), None, form)
+    for part in (rows[3:17], rows[:, 1:4], rows[::2], rows.transpose(0, 1), rows[0], rows[0, 0], rows[:0], rows[None]):
+        read(part, form)
+
+
+def test_rows_without_a_token():
+    """All zero bytes."""
+    for form in (
+        Format((Segment(7, 5),), 2, torch.float32),
+        Format((Segment(7, MODEL), Segment(3, 2)), 3, torch.float16),
+    ):
+        read(torch.zeros(2, 3, form.nbytes, dtype=torch.uint8), form)
+
+
+@settings(deadline=None, max_examples=60)
+@given(form=formats(), seed=st.integers(0, 2**31))
+def test_any_bytes_are_read_as_torch_does(form, seed):
+    g = torch.Generator().manual_seed(seed)
+    read(torch.randint(256, (4, 2, form.nbytes), generator=g, dtype=torch.uint8), form)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("at", [0, 5, 30])
 def test_numbers_that_are_none_are_never_read_as_numbers_of_their_own(value, at):
@@ -122,7 +156,9 @@ def test_where_nothing_compiles():
 def test_the_op_is_one_of_torch():
     form = Format((Segment(8, MODEL), Segment(9, 5)), 2, torch.float16)
     given = (torch.randn(2, 3, 18), torch.randn(2, 17), torch.ones(17), *given_of(form))
-    torch.library.opcheck(torch.ops.lorc.pack.default, given, test_utils=("test_schema", "test_faketensor"))
+    rows = torch.ops.lorc.pack.default(*given)
+    for op, arguments in ((torch.ops.lorc.pack, given), (torch.ops.lorc.unpack, (rows, *given[3:]))):
+        torch.library.opcheck(op.default, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_several_means_need_offsets():
