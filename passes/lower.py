@@ -126,15 +126,17 @@ class Product:
 
 @dataclass(frozen=True)
 class Attention:
-    """SDPA taken apart, with one or both cached operands absorbed (None: decoded)."""
+    """SDPA taken apart, with one or both cached operands absorbed (None: decoded; then ``keys`` and ``values`` are it,
+    [B, cached heads, T, D])."""
 
     key: Seen | None
     value: Seen | None
+    keys: Node
+    values: Node
     sizes: tuple[Any, int, int]
 
     def emit(self, r: Rewriter, node: Node) -> Node:
-        query, key, value = (a for a in node.args[:3])
-        sizes = (r.size(node, 0), *self.sizes[1:])
+        query, sizes = node.args[0], (r.size(node, 0), *self.sizes[1:])
         batch, heads, queries = sizes
         q = r.env_value(query)
         if self.key is not None:
@@ -142,9 +144,9 @@ class Attention:
                 r, q, self.key, sizes, shift=False
             )  # q mu is the same for all tokens: softmax drops it
         else:
-            cached, dim = int(shape(key)[1]), int(shape(key)[3])
+            cached, dim = int(shape(self.keys)[1]), int(shape(self.keys)[3])
             q = r.call(aten.reshape.default, q, [batch, cached, heads // cached * queries, dim])
-            scores = r.call(aten.matmul.default, q, r.call(aten.transpose.int, r.env_value(key), 2, 3))
+            scores = r.call(aten.matmul.default, q, r.call(aten.transpose.int, r.env_value(self.keys), 2, 3))
             scores = r.call(aten.reshape.default, scores, [batch, heads, queries, -1])
         scale = node.kwargs.get("scale")
         scale = 1 / math.sqrt(int(shape(query)[3])) if scale is None else scale
@@ -161,9 +163,9 @@ class Attention:
         weights = r.call(aten.to.dtype, weights, node.meta["val"].dtype)
         if self.value is not None:
             return weights_latent(r, weights, self.value, sizes, partial=mask is not None)
-        cached, dim = int(shape(value)[1]), int(shape(value)[3])
+        cached, dim = int(shape(self.values)[1]), int(shape(self.values)[3])
         grouped = r.call(aten.reshape.default, weights, [batch, cached, heads // cached * queries, -1])
-        out = r.call(aten.matmul.default, grouped, r.env_value(value))
+        out = r.call(aten.matmul.default, grouped, r.env_value(self.values))
         return r.call(aten.reshape.default, out, [batch, heads, queries, dim])
 
 
@@ -238,7 +240,21 @@ def _attention(
         return None
     given = zip(node.args[1:3], ("key", "value"), strict=True)
     key, value = (_latent(matched, codecs, facts, operand, Axes(0, 2), sizes, kind) for operand, kind in given)
-    return None if key is None and value is None else Attention(key, value, sizes)
+    if key is None and value is None:
+        return None
+    keys, values = (_once(matched, codecs, facts, operand) for operand in node.args[1:3])
+    return Attention(key, value, keys, values, sizes)
+
+
+def _once(matched: Matched, codecs: Mapping[Group, Codec], facts: Facts, operand: Node) -> Node:
+    """The cached value [B, cached heads, T, D] of which ``operand`` [B, H, T, D] has each head several times over, else
+    ``operand``: a query for each copy would read as many times as much."""
+    seen = seen_as(matched, codecs, facts, operand, Axes(0, 2))
+    if seen is None or seen.columns is not None:
+        return operand
+    sizes, layout = shape(seen.cell), codecs[seen.group].decoder
+    whole = len(sizes) == 4 and (layout.batch_dim, layout.token_dim) == (0, 2)
+    return seen.cell if whole and (sizes[1], sizes[3]) == (seen.heads, seen.head_dim) else operand
 
 
 def _product(node: Node, matched: Matched, codecs: Mapping[Group, Codec], facts: Facts, step: bool) -> Product | None:

@@ -132,6 +132,24 @@ def test_static_caches(name, attn, clean, lowering):
     assert_close("logits", got.logits, want.logits, 1e-5)
 
 
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("name", ["llama-gqa", "qwen3"])
+def test_decoded_keys_that_heads_share_are_read_once(name, kind, clean, monkeypatch):
+    """Static caches come with the keys repeated for every query head; each cached head is multiplied with all of its
+    queries at once, and no product has more keys than are cached."""
+    monkeypatch.setattr(attention, "ANGLES", False)
+    watched = Watched()
+    model = build(name, "sdpa")
+    truth = copy.deepcopy(model)
+    compiled(model, ratio=0.5, scheduler="uniform", inner=watched)
+    got = run(model, 3, kind)
+    heads, cached = model.config.num_attention_heads, latents(got.cache)[0][0].shape[1]
+    scores = [size for size in watched.sizes if len(size) == 4 and size[-1] in (TOKENS + NEW - 1, TOKENS + NEW)]
+    assert scores and all(size[1] == cached < heads and size[2] == heads // cached for size in scores), watched.sizes
+    oracle(FAMILIES[name], truth, ranks_of(got.cache))
+    assert_close("logits, oracle", got.logits, run(truth, 3, kind).logits, 1e-5)
+
+
 @pytest.mark.parametrize(("name", "attn"), CASES, ids=str)
 def test_explain_says_how(name, attn, clean, lowering):
     how = "tiles" if lowering == "rows" else "decoding"
