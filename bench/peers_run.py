@@ -112,7 +112,7 @@ def losses_of(made: Material, pythons: dict[str, Path], handbook: str | None, mi
     known = json.loads(made.losses.read_text())["groups"] if made.losses.exists() else {}
     missing = [group for group in peers.GROUPS if group not in known]
     if missing and missing_too:
-        own = "trained" in made.weights
+        own = not made.weights.startswith("pretrained")
         more = ["--model", str(made.checkpoint), "--prompt", "512"] if own else []
         more += ["--handbook", handbook] if handbook else []
         more += ["--kvpress-venv", str(pythons[KVPRESS].parents[1])]

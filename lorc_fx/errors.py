@@ -109,14 +109,15 @@ class BadCertificate(LorcError, ValueError):
 
 
 class BudgetTooSmall(LorcError, ValueError):
-    """The budget does not hold one column per site. Bytes per token; ``dense`` is the dense cache of these sites."""
+    """The budget does not hold the least row of each site: one column, or all of them at the lowest precision where
+    none may be dropped. Bytes per token; ``dense`` is the dense cache of these sites."""
 
     def __init__(self, budget: int, least: int, dense: int, sites: int) -> None:
         self.budget, self.least, self.dense = budget, least, dense
         super().__init__(
-            f"A budget of {budget} bytes per token is too small for {sites} sites: each needs at least one column. "
-            f"The least that works is {least} bytes (ratio {ratio_for(least, dense)}; dense is {dense}). "
-            "Raise ratio or bytes_per_token to that."
+            f"A budget of {budget} bytes per token is too small for {sites} sites: with the fewest columns and bits "
+            f"that the options let them have they need {least} bytes (ratio {ratio_for(least, dense)}; dense is {dense}"
+            "). Raise ratio or bytes_per_token to that, or allow fewer bits (precision) or columns (basis)."
         )
 
 

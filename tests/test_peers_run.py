@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import families
 import pytest
@@ -12,6 +13,7 @@ import torch
 from transformers import DynamicCache
 
 from bench import peer_steps, peers_plot, peers_run, table
+from bench.peers_material import Material
 from bench.straightforward import ranks, straightforward
 from lorc_fx.evaluate import cache_bytes, cache_keyword
 from lorc_fx.latent import cache_nbytes
@@ -158,6 +160,21 @@ def test_what_is_there_is_not_measured_again() -> None:
     assert set(names) - set(left) == {"lorc, 0.5", "kvpress, SnapKVPress 0.5"}  # hqq's has no times
     assert "hqq, int4" not in [p.name for p in peers_run.wanting(chosen, ROWS, "gemma", 512, timed=False)]
     assert len(peers_run.wanting(chosen, ROWS, "gemma", 2048, timed=True)) == len(chosen)
+
+
+@pytest.mark.parametrize(("weights", "own"), [("pretrained", False), ("trained, 600 steps, 4.483 nats", True)])
+def test_losses_are_added_to_the_file_that_has_the_others(weights: str, own: bool, tmp_path: Path) -> None:
+    """Of the pretrained model they are measured as its file was: told of another model or prompt, ``bench.peers`` would
+    replace all that is in it."""
+    known = tmp_path / "peers.json"
+    known.write_text('{"groups": {"dense": {}}, "rows": []}')
+    made = Material(tmp_path, weights, known, [], tmp_path)
+    pythons = dict.fromkeys((peers_run.QUANT, peers_run.KVPRESS), tmp_path / "venv" / "bin" / "python")
+    with mock.patch.object(peers_run.subprocess, "run") as run:
+        assert peers_run.losses_of(made, pythons, None, True) == []
+    command = [str(part) for part in run.call_args.args[0]]
+    assert "dense" not in command and "lorc" in command
+    assert ("--model" in command) == ("--prompt" in command) == own
 
 
 def test_lorc_gets_the_bytes_of_the_others() -> None:

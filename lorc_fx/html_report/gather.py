@@ -193,7 +193,7 @@ def _described(report: Report) -> dict[str, Any]:
 
 def _curve(show: Show, model: Any, options: Options, asked: Asked, material: Material | None) -> dict[str, Any] | None:
     """Predicted and, where asked for, measured loss of the budget of ``options`` and of each ratio. Ratios that do not
-    hold one column per site are in ``refused``."""
+    hold the least row of each site are in ``refused``."""
     if not asked.ratios and not asked.measure:
         return None
     rows = None
