@@ -126,23 +126,24 @@ def _pack(
     choices: int,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    return pack(latent, offsets, spread, _form(tuple(columns), tuple(bits), choices, dtype))
+    return pack(latent, offsets, spread, form_of(tuple(columns), tuple(bits), choices, dtype))
 
 
 @functools.lru_cache(maxsize=256)
-def _form(columns: tuple[int, ...], bits: tuple[int, ...], choices: int, dtype: torch.dtype) -> Format:
+def form_of(columns: tuple[int, ...], bits: tuple[int, ...], choices: int, dtype: torch.dtype) -> Format:
+    """A format of its parts, as a schema can have them."""
     return Format(tuple(map(Segment, columns, bits)), choices, dtype)
 
 
 def _fake_pack(latent, offsets, spread, columns, bits, choices, dtype):  # type: ignore[no-untyped-def]
-    form = _form(tuple(columns), tuple(bits), choices, dtype)
+    form = form_of(tuple(columns), tuple(bits), choices, dtype)
     return latent.new_empty((*latent.shape[:-1], form.nbytes), dtype=torch.uint8)
 
 
 def _unpack(
     rows: torch.Tensor, columns: Sequence[int], bits: Sequence[int], choices: int, dtype: torch.dtype
 ) -> torch.Tensor:
-    return unpack(rows, _form(tuple(columns), tuple(bits), choices, dtype))
+    return unpack(rows, form_of(tuple(columns), tuple(bits), choices, dtype))
 
 
 def _fake_unpack(rows, columns, bits, choices, dtype):  # type: ignore[no-untyped-def]

@@ -20,6 +20,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from lorc_fx.codec import Codec
+from lorc_fx.kernels import sums as by_op
 
 from .attention import Reading, find_attention
 from .axes import Axes, arg, shape
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from .sites import Matched
 
 aten = torch.ops.aten
+_sums = torch.ops.lorc.sums
 
 
 # -- emission -------------------------------------------------------------------------------------------------
@@ -92,11 +94,18 @@ def weights_latent(r: Rewriter, weights: Node, latent: Seen, sizes: tuple[Any, i
     """A [B, H, S, T] -> A V_hat [B, H, S, D]; ``partial`` where the weights of a query may not sum to one."""
     batch, heads, queries = sizes
     each, codec = heads // latent.heads, r.templates[latent.group]
-    flat = r.call(aten.reshape.default, weights, [batch, heads * queries, -1])
-    codes = r.call(aten.transpose.int, r.latents(latent.group, r.cells[latent.cell]), 0, 1)
-    summed = r.call(aten.matmul.default, flat, codes)
-    if codec.groups > 1:
-        summed = own_columns(r.call, summed, batch, heads * queries, codec)
+    lines, form = heads * queries, codec.format
+    if not form.plain and codec.encode.device.type in by_op.DEVICES and lines // codec.groups <= by_op.FEW:
+        grouped = r.call(aten.reshape.default, weights, [batch, codec.groups, lines // codec.groups, -1])
+        columns, bits = map(list, zip(*form.spec, strict=True))
+        rows = r.cells[latent.cell].codes
+        summed = r.call(_sums.default, rows, grouped, columns, bits, form.choices, form.dtype)
+    else:
+        flat = r.call(aten.reshape.default, weights, [batch, lines, -1])
+        codes = r.call(aten.transpose.int, r.latents(latent.group, r.cells[latent.cell]), 0, 1)
+        summed = r.call(aten.matmul.default, flat, codes)
+        if codec.groups > 1:
+            summed = own_columns(r.call, summed, batch, lines, codec)
     grouped = r.call(aten.reshape.default, summed, [batch, latent.heads, each * queries, _rows(codec)])
     values = r.call(aten.matmul.default, grouped, _matrix(r, latent))
     values = r.call(aten.reshape.default, values, [batch, heads, queries, latent.head_dim])
