@@ -83,6 +83,18 @@ class Layout:
         whole = len(places) == self.width and torch.equal(places, torch.arange(self.width))
         return whole and all(worth == 1 for *_, worth in self.pieces)
 
+    @functools.cached_property
+    def places(self) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
+        """Of each column: where it is, and where its upper bits are and what they count (None: no column has any)."""
+        columns = max(last for _, last, *_ in self.pieces)
+        at, above = (torch.zeros(columns, dtype=torch.int64) for _ in range(2))
+        worth = torch.zeros(columns)
+        for first, last, places, factor in self.pieces:
+            (at if factor == 1 else above)[first:last] = places
+            if factor != 1:
+                worth[first:last] = factor
+        return at, (above, worth) if bool(worth.any()) else None
+
 
 @functools.lru_cache(maxsize=256)
 def layout(form: Format, blocks: int) -> Layout | None:
@@ -134,14 +146,13 @@ def laid_out(weights: torch.Tensor, about: Layout) -> torch.Tensor:
     return found
 
 
-def gathered(sums: torch.Tensor, about: Layout, columns: int) -> torch.Tensor:
+def gathered(sums: torch.Tensor, about: Layout) -> torch.Tensor:
     """Inverse of ``laid_out`` for sums of what planes hold: [.., width] -> [.., columns]."""
     if about.straight:
         return sums
-    found = sums.new_zeros((*sums.shape[:-1], columns))
-    for first, last, places, factor in about.pieces:
-        found[..., first:last] += sums[..., places] * factor
-    return found
+    at, upper = about.places
+    found = sums.index_select(-1, at)
+    return found if upper is None else found.addcmul_(sums.index_select(-1, upper[0]), upper[1])
 
 
 def scores(

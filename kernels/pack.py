@@ -28,6 +28,11 @@ ALONE = 1 << 15
 """Columns of all rows, at most, that one thread packs or unpacks: more are worth waking the others."""
 
 
+MULTIPLE = 64
+"""Graphs multiply latents in 16 bits of multiples of so many tokens: oneDNN compiles code for the sizes of such a
+product, some 200 kB that stay, and a cache that grows has another size at each step."""
+
+
 class _Field(ctypes.Structure):
     _fields_ = [(n, ctypes.c_int64) for n in ("first", "columns", "shift", "bits", "offset")]
 
@@ -97,17 +102,28 @@ def pack(latent: torch.Tensor, offsets: torch.Tensor | None, spread: torch.Tenso
     return rows
 
 
-def unpack(rows: torch.Tensor, form: Format) -> torch.Tensor:
-    """``packing.unpack``, by compiled code where the rows are a CPU's and something compiles it: the same numbers."""
+def unpack(rows: torch.Tensor, form: Format, multiple: int = 1) -> torch.Tensor:
+    """``packing.unpack``, by compiled code where the rows are a CPU's and something compiles it: the same numbers.
+    rows [T, .., nbytes] -> [T', .., k], with zeros behind T tokens up to a ``multiple``."""
+    more = -rows.shape[0] % multiple
     made = native.library() if rows.device.type == "cpu" else None
     if made is None or form.dtype not in native.KINDS:
-        return packing.unpack(rows, form.spec, form.choices, form.dtype)
+        latent = packing.unpack(rows, form.spec, form.choices, form.dtype)
+        return torch.cat([latent, latent.new_zeros((more, *latent.shape[1:]))]) if more else latent
     flat = rows if rows.dim() == 3 else rows.reshape(-1, 1, rows.shape[-1])
     flat = flat if flat.stride(2) == 1 else flat.contiguous()
-    latent = rows.new_empty((*rows.shape[:-1], form.columns + form.choices - 1), dtype=form.dtype)
+    leading = (rows.shape[0] + more, *rows.shape[1:-1]) if more else rows.shape[:-1]
+    latent = rows.new_empty((*leading, form.columns + form.choices - 1), dtype=form.dtype)
+    if more:
+        latent[-more:].zero_()
     about = ctypes.byref(_layout(form).about)
     made.lorc_unpack(*native.where(flat), about, latent.data_ptr(), _threads(latent.numel()))
     return latent
+
+
+def multiple(dtype: torch.dtype) -> int:
+    """Of how many tokens latents in ``dtype`` are, where they are a factor of a product."""
+    return MULTIPLE if dtype.itemsize == 2 else 1
 
 
 def _threads(columns: int) -> int:
@@ -141,20 +157,25 @@ def _fake_pack(latent, offsets, spread, columns, bits, choices, dtype):  # type:
 
 
 def _unpack(
-    rows: torch.Tensor, columns: Sequence[int], bits: Sequence[int], choices: int, dtype: torch.dtype
+    rows: torch.Tensor, columns: Sequence[int], bits: Sequence[int], choices: int, dtype: torch.dtype, multiple: int = 1
 ) -> torch.Tensor:
-    return unpack(rows, form_of(tuple(columns), tuple(bits), choices, dtype))
+    return unpack(rows, form_of(tuple(columns), tuple(bits), choices, dtype), multiple)
 
 
-def _fake_unpack(rows, columns, bits, choices, dtype):  # type: ignore[no-untyped-def]
-    return rows.new_empty((*rows.shape[:-1], sum(columns) + choices - 1), dtype=dtype)
+def _fake_unpack(rows, columns, bits, choices, dtype, multiple=1):  # type: ignore[no-untyped-def]
+    leading = rows.shape[:-1]
+    if multiple > 1:
+        leading = ((rows.shape[0] + multiple - 1) // multiple * multiple, *leading[1:])
+    return rows.new_empty((*leading, sum(columns) + choices - 1), dtype=dtype)
 
 
 LIBRARY.define(
     "pack(Tensor latent, Tensor? offsets, Tensor? spread, int[] columns, int[] bits, int choices, ScalarType dtype) "
     "-> Tensor"
 )
-LIBRARY.define("unpack(Tensor rows, int[] columns, int[] bits, int choices, ScalarType dtype) -> Tensor")
+LIBRARY.define(
+    "unpack(Tensor rows, int[] columns, int[] bits, int choices, ScalarType dtype, int multiple=1) -> Tensor"
+)
 for name, run, fake in (("pack", _pack, _fake_pack), ("unpack", _unpack, _fake_unpack)):
     LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"lorc::{name}", fake, lib=LIBRARY)

@@ -38,7 +38,7 @@ def sums(rows: torch.Tensor, weights: torch.Tensor, form: Format) -> torch.Tenso
         each = torch.cat([own, further], -1).permute(1, 2, 0, 3)  # [B, G, T, ..]
         return (weights.float() @ each).to(weights.dtype)
     held, scales, second = native.sums(rows, about, weights.float().contiguous())
-    columns = native.gathered(held, about, form.columns // groups)
+    columns = native.gathered(held, about)
     exact = sum(s.columns for s in form.segments if s.bits == MODEL) // groups
     pieces = [columns[..., :exact]]
     if form.scaled:

@@ -270,7 +270,7 @@ class _Native(_Absorbed):
 
     def sum_up(self, p: torch.Tensor, start: int, stop: int) -> list[torch.Tensor]:
         held, scales, further = native.sums(self.rows[start:stop], self.about, p.contiguous())
-        columns = native.gathered(held, self.about, self.form.columns // self.blocks)
+        columns = native.gathered(held, self.about)
         e = self.exact // self.blocks
         terms = [columns[..., :e]] if e else []
         terms += [further[..., None]] if self.form.choices > 1 else []

@@ -12,6 +12,7 @@ needs no pattern; SDPA is first taken apart into its two products. Which is used
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from lorc_fx.codec import Codec
+from lorc_fx.kernels import pack as rows_by_op
 from lorc_fx.kernels import sums as by_op
 
 from .attention import Reading, find_attention
@@ -80,8 +82,9 @@ def query_latent(r: Rewriter, query: Node, latent: Seen, sizes: tuple[Any, int, 
     matrix = r.call(aten.transpose.int, _matrix(r, latent), 1, 2)
     moved = r.call(aten.matmul.default, grouped, matrix)
     moved = r.call(aten.reshape.default, moved, [batch, heads * queries, rank])
-    codes = r.call(aten.permute.default, r.latents(latent.group, r.cells[latent.cell]), [1, 2, 0])
-    scores = r.call(aten.matmul.default, moved, codes)
+    cell = r.cells[latent.cell]
+    codes = r.call(aten.permute.default, r.latents(latent.group, cell), [1, 2, 0])
+    scores = r.tokens(r.call(aten.matmul.default, moved, codes), 2, latent.group, cell)
     scores = r.call(aten.reshape.default, scores, [batch, heads, queries, -1])
     mean = _mean(r, latent, each) if shift else None
     if mean is None:
@@ -94,15 +97,15 @@ def weights_latent(r: Rewriter, weights: Node, latent: Seen, sizes: tuple[Any, i
     """A [B, H, S, T] -> A V_hat [B, H, S, D]; ``partial`` where the weights of a query may not sum to one."""
     batch, heads, queries = sizes
     each, codec = heads // latent.heads, r.templates[latent.group]
-    lines, form = heads * queries, codec.format
+    lines, form, cell = heads * queries, codec.format, r.cells[latent.cell]
     if not form.plain and codec.encode.device.type in by_op.DEVICES and lines // codec.groups <= by_op.FEW:
         grouped = r.call(aten.reshape.default, weights, [batch, codec.groups, lines // codec.groups, -1])
         columns, bits = map(list, zip(*form.spec, strict=True))
-        rows = r.cells[latent.cell].codes
-        summed = r.call(_sums.default, rows, grouped, columns, bits, form.choices, form.dtype)
+        summed = r.call(_sums.default, cell.codes, grouped, columns, bits, form.choices, form.dtype)
     else:
         flat = r.call(aten.reshape.default, weights, [batch, lines, -1])
-        codes = r.call(aten.transpose.int, r.latents(latent.group, r.cells[latent.cell]), 0, 1)
+        codes = r.tokens(r.latents(latent.group, cell), 0, latent.group, cell)
+        codes = r.call(aten.transpose.int, codes, 0, 1)
         summed = r.call(aten.matmul.default, flat, codes)
         if codec.groups > 1:
             summed = own_columns(r.call, summed, batch, lines, codec)
@@ -155,7 +158,7 @@ class Attention:
         else:
             cached, dim = int(shape(self.keys)[1]), int(shape(self.keys)[3])
             q = r.call(aten.reshape.default, q, [batch, cached, heads // cached * queries, dim])
-            scores = r.call(aten.matmul.default, q, r.call(aten.transpose.int, r.env_value(self.keys), 2, 3))
+            scores = _scores(r, q, r.env_value(self.keys), self.keys.meta["val"])
             scores = r.call(aten.reshape.default, scores, [batch, heads, queries, -1])
         scale = node.kwargs.get("scale")
         scale = 1 / math.sqrt(int(shape(query)[3])) if scale is None else scale
@@ -176,6 +179,19 @@ class Attention:
         grouped = r.call(aten.reshape.default, weights, [batch, cached, heads // cached * queries, -1])
         out = r.call(aten.matmul.default, grouped, r.env_value(self.values))
         return r.call(aten.reshape.default, out, [batch, heads, queries, dim])
+
+
+def _scores(r: Rewriter, query: Node, keys: Node, like: torch.Tensor) -> Node:
+    """query [B, H, M, D] times decoded keys [B, H, T, D], which are ``like`` this: [B, H, M, T]. Where T grows, keys
+    have zeros behind them up to a size for which products are compiled (``kernels.pack.MULTIPLE``)."""
+    multiple = rows_by_op.multiple(like.dtype) if like.device.type in rows_by_op.DEVICES else 1
+    if multiple == 1 or static_size(like.shape[2]) is not None:
+        return r.call(aten.matmul.default, query, r.call(aten.transpose.int, keys, 2, 3))
+    tokens = r.call(aten.sym_size.int, keys, 2)
+    more = r.call(operator.sub, multiple, r.call(operator.mod, tokens, multiple))  # never none: that is another graph
+    padded = r.call(aten.constant_pad_nd.default, keys, [0, 0, 0, more])
+    scores = r.call(aten.matmul.default, query, r.call(aten.transpose.int, padded, 2, 3))
+    return r.call(aten.slice.Tensor, scores, 3, 0, tokens)
 
 
 Absorption = Product | Attention | Reading

@@ -304,7 +304,8 @@ class Rewriter:
         return self.reads[key]
 
     def latents(self, group: Group, cell: Cell) -> Node:
-        """What a cell's rows hold now: [T, B, k] in the model's dtype."""
+        """What a cell's rows hold now: [T, B, k] in the model's dtype. Where ``multiple`` says so zeros follow, which
+        ``tokens`` takes off a product with them."""
         form = self.templates[group].format
         if form.plain:
             return cell.codes
@@ -312,7 +313,19 @@ class Rewriter:
         if self.templates[group].encode.device.type not in by_op.DEVICES:
             return self.once(version, unpack, (cell.codes, form.spec, form.choices, form.dtype), {})
         columns, bits = zip(*form.spec, strict=True)
-        return self.once(version, _unpack.default, (cell.codes, columns, bits, form.choices, form.dtype), {})
+        about = (columns, bits, form.choices, form.dtype, self.multiple(group))
+        return self.once(version, _unpack.default, (cell.codes, *about), {})
+
+    def multiple(self, group: Group) -> int:
+        """Of how many tokens the factors of products are."""
+        codec = self.templates[group]
+        return 1 if codec.encode.device.type not in by_op.DEVICES else by_op.multiple(codec.dtype)
+
+    def tokens(self, value: Node, dim: int, group: Group, cell: Cell) -> Node:
+        """``latents``, or a product with them, with as many tokens along ``dim`` as the cell has."""
+        if self.templates[group].format.plain or self.multiple(group) == 1:
+            return value
+        return self.call(aten.slice.Tensor, value, dim, 0, self.call(aten.sym_size.int, cell.codes, 0))
 
     def vectors(self, group: Group, cell: Cell) -> Node:
         """y_hat [B, T, n]."""
@@ -322,7 +335,7 @@ class Rewriter:
             y = grouped.vectors(self.call, y, decode, template)
         elif decode is not None:
             y = self.call(aten.matmul.default, y, decode)
-        y = self.call(aten.transpose.int, y, 0, 1)
+        y = self.call(aten.transpose.int, self.tokens(y, 0, group, cell), 0, 1)
         return y if mean is None else self.call(aten.add.Tensor, y, mean)
 
     def _decode(self, group: Group, cell: Cell) -> Node:

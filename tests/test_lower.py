@@ -15,9 +15,11 @@ from oracle import oracle, ranks_of
 from torch.fx import GraphModule, Interpreter
 
 from helpers import Recorder, assert_close, cache_name, compiled, generate, latents, new_cache, piecewise, prompt
+from lorc_fx.kernels import pack
 from lorc_fx.options import Options
 from lorc_fx.passes import attention, cost, lower, operands, rewrite
 from lorc_fx.report import examined
+from lorc_fx.timing import COUNTS
 
 TOKENS, NEW = 9, 3
 BOTH, VALUES = {"key", "value"}, {"value"}
@@ -148,6 +150,43 @@ def test_decoded_keys_that_heads_share_are_read_once(name, kind, clean, monkeypa
     assert scores and all(size[1] == cached < heads and size[2] == heads // cached for size in scores), watched.sizes
     oracle(FAMILIES[name], truth, ranks_of(got.cache))
     assert_close("logits, oracle", got.logits, run(truth, 3, kind).logits, 1e-5)
+
+
+@pytest.mark.parametrize("basis", ["joint", "grouped"])
+@pytest.mark.parametrize("name", ["llama-gqa", "gpt2"])
+def test_products_in_16_bits_have_the_same_sizes_at_each_step(name, basis, clean, monkeypatch):
+    """oneDNN compiles code for each size; what is padded is cut off again, so nothing else changes."""
+    monkeypatch.setattr(lower, "find_attention", lambda *_: None)
+    options = {"ratio": 0.4, "basis": basis, "precision": "auto"}
+
+    @torch.no_grad()
+    def steps(multiple: int) -> tuple[list[Any], torch.Tensor]:
+        monkeypatch.setattr(pack, "MULTIPLE", multiple)
+        watched, model = Watched(), build(name, "sdpa").to(torch.bfloat16)
+        model = compiled(model, inner=watched, **options)
+        ids, cache, sizes, logits = prompt(2, TOKENS + NEW)[0], new_cache(model), [], []
+        for start, stop in ((0, TOKENS), *((i, i + 1) for i in range(TOKENS, TOKENS + NEW))):
+            out = model(input_ids=ids[:, start:stop], use_cache=True, **{cache_name(model): cache})
+            sizes.append(list(watched.sizes))
+            logits.append(out.logits.float())
+        return sizes[1:], torch.cat(logits, 1)
+
+    sizes, logits = steps(16)
+    assert sizes[0] and all(other == sizes[0] for other in sizes), sizes
+    other, want = steps(1)
+    assert other[0] != other[1], "no product has the tokens among its sizes"
+    assert_close("logits", logits, want, 2e-2)
+
+
+@torch.no_grad()
+def test_a_step_that_fills_a_multiple_needs_no_graph_of_its_own(clean):
+    """Of inductor, which looks at the sizes of paddings."""
+    model = compiled(build("llama-gqa", "sdpa").to(torch.bfloat16), ratio=0.4, precision="auto", inner="inductor")
+    ids, cache, before, made = prompt(2, pack.MULTIPLE + 3)[0], new_cache(model), COUNTS["inner_compiles"], []
+    for start, stop in ((0, pack.MULTIPLE - 3), *((i, i + 1) for i in range(pack.MULTIPLE - 3, pack.MULTIPLE + 3))):
+        model(input_ids=ids[:, start:stop], use_cache=True, **{cache_name(model): cache})
+        made.append(COUNTS["inner_compiles"] - before)
+    assert made == [1] + [2] * 6, made
 
 
 @pytest.mark.parametrize(("name", "attn"), CASES, ids=str)

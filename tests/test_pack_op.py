@@ -101,6 +101,20 @@ def test_rows_of_a_larger_buffer():
         read(part, form)
 
 
+@pytest.mark.parametrize("tokens", [0, 1, 7, 8, 9])
+def test_up_to_a_multiple_of_tokens_there_are_zeros(tokens):
+    form = Format((Segment(8, 8), Segment(21, 3)), 2, torch.bfloat16)
+    rows = pack(torch.randn(tokens, 5, 30), torch.randn(2, 29), None, form)
+    more = -tokens % 8
+    for library in (native.library(), None):
+        with mock.patch.object(native, "library", return_value=library):
+            got = by_op.unpack(rows, form, 8)
+        assert got.shape == (tokens + more, 5, 30) and not got[tokens:].any()
+        assert torch.equal(got[:tokens], unpack(rows, form.spec, 2, form.dtype))
+    fake = torch.ops.lorc.unpack.default(rows.to("meta"), *given_of(form), 8)
+    assert fake.shape == got.shape
+
+
 def test_rows_without_a_token():
     """All zero bytes."""
     for form in (
