@@ -14,7 +14,6 @@ from typer.testing import CliRunner
 
 from lorc_fx import autotune, cli, demo, make_plan, models
 from lorc_fx.errors import BadOption
-from lorc_fx.kernels import tune
 
 runner = CliRunner(env={"COLUMNS": "200"})
 
