@@ -73,7 +73,7 @@ BAD = {
     "ratio of zero": ({"ratio": 0}, errors.BadOption, "ratio=0"),
     "ratio as text": ({"ratio": "half"}, errors.BadOption, "ratio='half'"),
     "both budgets": ({"ratio": 0.5, "bytes_per_token": 64}, errors.ConflictingOptions, "Give one of them"),
-    "a budget of one byte": ({"bytes_per_token": 1}, errors.BudgetTooSmall, "The least that works is 8 bytes"),
+    "a budget of one byte": ({"bytes_per_token": 1}, errors.BudgetTooSmall, "they need 8 bytes"),
     "a tiny ratio": ({"ratio": 0.001}, errors.BudgetTooSmall, "ratio 0.0625"),
     "unknown scheduler": ({"scheduler": "unifrom"}, errors.UnknownScheduler, "Did you mean 'uniform'"),
     "unknown inner": ({"inner": "inductr"}, errors.UnknownBackend, "Did you mean 'inductor'"),
