@@ -15,7 +15,7 @@ from types import ModuleType
 import torch
 import torch.nn.functional as F
 
-from lorc_fx.packing import Format, Segment, pack
+from lorc_fx.packing import Format, form_of, pack
 
 from . import encode_source, launch
 from .attend import LIBRARY
@@ -125,10 +125,6 @@ def reference(
 # -- the op -----------------------------------------------------------------------------------------------------------
 
 
-def _form(columns: Sequence[int], bits: Sequence[int], choices: int, dtype: torch.dtype) -> Format:
-    return Format(tuple(map(Segment, columns, bits)), choices, dtype)
-
-
 def _op(
     x: torch.Tensor,
     matrix: torch.Tensor,
@@ -141,7 +137,7 @@ def _op(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """x [.., d] -> rows [.., width]; the format in parts, as a schema can have them."""
-    form = _form(columns, bits, choices, dtype)
+    form = form_of(columns, bits, choices, dtype)
     if x.device.type != "cuda":
         return reference(x, matrix, shift, offsets, spread, form)
     leading = x.shape[:-1]
@@ -150,7 +146,7 @@ def _op(
 
 
 def _fake(x, matrix, shift, offsets, spread, columns, bits, choices, dtype):  # type: ignore[no-untyped-def]
-    form = _form(columns, bits, choices, dtype)
+    form = form_of(columns, bits, choices, dtype)
     return x.new_empty((*x.shape[:-1], form.width), dtype=form.storage)
 
 

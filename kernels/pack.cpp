@@ -4,7 +4,7 @@
 // of the row. Byte j has columns j, j + n, j + 2 n .. of them from its lowest bits on, n bytes.
 struct Field { int64_t first, columns, shift, bits, offset; };
 
-// What a format and a codec say. ``exact`` columns come first, ``bytes`` each, and ``quantised`` ones behind them, whose steps at
+// What a format and a codec say. ``exact`` columns come first, as numbers of ``kind``, and ``quantised`` ones behind them, whose steps at
 // scale 1 and 2^(bits - 1) are ``step`` and ``half``; ``offsets`` [choices, columns]; ``spread`` [columns] (or null); ``scale``
 // and ``index``: where in a row of ``width`` bytes they are (-1: nowhere).
 struct Codec {
@@ -173,9 +173,13 @@ static inline void put(V v, int64_t kind, uint8_t* to) {
     return;
   }
   I wide = (I)v;
-  wide = (wide + 0x7fff + ((wide >> 16) & 1)) >> 16;   // bf16, if no number is NaN or NaN is all ones above
+  wide = v != v ? (I{} + 0x7fc0) : (wide + 0x7fff + ((wide >> 16) & 1)) >> 16;   // bf16
 #if defined(__AVX512F__)
   _mm256_storeu_si256((__m256i*)to, kind == 1 ? _mm512_cvtepi32_epi16((__m512i)wide) : _mm512_cvtps_ph((__m512)v, 0));
+#elif defined(__AVX2__) && defined(__F16C__)
+  const __m256i low = (__m256i)(wide & 0xffff);
+  const __m128i two = _mm_packus_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1));
+  _mm_storeu_si128((__m128i*)to, kind == 1 ? two : _mm256_cvtps_ph((__m256)v, 0));
 #else
   uint16_t two[LANES];
   for (int i = 0; i < LANES; i++) two[i] = kind == 1 ? uint16_t(wide[i]) : float_to_half(v[i]);

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from lorc_fx import packing
-from lorc_fx.packing import CLIPS, INDEX_BYTES, MODEL, SCALE_BYTES, SNAP, TINY, Format, Segment, planes, segment_bytes
+from lorc_fx.packing import CLIPS, INDEX_BYTES, MODEL, SCALE_BYTES, SNAP, TINY, Format, form_of, planes, segment_bytes
 
 from . import native
 from .attend import LIBRARY
@@ -27,10 +27,9 @@ DEVICES = ("cpu",)
 ALONE = 1 << 15
 """Columns of all rows, at most, that one thread packs or unpacks: more are worth waking the others."""
 
-
 MULTIPLE = 64
 """Graphs multiply latents in 16 bits of multiples of so many tokens: oneDNN compiles code for the sizes of such a
-product, some 200 kB that stay, and a cache that grows has another size at each step."""
+product and keeps it, and a cache that grows has another size at each step."""
 
 
 class _Field(ctypes.Structure):
@@ -92,7 +91,8 @@ def pack(latent: torch.Tensor, offsets: torch.Tensor | None, spread: torch.Tenso
     flat = latent.reshape(-1, width)
     flat = flat if flat.stride(1) == 1 else flat.contiguous()
     small = [None if t is None else t.float().contiguous() for t in (offsets, spread)]
-    about = _Codec.from_buffer_copy(_layout(form).about)
+    layout = _layout(form)  # held while C++ reads what it points to: other threads may push it out of the cache
+    about = _Codec.from_buffer_copy(layout.about)
     about.offsets, about.spread = [None if t is None else t.data_ptr() for t in small]
     rows = latent.new_empty((*latent.shape[:-1], form.nbytes), dtype=torch.uint8)
     step = flat.stride(0) * flat.element_size()
@@ -116,14 +116,15 @@ def unpack(rows: torch.Tensor, form: Format, multiple: int = 1) -> torch.Tensor:
     latent = rows.new_empty((*leading, form.columns + form.choices - 1), dtype=form.dtype)
     if more:
         latent[-more:].zero_()
-    about = ctypes.byref(_layout(form).about)
-    made.lorc_unpack(*native.where(flat), about, latent.data_ptr(), _threads(latent.numel()))
+    layout = _layout(form)  # held, as above
+    given = (ctypes.byref(layout.about), latent.data_ptr(), _threads(latent.numel()))
+    made.lorc_unpack(*native.where(flat), *given)
     return latent
 
 
-def multiple(dtype: torch.dtype) -> int:
-    """Of how many tokens latents in ``dtype`` are, where they are a factor of a product."""
-    return MULTIPLE if dtype.itemsize == 2 else 1
+def multiple(dtype: torch.dtype, device: torch.device) -> int:
+    """Of how many tokens a factor of a product is that graphs make of a cache."""
+    return MULTIPLE if device.type in DEVICES and dtype.itemsize == 2 else 1
 
 
 def _threads(columns: int) -> int:
@@ -142,24 +143,18 @@ def _pack(
     choices: int,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    return pack(latent, offsets, spread, form_of(tuple(columns), tuple(bits), choices, dtype))
-
-
-@functools.lru_cache(maxsize=256)
-def form_of(columns: tuple[int, ...], bits: tuple[int, ...], choices: int, dtype: torch.dtype) -> Format:
-    """A format of its parts, as a schema can have them."""
-    return Format(tuple(map(Segment, columns, bits)), choices, dtype)
+    return pack(latent, offsets, spread, form_of(columns, bits, choices, dtype))
 
 
 def _fake_pack(latent, offsets, spread, columns, bits, choices, dtype):  # type: ignore[no-untyped-def]
-    form = form_of(tuple(columns), tuple(bits), choices, dtype)
+    form = form_of(columns, bits, choices, dtype)
     return latent.new_empty((*latent.shape[:-1], form.nbytes), dtype=torch.uint8)
 
 
 def _unpack(
     rows: torch.Tensor, columns: Sequence[int], bits: Sequence[int], choices: int, dtype: torch.dtype, multiple: int = 1
 ) -> torch.Tensor:
-    return unpack(rows, form_of(tuple(columns), tuple(bits), choices, dtype), multiple)
+    return unpack(rows, form_of(columns, bits, choices, dtype), multiple)
 
 
 def _fake_unpack(rows, columns, bits, choices, dtype, multiple=1):  # type: ignore[no-untyped-def]

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 
 from lorc_fx.groups import split
-from lorc_fx.packing import MODEL, Format
+from lorc_fx.packing import MODEL, Format, form_of
 
 from . import native, pack
 from .attend import LIBRARY
@@ -56,7 +56,7 @@ def _op(
     choices: int,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    return sums(rows, weights, pack.form_of(tuple(columns), tuple(bits), choices, dtype))
+    return sums(rows, weights, form_of(columns, bits, choices, dtype))
 
 
 def _fake(rows, weights, columns, bits, choices, dtype):  # type: ignore[no-untyped-def]

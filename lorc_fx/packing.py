@@ -87,6 +87,11 @@ class Format:
         """The segments as plain tuples, for graphs."""
         return tuple((s.columns, s.bits) for s in self.segments)
 
+    @property
+    def parts(self) -> tuple[list[int], list[int], int, torch.dtype]:
+        """Columns, bits, choices and dtype, as the schema of an op has them; ``form_of`` makes a format of them."""
+        return [s.columns for s in self.segments], [s.bits for s in self.segments], self.choices, self.dtype
+
     @cached_property
     def plain(self) -> bool:
         """Whether a row is simply its columns in the model's dtype."""
@@ -119,6 +124,11 @@ class Format:
     def alignment(self) -> int:
         has_model = any(s.bits == MODEL and s.columns for s in self.segments)
         return max(self.dtype.itemsize if has_model else 1, SCALE_BYTES if self.scaled else 1)
+
+
+def form_of(columns: Sequence[int], bits: Sequence[int], choices: int, dtype: torch.dtype) -> Format:
+    """The format of ``Format.parts``."""
+    return Format(tuple(map(Segment, columns, bits)), choices, dtype)
 
 
 def quantise(

@@ -21,8 +21,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from lorc_fx.codec import Codec
-from lorc_fx.kernels import pack as rows_by_op
-from lorc_fx.kernels import sums as by_op
+from lorc_fx.kernels import pack, sums
 
 from .attention import Reading, find_attention
 from .axes import Axes, arg, shape
@@ -98,10 +97,9 @@ def weights_latent(r: Rewriter, weights: Node, latent: Seen, sizes: tuple[Any, i
     batch, heads, queries = sizes
     each, codec = heads // latent.heads, r.templates[latent.group]
     lines, form, cell = heads * queries, codec.format, r.cells[latent.cell]
-    if not form.plain and codec.encode.device.type in by_op.DEVICES and lines // codec.groups <= by_op.FEW:
+    if not form.plain and codec.encode.device.type in sums.DEVICES and lines // codec.groups <= sums.FEW:
         grouped = r.call(aten.reshape.default, weights, [batch, codec.groups, lines // codec.groups, -1])
-        columns, bits = map(list, zip(*form.spec, strict=True))
-        summed = r.call(_sums.default, cell.codes, grouped, columns, bits, form.choices, form.dtype)
+        summed = r.call(_sums.default, cell.codes, grouped, *form.parts)
     else:
         flat = r.call(aten.reshape.default, weights, [batch, lines, -1])
         codes = r.tokens(r.latents(latent.group, cell), 0, latent.group, cell)
@@ -138,8 +136,8 @@ class Product:
 
 @dataclass(frozen=True)
 class Attention:
-    """SDPA taken apart, with one or both cached operands absorbed (None: decoded; then ``keys`` and ``values`` are it,
-    [B, cached heads, T, D])."""
+    """SDPA taken apart, with one or both cached operands absorbed (None: decoded). ``keys`` and ``values``
+    [B, H, T, D]: the operands, of a decoded one the cached value where heads only share it."""
 
     key: Seen | None
     value: Seen | None
@@ -184,7 +182,7 @@ class Attention:
 def _scores(r: Rewriter, query: Node, keys: Node, like: torch.Tensor) -> Node:
     """query [B, H, M, D] times decoded keys [B, H, T, D], which are ``like`` this: [B, H, M, T]. Where T grows, keys
     have zeros behind them up to a size for which products are compiled (``kernels.pack.MULTIPLE``)."""
-    multiple = rows_by_op.multiple(like.dtype) if like.device.type in rows_by_op.DEVICES else 1
+    multiple = pack.multiple(like.dtype, like.device)
     if multiple == 1 or static_size(like.shape[2]) is not None:
         return r.call(aten.matmul.default, query, r.call(aten.transpose.int, keys, 2, 3))
     tokens = r.call(aten.sym_size.int, keys, 2)
@@ -267,7 +265,10 @@ def _attention(
     key, value = (_latent(matched, codecs, facts, operand, Axes(0, 2), sizes, kind) for operand, kind in given)
     if key is None and value is None:
         return None
-    keys, values = (_once(matched, codecs, facts, operand) for operand in node.args[1:3])
+    keys, values = (
+        operand if seen else _once(matched, codecs, facts, operand)
+        for seen, operand in zip((key, value), node.args[1:3], strict=True)
+    )
     return Attention(key, value, keys, values, sizes)
 
 

@@ -34,8 +34,7 @@ def encoded(r: Rewriter, index: int, site: Site) -> Node:
     x, form = r.env_value(site.rows.x), codec.format
     own = {n: None if t is None else r.codec_tensor(owner, n, t) for n, t in _encoding(codec).items()}
     if not form.plain and _by_op(site.rows.x):
-        columns, bits = zip(*form.spec, strict=True)
-        codes = r.call(_encode.default, x, *own.values(), list(columns), list(bits), form.choices, form.dtype)
+        codes = r.call(_encode.default, x, *own.values(), *form.parts)
         return _token_major(r, codes, site.rows.x_axes, *_extent(r, site), [form.width])
     if codec.encode.dtype != form.dtype:
         x = r.call(aten.to.dtype, x, codec.encode.dtype)
@@ -50,8 +49,7 @@ def _packed(r: Rewriter, site: Site, latent: Node, offsets: Node | None, spread:
     form = r.codecs[site].format
     if site.node.meta["val"].device.type not in by_op.DEVICES:
         return r.call(pack, latent, offsets, spread, form.spec, form.choices, form.dtype)
-    columns, bits = zip(*form.spec, strict=True)
-    return r.call(_pack.default, latent, offsets, spread, list(columns), list(bits), form.choices, form.dtype)
+    return r.call(_pack.default, latent, offsets, spread, *form.parts)
 
 
 def _encoding(codec: Codec) -> dict[str, torch.Tensor | None]:

@@ -312,14 +312,12 @@ class Rewriter:
         version = self.writes.get(group, 0)
         if self.templates[group].encode.device.type not in by_op.DEVICES:
             return self.once(version, unpack, (cell.codes, form.spec, form.choices, form.dtype), {})
-        columns, bits = zip(*form.spec, strict=True)
-        about = (columns, bits, form.choices, form.dtype, self.multiple(group))
-        return self.once(version, _unpack.default, (cell.codes, *about), {})
+        return self.once(version, _unpack.default, (cell.codes, *form.parts, self.multiple(group)), {})
 
     def multiple(self, group: Group) -> int:
-        """Of how many tokens the factors of products are."""
+        """Of how many tokens ``latents`` are."""
         codec = self.templates[group]
-        return 1 if codec.encode.device.type not in by_op.DEVICES else by_op.multiple(codec.dtype)
+        return by_op.multiple(codec.dtype, codec.encode.device)
 
     def tokens(self, value: Node, dim: int, group: Group, cell: Cell) -> Node:
         """``latents``, or a product with them, with as many tokens along ``dim`` as the cell has."""

@@ -17,12 +17,6 @@ from lorc_fx.packing import BITS, MODEL, Format, Segment, unpack
 ODD = [1, 7, 15, 16, 17, 33, 129]
 
 
-def given_of(form):
-    """A format as the op takes it."""
-    columns, bits = zip(*form.spec, strict=True)
-    return list(columns), list(bits), form.choices, form.dtype
-
-
 def read(rows, form):
     """What rows hold is what ``packing.unpack`` finds in them, bit by bit."""
     got, want = by_op.unpack(rows, form), unpack(rows, form.spec, form.choices, form.dtype)
@@ -111,7 +105,7 @@ def test_up_to_a_multiple_of_tokens_there_are_zeros(tokens):
             got = by_op.unpack(rows, form, 8)
         assert got.shape == (tokens + more, 5, 30) and not got[tokens:].any()
         assert torch.equal(got[:tokens], unpack(rows, form.spec, 2, form.dtype))
-    fake = torch.ops.lorc.unpack.default(rows.to("meta"), *given_of(form), 8)
+    fake = torch.ops.lorc.unpack.default(rows.to("meta"), *form.parts, 8)
     assert fake.shape == got.shape
 
 
@@ -122,6 +116,17 @@ def test_rows_without_a_token():
         Format((Segment(7, MODEL), Segment(3, 2)), 3, torch.float16),
     ):
         read(torch.zeros(2, 3, form.nbytes, dtype=torch.uint8), form)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale", [0x7C01, 0x7E00, 0x7FFF, 0xFFFF, 0x7C00, 0xFC00])
+def test_a_scale_that_is_no_number_is_never_read_as_one(scale, dtype):
+    """Whatever NaN or infinity it is: also one that rounding would carry over into the sign."""
+    form = Format((Segment(21, 8), Segment(9, 3)), 2, dtype)
+    rows = pack(torch.randn(2, 1, 31), torch.randn(2, 30), None, form)
+    rows.view(torch.int16)[0, 0, 0] = scale - (scale >> 15 << 16)
+    read(rows, form)
+    assert not bool(by_op.unpack(rows, form)[0, 0, :30].isfinite().any())
 
 
 @settings(deadline=None, max_examples=60)
@@ -169,7 +174,7 @@ def test_where_nothing_compiles():
 
 def test_the_op_is_one_of_torch():
     form = Format((Segment(8, MODEL), Segment(9, 5)), 2, torch.float16)
-    given = (torch.randn(2, 3, 18), torch.randn(2, 17), torch.ones(17), *given_of(form))
+    given = (torch.randn(2, 3, 18), torch.randn(2, 17), torch.ones(17), *form.parts)
     rows = torch.ops.lorc.pack.default(*given)
     for op, arguments in ((torch.ops.lorc.pack, given), (torch.ops.lorc.unpack, (rows, *given[3:]))):
         torch.library.opcheck(op.default, arguments, test_utils=("test_schema", "test_faketensor"))

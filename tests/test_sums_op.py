@@ -4,7 +4,7 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from test_packing import DTYPES
 
@@ -31,13 +31,12 @@ def made(form, groups, tokens, batch, lines, seed=0):
     latent = torch.randn(tokens, batch, form.columns + form.choices - 1, generator=g)
     offsets = torch.randn(form.choices, form.columns, generator=g) if form.choices > 1 else None
     weights = torch.randn(batch, groups, lines, tokens, generator=g).softmax(-1)
-    return pack(latent, offsets, None, form) if not form.plain else latent.to(form.dtype), weights
+    return pack(latent, offsets, None, form), weights
 
 
 def truth(rows, weights, form):
-    """In fp64, of what ``unpack`` reads in fp32: columns of each group, then of further means."""
-    exact = Format(form.segments, form.choices, form.dtype)
-    latent = unpack(rows, exact.spec, form.choices, form.dtype).double()
+    """In fp64, of what ``unpack`` reads: columns of each group, then of further means."""
+    latent = unpack(rows, form.spec, form.choices, form.dtype).double()
     own = split(latent[..., : form.columns], form.spec, weights.shape[1])
     further = latent[..., None, form.columns :].expand(*own.shape[:-1], -1)
     return weights.double() @ torch.cat([own, further], -1).permute(1, 2, 0, 3)
@@ -56,8 +55,7 @@ def close(got, want, form):
 @given(case=cases(), seed=st.integers(0, 2**31))
 def test_sums_are_those_of_unpacked_columns(case, seed):
     form, *sizes = case
-    if form.plain:
-        return
+    assume(not form.plain)  # graphs multiply such rows as they are
     rows, weights = made(form, *sizes, seed)
     close(sums(rows, weights, form), truth(rows, weights, form), form)
 
@@ -87,5 +85,5 @@ def test_rows_of_a_larger_buffer():
 
 def test_the_op_is_one_of_torch():
     form = Format((Segment(8, 4), Segment(16, 5)), 2, torch.float32)
-    given = (*made(form, 2, 9, 2, 3), [8, 16], [4, 5], 2, torch.float32)
+    given = (*made(form, 2, 9, 2, 3), *form.parts)
     torch.library.opcheck(torch.ops.lorc.sums.default, given, test_utils=("test_schema", "test_faketensor"))
