@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from bench.verdicts import summary
+from bench.versions import PACKAGES
 
 #: of ``bench.lowerings``: what dense is compared with, as the ways are called there
 READ = ("int8", "int8, values half", "half, absorbed", "half, by heads")
@@ -59,3 +60,14 @@ def soaked(result: dict[str, Any]) -> str:
         ["resident memory, slope", "–" if slope is None else f"{slope:+.2f} MiB per minute"],
     ]
     return markdown([f"{result['minutes']:g} minutes", "found"], lines)
+
+
+def supported(result: dict[str, Any]) -> str:
+    """``bench.versions``: what the tests said in each environment, a row per set of versions and tests."""
+    lines = []
+    for row in result["rows"]:
+        skips = sum(row["skipped"].values())
+        known = f" ({row['known_failures']} known)" if row["known_failures"] else ""
+        counts = [str(row["passed"]), f"{row['failed']}{known}", str(skips), f"{row['seconds'] / 60:.0f} min"]
+        lines.append([f"Python {row['python']}", *(row[name] or "–" for name in PACKAGES), row["suite"], *counts])
+    return markdown(["versions", *PACKAGES, "tests", "passed", "failed", "skipped", "took"], lines)

@@ -273,6 +273,7 @@ TABLES: dict[str, list[Callable[[dict[str, Any]], str]]] = {
     "lowerings": [summaries.lowered],
     "lowerings-avx2": [summaries.lowered],
     "soak": [summaries.soaked],
+    "versions": [summaries.supported],
 }
 
 

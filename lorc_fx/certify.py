@@ -4,7 +4,7 @@ up to the logits; beside how far it is."""
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -208,11 +208,12 @@ class Certified:
         self.walker = Walker(gm, codings, arguments)
         self.main = Track({c.site.node: c for c in codings}, rounds=rounding)
         self.machine = [Track({}, rounds=True)] if rounding else []  # the dense model's own rounding
-        self.reads = _reads(gm, codings)
-        self.alone = {
-            layer: Track({c.site.node: c for c in codings if c.site.layer == layer}, until=node)
-            for layer, node in self.reads.items()
-        }
+        order = {n: i for i, n in enumerate(gm.graph.nodes)}.__getitem__
+        self.reads = _reads(codings, order)
+        by_layer: dict[int, dict[Node, Coding]] = {}
+        for c in codings:
+            by_layer.setdefault(c.site.layer, {})[c.site.node] = c
+        self.alone = {x: Track(own, until=self.reads.get(x) or max(own, key=order)) for x, own in by_layer.items()}
         self.sites: dict[Site, SiteBound] = {}
         self.layers: dict[int, LayerBound] = {}
 
@@ -270,10 +271,11 @@ class Certified:
             if coding is not None:
                 site = coding.site
                 self.sites[site] = SiteBound(layer, site.kind, Bound(*track.sites[node]))
-            if track.until is node:
+            if track.until is node and layer in self.reads:
                 alone, sharp = _bound(track, node, walker), walker.linearised(track, node)
                 known = None if sharp is None else Bound(sharp.flatten(), alone.measured)
                 self.layers[layer] = LayerBound(layer, alone, known, _bound(self.main, node, walker))
+            if track.until is node:
                 track.known.clear()
                 track.values.clear()
 
@@ -283,15 +285,15 @@ def _like(node: Node, logits: torch.Tensor) -> bool:
     return isinstance(value, torch.Tensor) and value.is_floating_point() and tuple(value.shape) == tuple(logits.shape)
 
 
-def _reads(gm: GraphModule, codings: Sequence[Coding]) -> dict[int, Node]:
-    """The node with each layer's attention: the last product that reads its sites."""
-    order = {n: i for i, n in enumerate(gm.graph.nodes)}
+def _reads(codings: Sequence[Coding], order: Callable[[Node], int]) -> dict[int, Node]:
+    """The node with each layer's attention: the last product that reads its sites. Layers whose attention is not found
+    have none, and their sites bounds alone."""
     found: dict[int, Node] = {}
     for c in codings:
         reader = c.site.reader
         if reader is not None:
             last = found.get(c.site.layer, reader.node)
-            found[c.site.layer] = max(last, reader.node, key=order.__getitem__)
+            found[c.site.layer] = max(last, reader.node, key=order)
     return found
 
 

@@ -351,7 +351,7 @@ def plan(
         with Show() as show:
             show.stage("Importing torch and transformers")
             from lorc_fx import plan_command
-            from lorc_fx.models import load_model
+            from lorc_fx.models import DEMO_TITLE, load_model
 
             plan_command.check(output, ratios, plot, text, measure)
             knobs: dict[str, Any] = {"calibration": calibration, "scheduler": scheduler, "precision": precision}
@@ -361,7 +361,7 @@ def plan(
             loaded, tokenizer = load_model(model, dtype.torch(), show.stage)
             rows = _rows(text, model, loaded, tokenizer, tokens) if text is not None else None
             plans, result = plan_command.figures(show, loaded, many, rows)
-        result = {"model": str(model or "Gemma 3 270M"), "dtype": dtype.value} | result
+        result = {"model": str(model or DEMO_TITLE), "dtype": dtype.value} | result
         written = plan_command.write(output, plans[0], plot, result)
         if json_file:
             write_json(json_file, result)

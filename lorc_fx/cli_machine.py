@@ -182,7 +182,7 @@ def bench_decode(
             show.stage("Importing torch and transformers")
             from lorc_fx import decode_command
             from lorc_fx.autotune import sizes
-            from lorc_fx.models import load_model
+            from lorc_fx.models import DEMO_TITLE, load_model
 
             lengths, where = sizes("tokens", lengths, MOST_TOKENS), device_named(device)
             knobs = {"calibration": calibration, "precision": precision, "basis": basis, "inner": inner}
@@ -191,7 +191,7 @@ def bench_decode(
             loaded, _ = load_model(model, dtype.torch(), show.stage)
             asked = decode_command.Asked(tuple(lengths), batch, repeats, static, inner)
             result = decode_command.run(show, loaded.to(where), ways, asked)
-        result = {"model": str(model or "Gemma 3 270M"), "dtype": dtype.value} | result
+        result = {"model": str(model or DEMO_TITLE), "dtype": dtype.value} | result
         if json_file:
             write_json(json_file, result)
     wide().print(decode_command.table(result))

@@ -33,7 +33,7 @@ from lorc_fx.evaluate import (
     sample_text,
 )
 from lorc_fx.latent import cache_nbytes
-from lorc_fx.models import load_model
+from lorc_fx.models import DEMO_TITLE, load_model
 from lorc_fx.options import FIRST_PROMPT, FIRST_PROMPT_TOKENS, PAPER, Options
 
 BACKEND = "lorc"
@@ -107,7 +107,7 @@ def run(
     seen = len(rest) if len(rest) >= FIRST_PROMPT_TOKENS else 0
     about = {
         "first_prompt_tokens": seen,
-        "model": str(path or "Gemma 3 270M"),
+        "model": str(path or DEMO_TITLE),
         "dtype": str(model.dtype).removeprefix("torch."),
         "inner": inner,
     }

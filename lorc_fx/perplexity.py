@@ -20,7 +20,7 @@ from rich.table import Table
 from lorc_fx import needle
 from lorc_fx.errors import BadOption, QualityWarning
 from lorc_fx.evaluate import Scores, Show, bytes_per_token, compressed, first_prompt, token_scores
-from lorc_fx.models import load_model
+from lorc_fx.models import DEMO_TITLE, load_model
 from lorc_fx.options import FIRST_PROMPT, FIRST_PROMPT_TOKENS, Options
 from lorc_fx.texts import positions, read_text, tokenized
 
@@ -100,7 +100,7 @@ def run(
                 first_prompt(model, material.prompt)
             found = _measured(show, model, material, name)
         rows.append({"name": name, "ratio": float(variant.ratio)} | _figures(found, dense))
-    name = str(path or "Gemma 3 270M")
+    name = str(path or DEMO_TITLE)
     about: dict[str, Any] = {"model": name, "dtype": str(model.dtype).removeprefix("torch."), "text": text.name}
     about |= {"options": {name: str(value) for name, value in options.items()}, "tokens": len(material.scored) - 1}
     about |= {"prompt_tokens": asked.prompt_tokens, "chunk": asked.chunk}

@@ -101,8 +101,9 @@ def _order(leading: list[int], places: list[int | None], rank: int) -> list[int]
     return [at[i] if i in at else next(rest) for i in range(rank)]
 
 
-def _emit(graph: Graph, region: Region, env: dict[Node, Node], batch: Any, tokens: Any, full: set[Node]) -> Node:
-    """``full``: values that have a row for each batch row here, whether or not they had in the graph."""
+def emit(graph: Graph, region: Region, env: dict[Node, Node], batch: Any, tokens: Any, full: set[Node]) -> Node:
+    """The region's ops in ``graph``, for ``batch`` rows and ``tokens``; its output there. ``env``: its inputs there.
+    ``full``: values that have a row for each batch row here, whether or not they had in the graph."""
     for node, axes in region.nodes:
         if not full.isdisjoint(node.all_input_nodes):
             full.add(node)
@@ -160,7 +161,7 @@ def make_decoder(rows: Rows, words: str) -> tuple[Decoder, tuple[Node, ...]]:
     env[rows.y] = from_rows(graph, whole, sizes, rows.y_axes, batch, tokens)
     env |= _sides(graph, rows, positions, batch, tokens)
     full = {n for n, at in ((rows.y, rows.y_axes), *rows.sides) if at.batch is not None}
-    graph.output(_emit(graph, region, env, batch, tokens, full))
+    graph.output(emit(graph, region, env, batch, tokens, full))
     graph.eliminate_dead_code()
     axes = region.output_axes
     value = region.output.meta["val"]

@@ -16,7 +16,7 @@ from lorc_fx.kernels.attend import Operand
 from .axes import Axes, Mixes
 from .caches import Group
 from .cost import absorbs
-from .epilogue import _emit
+from .epilogue import emit
 from .facts import Facts, NoSite
 from .rules import rule_of
 
@@ -154,7 +154,7 @@ def _columns(facts: Facts, operand: Node, axes: Axes, cell: Node, at: Axes, inde
     start = graph.placeholder("index")
     try:
         region = facts.region(operand, axes, {cell: at}, lambda n, a: False)
-        graph.output(_emit(graph, region, {cell: start}, 1, 1, {cell}) if region.nodes else start)
+        graph.output(emit(graph, region, {cell: start}, 1, 1, {cell}) if region.nodes else start)
         run = GraphModule(torch.nn.Module(), graph)
         first, second = run(index.double() + 1), run(0.5 - 3 * index.double() ** 2)
     except (NoSite, RuntimeError):

@@ -149,6 +149,29 @@ def test_ops_without_a_rule_are_named_and_nothing_is_proven_behind_them() -> Non
     assert found.sound
 
 
+class Rectified(nn.Module):
+    """Attention without a softmax: none that is known, though keys and values are cached."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.q, self.k, self.v = nn.Embedding(30, 32), *(nn.Linear(32, 32) for _ in range(3))
+
+    def forward(self, ids: torch.Tensor, cache: Any = None) -> Any:
+        x = self.embed(ids)
+        k, v = self.k(x), self.v(x)
+        if cache is not None:
+            k, v = torch.cat([cache[0], k], 1), torch.cat([cache[1], v], 1)
+        return ((self.q(x) @ k.mT).relu() @ v) @ self.embed.weight.T, (k, v)
+
+
+def test_sites_whose_attention_is_not_found_have_their_bounds() -> None:
+    found = lorc_fx.certify(Rectified().eval(), {"ids": ids() % 30}, options=JOINT)
+    assert {s.name for s in found.sites} == {"layer 0 key", "layer 0 value"}
+    assert all(float(s.error.measured.max()) > 0 for s in found.sites)
+    assert found.layers == ()
+    assert found.sound
+
+
 class Plain(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -22,7 +22,7 @@ from ..console import can_be_written
 from ..device import device_of
 from ..errors import BadCalibration, BadOption, BudgetTooSmall, ConflictingOptions, LorcWarning, QualityWarning
 from ..evaluate import Show, compressed, sample_text
-from ..models import load_model
+from ..models import DEMO_TITLE, load_model
 from ..options import FIRST_PROMPT, FIRST_PROMPT_TOKENS, Options
 from ..report import Report, examined
 from ..schedulers.progressive import log_cumulative
@@ -109,7 +109,7 @@ def gathered(show: Show, path: Path | None, dtype: Any, options: Options, asked:
             found["measured"] = _steps(show, model, options, asked)
     chosen = {"ratio": options.ratio} | options.given()
     given = {k: str(v) for k, v in chosen.items() if v is not None and k != "calibration"}
-    about = {"model": str(path or "Gemma 3 270M"), "dtype": str(model.dtype).removeprefix("torch."), "options": given}
+    about = {"model": str(path or DEMO_TITLE), "dtype": str(model.dtype).removeprefix("torch."), "options": given}
     return about | {"statistics": statistics, "warnings": said, "about": _about(model)} | found
 
 
