@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from lorc_fx.decoder import POSITION, Decoder, Side
 from lorc_fx.kernels.attend import Attend, Extra, Operand
 from lorc_fx.kernels.stored import Stored
 from lorc_fx.packing import Format, Segment, pack
+from lorc_fx.passes import turns
 
 aten = torch.ops.aten
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -166,7 +167,7 @@ def program(kind: str, dim: int) -> tuple[GraphModule, tuple[Extra, ...], int | 
 class Case:
     """``keys``, ``values``: segments (columns, bits); columns of 0 bits are in ``dtype``. ``rotary``, ``norm``: the
     key's epilogue (absorbed where there is none); ``matrix``: whether rows are latents of a codec. ``groups``: of
-    heads, each in columns of its own."""
+    heads, each in columns of its own. ``turned``: keys have the turn that their epilogue is, if it is one."""
 
     tokens: int = 63
     heads: int = 2
@@ -188,6 +189,7 @@ class Case:
     blind: bool = True
     columns: tuple[int, ...] | None = None
     groups: int = 1
+    turned: bool = False
     seed: int = 0
 
     def __str__(self) -> str:
@@ -266,4 +268,9 @@ def _operand(
     side = None if absorbed or decoder.side is None else positions
     if side is not None and decoder.side is not None and decoder.side.features:
         side = torch.randn(case.tokens, case.batch, *decoder.side.features) * 9
-    return operand, Stored(rows, side, (*codec, *(() if absorbed else consts)))
+    given = (*codec, *(() if absorbed else consts))
+    if not absorbed and case.turned and (turn := turns.find(decoder, consts, case.cached, case.dim)) is not None:
+        y = turns.probe(turn, n).to(case.dtype).expand(case.batch, case.tokens, n)
+        table = decoder.module(y, positions.T, *consts).permute(1, 3, 0, 2).flatten(0, 1)[turns.angles(turn)]
+        return replace(operand, turn=turn), Stored(rows, side, (*given, table.contiguous()))
+    return operand, Stored(rows, side, given)

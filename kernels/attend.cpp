@@ -1,4 +1,4 @@
-// Attention of a few queries over stored rows in one pass (compiled behind rows.cpp): scores of CHUNK tokens, what the graph
+// Attention of a few queries over stored rows in one pass (compiled behind rows.cpp and turn.cpp): scores of CHUNK tokens, what the graph
 // does to them, an online softmax (Milakov and Gimelshein, arXiv 1805.02867), and sums of values, so that nothing of the
 // length of the cache is ever in memory. Each thread has every n-th chunk, and what threads have is merged at the end.
 
@@ -145,18 +145,20 @@ static void prepare(const Rows& k, int64_t lines, const float* q, float* weights
   }
 }
 
-// q [B, H, S, ..] as keys' columns are -> out [B, H, S, ..] as values' columns are: means over tokens; ``share`` [B, H, S]: how
+// q [B, H, S, ..] as keys' columns are (``turn``: keys are turned, and q is as their features) -> out [B, H, S, ..] as values' columns are: means over tokens; ``share`` [B, H, S]: how
 // much of each is of tokens and not of the sink. ``constant`` (or null): what every score of a line has on top. ``sink`` (or
 // null): a logit per line. ``mask`` (or -1): the extra that says which tokens are out.
-extern "C" void lorc_attend(const Rows* keys, const Rows* values, int64_t batch, int64_t heads, int64_t queries,
+extern "C" void lorc_attend(const Rows* keys, const Turn* turn, const Rows* values, int64_t batch, int64_t heads, int64_t queries,
                             const float* q, const float* offset, const Step* steps, int64_t n, const Extra* extras,
                             int64_t mask, const Extra* sink, int64_t blind, int64_t chunk, float* out, float* share,
                             int64_t threads) {
   const Rows &k = *keys, &v = *values;
   const int64_t lines = heads * queries, every = batch * lines, tokens = k.tokens, chunks = (tokens + chunk - 1) / chunk;
-  const int64_t room = padded(chunk);
-  std::vector<float> weights(every * k.width), shift(every), further(every);
-  prepare(k, every, q, weights.data(), shift.data(), further.data());
+  const int64_t room = turn ? (chunk + RUN - 1) / RUN * RUN : padded(chunk);
+  std::vector<float> weights, shift(every), further(every);
+  Turned own;
+  if (turn) turned(*turn, k.count, k.further, every, q, own);
+  else weights.resize(every * k.width), prepare(k, every, q, weights.data(), shift.data(), further.data());
   const Layout left = {k.rows, tokens, batch, k.stride_t, k.stride_b, k.scale, k.planes, k.n, k.blocks, lines / k.blocks,
                        k.width, room};
   const Layout right = {v.rows, tokens, batch, v.stride_t, v.stride_b, v.scale, v.planes, v.n, v.blocks, lines / v.blocks,
@@ -173,14 +175,16 @@ extern "C" void lorc_attend(const Rows* keys, const Rows* values, int64_t batch,
     a.scales.assign(every, 0);
     a.further.assign(every, 0);
     std::vector<float> held(lines * room), scaled(lines * room), size(room), second(room);
+    Room latents(own, turn ? turn->pairs : 0);
     float* const p = held.data();
     for (int64_t i = me; i < batch * chunks; i += all) {
       const int64_t b = i / chunks, start = i % chunks * chunk, stop = start + chunk < tokens ? start + chunk : tokens;
       const int64_t first = b * lines, count = stop - start;
       if (mask >= 0 && extras[mask].head == 0 && hidden(extras[mask], b, queries, start, stop)) continue;
       scales_of(left, b, start, stop, size.data(), second.data());
-      score_chunk(left, size.data(), second.data(), b, start, stop, weights.data() + first * k.width, shift.data() + first,
-                  further.data() + first, p, scaled.data());
+      if (turn) turn_chunk(left, *turn, own, latents, size.data(), second.data(), b, start, stop, own.asked.data() + first * own.dim, p);
+      else score_chunk(left, size.data(), second.data(), b, start, stop, weights.data() + first * k.width,
+                       shift.data() + first, further.data() + first, p, scaled.data());
       for (int64_t l = 0; l < lines; l++) {
         float* const s = p + l * room;
         if (offset) for (int64_t j = 0; j < count; j++) s[j] += offset[first + l];

@@ -23,6 +23,7 @@ from lorc_fx.decoder import Decoder
 from lorc_fx.packing import Format
 
 from .stored import Stored
+from .turned import Turn
 
 CODEC_TENSORS = ("decode", "mean")
 """A codec's tensors that a reader needs, in this order where they are there; the decoder's constants follow."""
@@ -42,6 +43,7 @@ class Operand:
     results.
     groups: of features, each decoded from its own part of every segment alone, by a compact matrix
     (``lorc_fx.groups``); where ``absorbed`` as many heads each.
+    turn: what its epilogue is, where that is known; the codec's last tensor is then the table of its angles.
     """
 
     format: Format
@@ -55,6 +57,7 @@ class Operand:
     has_mean: bool
     turned: bool = False
     groups: int = 1
+    turn: Turn | None = None
 
     @property
     def words(self) -> str:

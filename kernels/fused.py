@@ -1,5 +1,5 @@
-"""A whole attention over stored rows in one call of ``attend.cpp``: where both operands are read as they are stored and
-what scores pass through is a chain.
+"""A whole attention over stored rows in one call of ``attend.cpp``: where values are read as they are stored, keys too
+or turned as they are decoded, and what scores pass through is a chain.
 
     q -> (S_k) -> scores of a chunk -> chain -> online softmax -> sums of rows -> (S_v, mean) -> out
 """
@@ -18,7 +18,7 @@ from torch.fx import GraphModule, Node
 
 from lorc_fx.packing import Format
 
-from . import native
+from . import native, turned
 from .attend import Attend, Operand
 from .stored import Stored, by_head, strides, times
 
@@ -208,13 +208,14 @@ def attend(
     chunk: int | None = None,
 ) -> torch.Tensor:
     """The op's result [B, H, S, D_v] in the query's dtype. The caller has seen that the scores' program is a ``chain``
-    and that ``native`` reads both operands' rows. ``chunk``: tokens at a time."""
+    and that ``native`` reads both operands' rows (``turned`` keys that have a turn). ``chunk``: tokens at a time."""
     program = chain(about)
     assert program is not None
     batch, heads, queries, _ = query.shape
     total = keys.rows.shape[0]
     assert keys.rows.shape[:2] == values.rows.shape[:2] == (total, batch), "keys, values and queries of other sizes"
-    q, offset = _asked(about.keys, keys, query)
+    turn, _held = (None, None) if about.keys.turn is None else turned.given(about.keys, keys)
+    q, offset = _asked(about.keys, keys, query) if turn is None else (query.float().contiguous(), None)
     held = [e.to(torch.bool if i in program.flags else torch.float32) for i, e in enumerate(extras)]
     met = (_Extra * max(len(held), 1))(*(_extra(e, (batch, heads, queries, total)) for e in held))
     sink = ctypes.byref(met, (len(held) - 1) * ctypes.sizeof(_Extra)) if about.sink else None
@@ -224,6 +225,7 @@ def attend(
     share = q.new_empty((batch, heads * queries))
     native.loaded().lorc_attend(
         ctypes.byref(left),
+        None if turn is None else ctypes.byref(turn),
         ctypes.byref(right),
         batch,
         heads,

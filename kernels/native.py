@@ -1,5 +1,4 @@
-"""``rows.cpp``, ``attend.cpp`` and ``pack.cpp`` for torch: built when first used, by the compiler that inductor uses
-on a CPU."""
+"""What is written in C++, for torch: built when first used, by the compiler that inductor uses on a CPU."""
 
 from __future__ import annotations
 
@@ -27,13 +26,16 @@ _FIELD = 8
 """A plane of fields of b bits has kind 8 + b (``rows.cpp``)."""
 
 
+SOURCES = ("rows.cpp", "turn.cpp", "attend.cpp", "pack.cpp")
+
+
 class _Plane(ctypes.Structure):
     _fields_ = [(n, ctypes.c_int64) for n in ("kind", "offset", "step", "beside", "count", "fields", "at")]
 
 
 def source() -> str:
-    """What is compiled: ``attend.cpp`` and ``pack.cpp`` behind ``rows.cpp``."""
-    return "\n".join((Path(__file__).parent / name).read_text() for name in ("rows.cpp", "attend.cpp", "pack.cpp"))
+    """What is compiled, one behind the other."""
+    return "\n".join((Path(__file__).parent / name).read_text() for name in SOURCES)
 
 
 @functools.cache
@@ -56,7 +58,7 @@ def library() -> Any:
     for function in (made.lorc_scores, made.lorc_sums):
         function.argtypes, function.restype = [*about, *[address] * 4, number], None
     made.lorc_attend.argtypes = [
-        *[address] * 2, *[number] * 3, *[address] * 3, number, address, number, address, *[number] * 2, *[address] * 2,
+        *[address] * 3, *[number] * 3, *[address] * 3, number, address, number, address, *[number] * 2, *[address] * 2,
         number,
     ]  # fmt: skip
     made.lorc_pack.argtypes = [address, *[number] * 3, address, address, number]
@@ -116,7 +118,7 @@ def layout(form: Format, blocks: int) -> Layout | None:
             size = form.dtype.itemsize
             found.append(_Plane(KINDS[form.dtype], offset, each * size, blocks, each, 1, at))
             pieces.append((first, first + each, at + torch.arange(each), weight))
-            at += _padded(each)
+            at += padded(each)
         begin = offset
         for plane in planes(bits) if bits != MODEL else ():
             whole = -(-columns * plane // 8)  # bytes of all blocks
@@ -125,13 +127,14 @@ def layout(form: Format, blocks: int) -> Layout | None:
             count, fields, beside = min(each, whole), -(-each // whole), max(whole // each, 1)
             found.append(_Plane(_FIELD + plane, begin, each, beside, count, fields, at))
             column = torch.arange(each)
-            pieces.append((first, first + each, at + column // count * _padded(count) + column % count, weight))
-            at, begin, weight = at + fields * _padded(count), begin + whole, weight * (1 << plane)
+            pieces.append((first, first + each, at + column // count * padded(count) + column % count, weight))
+            at, begin, weight = at + fields * padded(count), begin + whole, weight * (1 << plane)
         offset, first = offset + segment_bytes(columns, bits, form.dtype.itemsize), first + each
     return Layout((_Plane * len(found))(*found), len(found), at, scale, tuple(pieces))
 
 
-def _padded(count: int) -> int:
+def padded(count: int) -> int:
+    """``count`` rounded up to whole runs of weights."""
     return -(-count // PAD) * PAD
 
 

@@ -44,4 +44,5 @@ class Stored:
         at = iter(self.codec)
         decode = next(at) if operand.decodes else None
         mean = next(at) if operand.has_mean else None
-        return decode, mean, tuple(at)
+        consts = tuple(at)
+        return decode, mean, consts if operand.turn is None else consts[:-1]

@@ -22,7 +22,7 @@ import torch
 from lorc_fx.groups import split
 from lorc_fx.packing import MODEL, Parts, level_constants, parts_of
 
-from . import fused, native, tuned, words
+from . import fused, native, tuned, turned, words
 from .attend import Attend, Operand
 from .config import Tile
 from .reference import features
@@ -134,7 +134,7 @@ Kind = type["_Absorbed"] | type["_Decoded"]
 def _ways(about: Attend, keys: Stored, values: Stored) -> tuple[tuple[Kind, Kind], tuple[str, str]]:
     """What reads keys and values, and its name: both by one call where that can be."""
     kinds = _kind(about.keys, keys), _kind(about.values, values)
-    if kinds == (_Native, _Native) and fused.chain(about) is not None:
+    if kinds[0] in (_Native, _Turned) and kinds[1] is _Native and fused.chain(about) is not None:
         return kinds, (fused.WAY, fused.WAY)
     return kinds, (kinds[0].way, kinds[1].way)
 
@@ -142,9 +142,9 @@ def _ways(about: Attend, keys: Stored, values: Stored) -> tuple[tuple[Kind, Kind
 def _kind(operand: Operand, stored: Stored) -> Kind:
     form = operand.format
     one_kind = form.choices == 1 and len({s.bits for s in form.segments}) == 1
-    if not operand.absorbed or not (operand.decodes or (one_kind and operand.columns is None)):
-        return _Decoded
     readable = stored.rows.device.type == "cpu" and stored.rows.stride(2) == 1 and native.library() is not None
+    if not operand.absorbed or not (operand.decodes or (one_kind and operand.columns is None)):
+        return _Turned if readable and turned.reads(operand) else _Decoded
     return _Native if readable and native.layout(form, native.blocks(operand)) is not None else _Absorbed
 
 
@@ -336,6 +336,10 @@ class _Decoded:
 
     def sums(self, batch: int, heads: int, queries: int) -> _Sums:
         return _DenseSums(self, batch, heads, queries)
+
+
+class _Turned(_Decoded):
+    """The same, which ``attend.cpp`` can do where it reads values too."""
 
 
 # -- sums of values ---------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,9 +21,10 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from lorc_fx.codec import Codec
-from lorc_fx.kernels import fallback
+from lorc_fx.kernels import fallback, fused, native, turned
 from lorc_fx.kernels.attend import CODEC_TENSORS, Attend, Extra, Operand, intern
 
+from . import turns
 from .axes import Axes, arg, shape
 from .caches import Group
 from .facts import Facts, static_size
@@ -91,7 +92,10 @@ class Reading:
             return cell.codes, None, [self._given(r, seen, n) for n in names]
         holders = [n.name for n in operand.decoder.module.graph.nodes if n.op == "placeholder"]
         names += [n for n in holders if n not in ("y", "positions")]
-        return cell.codes, cell.positions, [self._given(r, seen, n) for n in names]
+        tensors = [self._given(r, seen, n) for n in names]
+        if operand.turn is not None:
+            tensors.append(turns.emit_table(r, seen.group, cell, operand.turn))
+        return cell.codes, cell.positions, tensors
 
     def _given(self, r: Rewriter, seen: Seen, name: str) -> Node:
         made = r.codec_input(seen.group, name)
@@ -129,13 +133,27 @@ def find_attention(
     joint = key.groups == value.groups == 1
     if joint and not (PLAIN or kernels) and key.format.plain and value.format.plain:
         return None
-    if not (ANGLES or kernels) and any(not o.absorbed and o.decoder.needs_positions for o in (key, value)):
-        return None
     sinks = tuple(n for n in [more.pop("sink_node", None)] if n is not None)
-    about = intern(Attend(key, value, program, tuple(Extra(t) for _, t in extras), **more))
+    about = Attend(key, value, program, tuple(Extra(t) for _, t in extras), **more)
+    if not (ANGLES or kernels) and any(not o.absorbed and o.decoder.needs_positions for o in (key, value)):
+        about = _turning(about, codecs[seen[0].group])
+        if about is None:
+            return None
+    about = intern(about)
     read = {s.group for s in seen if s is not None}
     name = " and ".join(s.name for s in matched.sites if s.group.find() in read) or f"`{node.name}`"
     return Reading(about, name, query, seen[0], seen[1], (*(n for n, _ in extras), *sinks))
+
+
+def _turning(about: Attend, codec: Codec) -> Attend | None:
+    """The same with keys that are turned as they are read, by ``attend.cpp``; None where it cannot."""
+    key, value = about.keys, about.values
+    if key.absorbed or not value.absorbed or native.library() is None:
+        return None
+    if native.layout(value.format, native.blocks(value)) is None or fused.chain(about) is None:
+        return None
+    key = replace(key, turn=turns.find(key.decoder, codec.consts, key.heads, key.head_dim))
+    return replace(about, keys=key) if turned.reads(key) else None
 
 
 Operands = tuple[tuple[Node, Axes], tuple[Node, Axes]]

@@ -337,11 +337,18 @@ class Rewriter:
         return y if mean is None else self.call(aten.add.Tensor, y, mean)
 
     def _decode(self, group: Group, cell: Cell) -> Node:
-        """Inline the decoder. What depends on positions alone (angles, their cosines) is emitted once for all sites
-        that read the same positions, and stored where it meets y."""
+        return self.decoded(group, cell, self.vectors(group, cell))
+
+    def version(self, group: Group) -> int:
+        """How often the positions of a group's cells were written: angles before a write are not those after it."""
+        return self.writes.get(self.leaders.get(group, group), 0)
+
+    def decoded(self, group: Group, cell: Cell, y: Node, shared: bool = False) -> Node:
+        """Inline the decoder for ``y``. What depends on positions alone (angles, their cosines) is emitted once for all
+        sites that read the same positions, and stored where it meets y; with ``shared`` y is a constant, so all is."""
         template = self.templates[group]
-        version = self.writes.get(self.leaders.get(group, group), 0)  # angles before a write are not those after it
-        inputs: dict[str, Node | None] = {"y": self.vectors(group, cell), "positions": None}
+        version = self.version(group)
+        inputs: dict[str, Node | None] = {"y": y, "positions": None}
         if cell.positions is not None:
             inputs["positions"] = self.once(version, aten.transpose.int, (cell.positions, 0, 1), {})
         env: dict[Node, Any] = {}
@@ -349,7 +356,7 @@ class Rewriter:
         for inner in template.decoder.module.graph.nodes:
             if inner.op == "placeholder":
                 env[inner] = inputs[inner.name] if inner.name in inputs else self.codec_input(group, inner.name)
-                if inner.name != "y":
+                if inner.name != "y" or shared:
                     angles.add(inner)
             elif inner.op == "output":
                 return env[inner.args[0]]

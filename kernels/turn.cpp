@@ -1,0 +1,270 @@
+// Scores of keys that are turned after their projection (rotary positions, a norm before them), from rows of latents (compiled
+// behind rows.cpp). A run of tokens at a time is unpacked, decoded a few features at a time in registers, turned by its tables
+// of cosines and sines, and multiplied with the queries of its head: no key is ever in memory.
+//
+//   y[t, c]   = latent(t) . S[:, c] + mean[c]
+//   k[t, i]   = y cos(t, j) - y' sin(t, j),   k[t, i'] = y' cos(t, j) + y sin(t, j)       of the j-th pair of features i, i'
+//   score     = q . k    (times 1 / sqrt(mean y^2 + eps) where heads are normed, with its weight on y)
+
+// Tokens at a time, as vectors, and features: so that their sums stay in registers.
+#ifdef __AVX512F__
+constexpr int VECTORS = 4, FEATURES = 4;
+#else
+constexpr int VECTORS = 4, FEATURES = 2;
+#endif
+constexpr int RUN = VECTORS * LANES;
+#if defined(__AVX512F__) && defined(__AVX512BF16__)
+constexpr bool PRODUCTS = true;                    // of pairs of bf16, summed in fp32
+#else
+constexpr bool PRODUCTS = false;
+#endif
+
+// Where a plane's columns are among a block's, and what its fields count.
+struct Part { int64_t first; float worth; int32_t unused; };
+
+// ``matrix`` [k, n] and ``table`` [2 pairs, B or 1, T] of ``kind`` numbers each (cosines, then sines); ``mean`` [n] or null;
+// ``sources`` [heads, dim] columns of y, and ``dims`` [dim] features of a query, pair by pair, then those that are not turned (-1:
+// none); ``step``, ``half``: of a block's columns, 1 and 0 of exact ones, which are ``numbers`` [columns] (else 0); ``asked``: numbers of a query; ``weight``
+// [dim] as ``dims`` are, or null: heads are normed, ``share`` being 1 / their features.
+struct Turn {
+  const void* matrix; int64_t matrix_kind, n;
+  const void* table; int64_t table_kind, row, batch;      // strides in elements
+  const float *mean, *weight; float eps, share;
+  const int64_t *sources, *dims; int64_t dim, pairs, heads, asked;
+  const Part* parts; const float *step, *half, *numbers;
+};
+
+typedef uint32_t U __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+
+static inline float number(const void* p, int64_t kind, int64_t i) {
+  if (kind == 0) return ((const float*)p)[i];
+  const uint16_t raw = ((const uint16_t*)p)[i];
+  if (kind == 2) return half_to_float(raw);
+  const uint32_t wide = uint32_t(raw) << 16;
+  float f; std::memcpy(&f, &wide, 4);
+  return f;
+}
+
+static inline V numbers_of(const void* p, int64_t kind, int64_t i, int64_t count) {
+  if (kind == 0) return numbers<0>((const uint8_t*)p + 4 * i, count);
+  return kind == 1 ? numbers<1>((const uint8_t*)p + 2 * i, count) : numbers<2>((const uint8_t*)p + 2 * i, count);
+}
+
+// One plane of block g of a row, to where its columns are.
+template <int KIND>
+static inline void spread(const Layout& a, const Plane& p, const Part& part, int64_t g, const uint8_t* row, float* to) {
+  const int64_t base = p.offset + g % p.beside * p.step, first = g / p.beside * p.fields;
+  const int64_t fields = KIND <= 2 || KIND == 16 ? 1 : p.fields;
+  for (int64_t f = 0; f < fields; f++) for (int64_t j = 0; j < p.count; j += LANES) {
+    const int64_t left = std::min<int64_t>(LANES, p.count - j), at = base + j * size_of<KIND>;
+    float* const place = to + part.first + f * p.count + j;
+    if (KIND <= 2) { store(place, numbers<KIND>(row + at, left)); continue; }
+    // Behind the last column are others: those of lower planes are yet to come, to those of upper ones nothing is added.
+    if (part.worth == 1) store(place, field<KIND - 8>(bytes<KIND == 16>(row + at, readable<KIND>(a, at, left)), first + f));
+    else store(place, load(place) + constant(part.worth) * field<KIND - 8>(bytes<KIND == 16>(row + at, left), first + f));
+  }
+}
+
+// The latent of block g of a token, in fp32 and with ``width`` numbers.
+static inline void unpacked(const Layout& a, const Turn& turn, int64_t count, int64_t width, int64_t g, const uint8_t* row,
+                            float size, float second, float* to) {
+  for (int64_t k = 0; k < a.n; k++) switch (a.planes[k].kind) {
+    case 16: spread<16>(a, a.planes[k], turn.parts[k], g, row, to); break;
+    case 12: spread<12>(a, a.planes[k], turn.parts[k], g, row, to); break;
+    case 10: spread<10>(a, a.planes[k], turn.parts[k], g, row, to); break;
+    case 9: spread<9>(a, a.planes[k], turn.parts[k], g, row, to); break;
+    case 0: spread<0>(a, a.planes[k], turn.parts[k], g, row, to); break;
+    case 1: spread<1>(a, a.planes[k], turn.parts[k], g, row, to); break;
+    case 2: spread<2>(a, a.planes[k], turn.parts[k], g, row, to); break;
+  }
+  const V scale = constant(size);
+  for (int64_t c = 0; c < count; c += LANES) {
+    const V numbers = load(turn.numbers + c);
+    store(to + c, (load(to + c) - load(turn.half + c)) * load(turn.step + c) * (numbers + (constant(1) - numbers) * scale));
+  }
+  for (int64_t c = count; c < width; c++) to[c] = 0;
+  if (count < width) to[count] = second;                // (where there is none, what it meets is zero)
+}
+
+// Columns of LANES rows, ``stride`` apart -> rows of LANES columns, ``line`` apart: log2 LANES times, halves of blocks change
+// places.
+typedef int32_t K __attribute__((vector_size(4 * LANES)));
+template <int STAGE, int... L> static inline K lower(std::integer_sequence<int, L...>) {
+  return K{(L & STAGE ? LANES + L - STAGE : L)...};
+}
+template <int STAGE, int... L> static inline K upper(std::integer_sequence<int, L...>) {
+  return K{(L & STAGE ? LANES + L : L + STAGE)...};
+}
+
+template <int STAGE> static inline void exchanged(V* rows) {
+  if constexpr (STAGE < LANES) {
+    constexpr std::make_integer_sequence<int, LANES> lanes{};
+    const K low = lower<STAGE>(lanes), high = upper<STAGE>(lanes);
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i++) if (!(i & STAGE)) {
+      const V a = rows[i], b = rows[i + STAGE];
+      rows[i] = __builtin_shuffle(a, b, low);
+      rows[i + STAGE] = __builtin_shuffle(a, b, high);
+    }
+    exchanged<STAGE * 2>(rows);
+  }
+}
+
+static inline void transposed(const float* from, int64_t stride, float* to, int64_t line) {
+  V rows[LANES];
+#pragma GCC unroll 16
+  for (int i = 0; i < LANES; i++) rows[i] = load(from + i * stride);
+  exchanged<1>(rows);
+#pragma GCC unroll 16
+  for (int i = 0; i < LANES; i++) store(to + i * line, rows[i]);
+}
+
+// What a call needs once: S as ``words`` [heads, dim / FEATURES, depth, FEATURES] (a number, or two of bf16), means and queries
+// [lines, dim] in the same order of features.
+struct Turned {
+  int64_t count, width, depth, dim;
+  bool products;
+  std::vector<uint32_t> words;
+  std::vector<float> means, asked;
+};
+
+static void turned(const Turn& turn, int64_t count, int64_t further, int64_t lines, const float* q, Turned& t) {
+  t.count = count;
+  t.products = PRODUCTS && turn.matrix_kind == 1;
+  t.width = (count + further + 1) / 2 * 2;
+  t.depth = t.products ? t.width / 2 : t.width;
+  t.dim = (turn.dim + FEATURES - 1) / FEATURES * FEATURES;
+  t.words.assign(turn.heads * t.dim * t.depth, 0);
+  t.means.assign(turn.heads * t.dim, 0);
+  t.asked.assign(lines * t.dim, 0);
+  const int64_t rows = count + further;
+  for (int64_t h = 0; h < turn.heads; h++) for (int64_t i = 0; i < turn.dim; i++) {
+    const int64_t c = turn.sources[h * turn.dim + i];
+    if (c < 0) continue;
+    if (turn.mean) t.means[h * t.dim + i] = turn.mean[c];
+    uint32_t* const to = t.words.data() + (h * t.dim + i / FEATURES * FEATURES) * t.depth + i % FEATURES;
+    if (t.products) {
+      const uint16_t* const from = (const uint16_t*)turn.matrix + c;
+      for (int64_t r = 0; r < rows; r++) to[r / 2 * FEATURES] |= uint32_t(from[r * turn.n]) << (r % 2 * 16);
+    } else for (int64_t r = 0; r < rows; r++) {
+      const float f = number(turn.matrix, turn.matrix_kind, r * turn.n + c);
+      std::memcpy(to + r * FEATURES, &f, 4);
+    }
+  }
+  for (int64_t l = 0; l < lines; l++) for (int64_t i = 0; i < turn.dim; i++)
+    if (turn.dims[i] >= 0) t.asked[l * t.dim + i] = q[l * turn.asked + turn.dims[i]];
+}
+
+// FEATURES features of a head for RUN tokens: sums over ``depth``.
+template <bool BY_TWO>
+static inline void decoded(const float* latents, int64_t depth, const uint32_t* words, const float* means, V (*out)[VECTORS]) {
+  V sum[FEATURES][VECTORS];
+#pragma GCC unroll 4
+  for (int f = 0; f < FEATURES; f++)
+#pragma GCC unroll 4
+    for (int v = 0; v < VECTORS; v++) sum[f][v] = constant(means[f]);
+  for (int64_t r = 0; r < depth; r++) {
+    V z[VECTORS];
+#pragma GCC unroll 4
+    for (int v = 0; v < VECTORS; v++) z[v] = load(latents + r * RUN + v * LANES);
+#pragma GCC unroll 4
+    for (int f = 0; f < FEATURES; f++) {
+#if defined(__AVX512F__) && defined(__AVX512BF16__)
+      if (BY_TWO) {
+        const __m512i w = _mm512_set1_epi32(int32_t(words[r * FEATURES + f]));
+#pragma GCC unroll 4
+        for (int v = 0; v < VECTORS; v++) sum[f][v] = (V)_mm512_dpbf16_ps((__m512)sum[f][v], (__m512bh)z[v], (__m512bh)w);
+        continue;
+      }
+#endif
+      float w; std::memcpy(&w, words + r * FEATURES + f, 4);
+#pragma GCC unroll 4
+      for (int v = 0; v < VECTORS; v++) sum[f][v] += z[v] * w;
+    }
+  }
+  std::memcpy(out, sum, sizeof(sum));
+}
+
+// A thread's room: rows of latents, the same by column, and a run's tables.
+struct Room {
+  std::vector<float> rows, columns, table;
+  Room(const Turned& t, int64_t pairs)
+      : rows(RUN * (padded(t.width) + 2 * PAD)), columns((padded(t.width) + PAD) * RUN), table(2 * pairs * RUN + PAD) {}
+};
+
+// Scores of RUN tokens or fewer from ``start`` on, of all lines of batch row b, ``line`` apart; zeros behind. ``q``: that row's.
+template <bool BY_TWO>
+static void turn_run(const Layout& a, const Turn& turn, const Turned& t, Room& room, const float* size, const float* second,
+                     int64_t b, int64_t start, int64_t tokens, const float* q, float* out, int64_t line) {
+  const int64_t stride = padded(t.width) + 2 * PAD, each = turn.heads / a.blocks, lines = a.m / each;
+  float *const rows = room.rows.data(), *const columns = room.columns.data(), *const table = room.table.data();
+  for (int64_t j = 0; j < 2 * turn.pairs; j++) for (int v = 0; v < VECTORS; v++) {
+    const int64_t left = std::min<int64_t>(LANES, tokens - v * LANES);
+    const int64_t at = j * turn.row + b * turn.batch + start + v * LANES;
+    store(table + j * RUN + v * LANES, left > 0 ? numbers_of(turn.table, turn.table_kind, at, left) : V{});
+  }
+  for (int64_t g = 0; g < a.blocks; g++) {
+    for (int64_t i = 0; i < RUN; i++) {
+      float* const to = rows + i * stride;
+      if (i < tokens) {
+        const uint8_t* const row = a.rows + (start + i) * a.stride_t + b * a.stride_b;
+        unpacked(a, turn, t.count, t.width, g, row, size[i], second[i], to);
+      } else std::fill(to, to + t.width, 0.0f);
+#if defined(__AVX512F__) && defined(__AVX512BF16__)
+      if (BY_TWO) for (int64_t c = 0; c < t.width; c += 2 * LANES) {
+        const __m512bh two = _mm512_cvtne2ps_pbh((__m512)load(to + c + LANES), (__m512)load(to + c));
+        std::memcpy(to + c / 2, &two, sizeof(two));
+      }
+#endif
+    }
+    for (int64_t r = 0; r < t.depth; r += LANES)
+      for (int64_t i = 0; i < RUN; i += LANES) transposed(rows + i * stride + r, stride, columns + r * RUN + i, RUN);
+    for (int64_t h = g * each; h < (g + 1) * each; h++) {
+      float* const scores = out + h * lines * line;
+      for (int64_t l = 0; l < lines; l++) std::fill(scores + l * line, scores + l * line + RUN, 0.0f);
+      V norm[VECTORS] = {};
+      for (int64_t i = 0; i < t.dim; i += FEATURES) {
+        V y[FEATURES][VECTORS];
+        decoded<BY_TWO>(columns, t.depth, t.words.data() + (h * t.dim + i) * t.depth, t.means.data() + h * t.dim + i, y);
+        if (turn.weight) for (int f = 0; f < FEATURES; f++) for (int v = 0; v < VECTORS; v++) {
+          norm[v] += y[f][v] * y[f][v];
+          y[f][v] *= constant(i + f < turn.dim ? turn.weight[i + f] : 0);
+        }
+#pragma GCC unroll 2
+        for (int f = 0; f < FEATURES; f += 2) if (i + f < 2 * turn.pairs) {
+          const float *const cos = table + (i + f) / 2 * RUN, *const sin = cos + turn.pairs * RUN;
+#pragma GCC unroll 4
+          for (int v = 0; v < VECTORS; v++) {
+            const V c = load(cos + v * LANES), s = load(sin + v * LANES), first = y[f][v], other = y[f + 1][v];
+            y[f][v] = first * c - other * s;
+            y[f + 1][v] = other * c + first * s;
+          }
+        }
+        for (int64_t l = 0; l < lines; l++) {
+          const float* const asked = q + (h * lines + l) * t.dim + i;
+#pragma GCC unroll 4
+          for (int v = 0; v < VECTORS; v++) {
+            V sum = load(scores + l * line + v * LANES);
+#pragma GCC unroll 4
+            for (int f = 0; f < FEATURES; f++) sum += y[f][v] * asked[f];
+            store(scores + l * line + v * LANES, sum);
+          }
+        }
+      }
+      if (turn.weight) for (int v = 0; v < VECTORS; v++) {
+        V by;
+        for (int i = 0; i < LANES; i++) by[i] = 1 / std::sqrt(norm[v][i] * turn.share + turn.eps);
+        for (int64_t l = 0; l < lines; l++) store(scores + l * line + v * LANES, load(scores + l * line + v * LANES) * by);
+      }
+    }
+  }
+}
+
+// All lines of tokens [start, stop) of batch row b, ``a.line`` apart, which must have room for a RUN behind the last.
+static inline void turn_chunk(const Layout& a, const Turn& turn, const Turned& t, Room& room, const float* size,
+                              const float* second, int64_t b, int64_t start, int64_t stop, const float* q, float* out) {
+  for (int64_t at = start; at < stop; at += RUN) {
+    const int64_t tokens = std::min<int64_t>(RUN, stop - at), i = at - start;
+    (t.products ? turn_run<PRODUCTS> : turn_run<false>)(a, turn, t, room, size + i, second + i, b, at, tokens, q, out + i, a.line);
+  }
+}

@@ -1,0 +1,121 @@
+"""Keys that are turned after their projection, as ``turn.cpp`` decodes them: which features are turned, and by what."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import torch
+
+from lorc_fx.packing import MODEL
+
+from . import native
+from .stored import Stored
+
+if TYPE_CHECKING:
+    from .attend import Operand
+
+
+@dataclass(frozen=True)
+class Turn:
+    """An epilogue that turns pairs of a head's features by angles of the token's position, the same for all heads:
+
+        k[t, i] = y[t, a] cos(t, j) - y[t, a'] sin(t, j)        k[t, i'] = y[t, a'] cos(t, j) + y[t, a] sin(t, j)
+
+    dims: the features i, i' of a head's key, pair by pair, then those that are y as it is. sources: the columns a, a'
+    of y that they are made of, head by head. pairs: how many there are. (The graph makes the cosines and sines, [2
+    pairs, B or 1, T]: the last one of the codec's tensors.)
+    """
+
+    dims: tuple[int, ...]
+    sources: tuple[int, ...]
+    pairs: int
+
+
+class _Part(ctypes.Structure):
+    _fields_ = [("first", ctypes.c_int64), ("worth", ctypes.c_float), ("unused", ctypes.c_int32)]
+
+
+class _Turn(ctypes.Structure):
+    _fields_ = [
+        ("matrix", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("matrix_kind", "n")),
+        ("table", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("table_kind", "row", "batch")),
+        *((name, ctypes.c_void_p) for name in ("mean", "weight")),
+        *((name, ctypes.c_float) for name in ("eps", "share")),
+        *((name, ctypes.c_void_p) for name in ("sources", "dims")),
+        *((name, ctypes.c_int64) for name in ("dim", "pairs", "heads", "asked")),
+        *((name, ctypes.c_void_p) for name in ("parts", "step", "half", "numbers")),
+    ]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What calls of one operand have in common: numbers for ``_Turn``, and what they point to."""
+
+    sources: torch.Tensor
+    dims: torch.Tensor
+    parts: Any
+    columns: torch.Tensor  # [3, a block's columns, padded] fp32: step, half, and 1 for numbers of the model's dtype
+
+
+_PLANS: WeakKeyDictionary[Operand, _Plan] = WeakKeyDictionary()
+
+
+def reads(operand: Operand) -> bool:
+    """Whether ``turn.cpp`` decodes such rows, and there is a compiler for it."""
+    if operand.turn is None or operand.columns is not None or not operand.decodes or native.library() is None:
+        return False
+    return operand.format.choices <= 2 and native.layout(operand.format, operand.groups) is not None
+
+
+def _plan(operand: Operand) -> _Plan:
+    if operand not in _PLANS:
+        turn, form, groups = operand.turn, operand.format, operand.groups
+        about = native.layout(form, groups)
+        assert turn is not None and about is not None
+        each = form.columns // groups
+        columns = torch.zeros(3, native.padded(each))
+        exact = sum(s.columns for s in form.segments if s.bits == MODEL) // groups
+        columns[0, :exact] = columns[2, :exact] = 1
+        if form.scaled:
+            columns[0, exact:each], columns[1, exact:each] = native.constants(form, groups)
+        parts = (_Part * about.count)(*(_Part(first, worth) for first, _, _, worth in about.pieces))
+        _PLANS[operand] = _Plan(torch.tensor(turn.sources), torch.tensor(turn.dims), parts, columns)
+    return _PLANS[operand]
+
+
+def given(operand: Operand, stored: Stored) -> tuple[_Turn, tuple[Any, ...]]:
+    """For ``lorc_attend``, and what must be held while it runs. The caller has asked ``reads``."""
+    plan, turn, table = _plan(operand), operand.turn, stored.codec[-1]
+    decode, mean, _ = stored.parts(operand)
+    assert turn is not None and decode is not None
+    tokens, batch, _ = stored.rows.shape
+    fits = table.shape[0] == 2 * turn.pairs and table.shape[1] in (1, batch) and table.shape[2] == tokens
+    assert fits and table.stride(2) == 1, f"a table {tuple(table.shape)} for {tokens} tokens of {batch} rows"
+    decode, shift = decode.contiguous(), None if mean is None else mean.float().contiguous()
+    made = _Turn(
+        decode.data_ptr(),
+        native.KINDS[decode.dtype],
+        decode.shape[1],
+        table.data_ptr(),
+        native.KINDS[table.dtype],
+        table.stride(0),
+        table.stride(1) if table.shape[1] > 1 else 0,
+        None if shift is None else shift.data_ptr(),
+        None,
+        0.0,
+        1 / operand.head_dim,
+        plan.sources.data_ptr(),
+        plan.dims.data_ptr(),
+        len(turn.dims),
+        turn.pairs,
+        operand.heads,
+        operand.head_dim,
+        ctypes.addressof(plan.parts),
+        *(row.data_ptr() for row in plan.columns),
+    )
+    return made, (plan, table, decode, shift)
