@@ -10,6 +10,7 @@ struct Rows {
   const uint8_t* rows; int64_t tokens, stride_t, stride_b, scale;      // strides in bytes
   const Plane* planes; int64_t n, blocks, width;
   const Column* columns; int64_t count, further;                       // of a block; further: whether there is a second mean
+  Levels levels;
 };
 
 // What scores pass through, one after the other. ``extra``: which tensor they meet.
@@ -163,6 +164,8 @@ extern "C" void lorc_attend(const Rows* keys, const Turn* turn, const Rows* valu
                        k.width, room};
   const Layout right = {v.rows, tokens, batch, v.stride_t, v.stride_b, v.scale, v.planes, v.n, v.blocks, lines / v.blocks,
                         v.width, room};
+  const bool runs = by_runs(right, v.count, right.m);
+  const int64_t held = runs ? padded(v.count + v.further) : v.width;
   threads = threads < batch * chunks ? threads : batch * chunks > 0 ? batch * chunks : 1;
   std::vector<Sums> found(threads);
 #pragma omp parallel num_threads(threads)
@@ -171,18 +174,19 @@ extern "C" void lorc_attend(const Rows* keys, const Turn* turn, const Rows* valu
     Sums& a = found[me];
     a.top.assign(every, -INFINITY);
     a.weight.assign(every, 0);
-    a.acc.assign(every * v.width, 0);
+    a.acc.assign(every * held, 0);
     a.scales.assign(every, 0);
     a.further.assign(every, 0);
-    std::vector<float> held(lines * room), scaled(lines * room), size(room), second(room);
+    std::vector<float> scores(lines * room), scaled(lines * room), size(room), second(room);
+    std::vector<float> rows(runs ? RUN * (held + PAD) + PAD : 0);
     Room latents(own, turn ? turn->pairs : 0);
-    float* const p = held.data();
+    float* const p = scores.data();
     for (int64_t i = me; i < batch * chunks; i += all) {
       const int64_t b = i / chunks, start = i % chunks * chunk, stop = start + chunk < tokens ? start + chunk : tokens;
       const int64_t first = b * lines, count = stop - start;
       if (mask >= 0 && extras[mask].head == 0 && hidden(extras[mask], b, queries, start, stop)) continue;
       scales_of(left, b, start, stop, size.data(), second.data());
-      if (turn) turn_chunk(left, *turn, own, latents, size.data(), second.data(), b, start, stop, own.asked.data() + first * own.dim, p);
+      if (turn) turn_chunk(left, k.levels, *turn, own, latents, size.data(), second.data(), b, start, stop, own.asked.data() + first * own.dim, p);
       else score_chunk(left, size.data(), second.data(), b, start, stop, weights.data() + first * k.width,
                        shift.data() + first, further.data() + first, p, scaled.data());
       for (int64_t l = 0; l < lines; l++) {
@@ -197,19 +201,21 @@ extern "C" void lorc_attend(const Rows* keys, const Turn* turn, const Rows* valu
         if (less != 1) {
           a.scales[first + l] *= less;
           a.further[first + l] *= less;
-          float* const acc = a.acc.data() + (first + l) * v.width;
-          for (int64_t j = 0; j < v.width; j++) acc[j] *= less;
+          float* const acc = a.acc.data() + (first + l) * held;
+          for (int64_t j = 0; j < held; j++) acc[j] *= less;
         }
       }
       scales_of(right, b, start, stop, size.data(), second.data());
-      sum_chunk(right, size.data(), second.data(), b, start, stop, p, scaled.data(), a.acc.data() + first * v.width,
-                a.scales.data() + first, a.further.data() + first);
+      if (runs) sum_runs(right, v.levels, v.count, held, size.data(), second.data(), b, start, stop, p, rows.data(),
+                         a.acc.data() + first * held);
+      else sum_chunk(right, size.data(), second.data(), b, start, stop, p, scaled.data(), a.acc.data() + first * held,
+                     a.scales.data() + first, a.further.data() + first);
     }
   }
   const int64_t each = v.count + v.further;
-#pragma omp parallel for num_threads(threads) if (every * v.width > 32768)
+#pragma omp parallel for num_threads(threads) if (every * held > 32768)
   for (int64_t l = 0; l < every; l++) {
-    std::vector<float> acc(v.width);
+    std::vector<float> acc(held);
     const int64_t b = l / lines, head = l % lines / queries, query = l % queries;
     float top = -INFINITY, weight = 0, scales = 0, second = 0, own = 0;
     if (sink) top = own = ((const float*)sink->data)[b * sink->batch + head * sink->head + query * sink->query];
@@ -221,12 +227,13 @@ extern "C" void lorc_attend(const Rows* keys, const Turn* turn, const Rows* valu
       weight += a.weight[l] * less;
       scales += a.scales[l] * less;
       second += a.further[l] * less;
-      const float* const from = a.acc.data() + l * v.width;
-      for (int64_t j = 0; j < v.width; j++) acc[j] += from[j] * less;
+      const float* const from = a.acc.data() + l * held;
+      for (int64_t j = 0; j < held; j++) acc[j] += from[j] * less;
     }
     const float whole = weight + (sink ? std::exp(own - shifted) : 0.0f);
     const float by = blind && whole == 0 ? 0.0f : 1 / whole;
     float* const to = out + l * each;
+    if (runs) { for (int64_t c = 0; c < each; c++) to[c] = acc[c] * by; share[l] = weight * by; continue; }
     for (int64_t c = 0; c < v.count; c++) {
       const Column& at = v.columns[c];
       const float levels = acc[at.place] + (at.second >= 0 ? acc[at.second] * at.worth : 0.0f);

@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch.fx import GraphModule, Node
 
-from lorc_fx.packing import Format
+from lorc_fx.packing import MODEL, Format
 
 from . import native, turned
 from .attend import Attend, Operand
@@ -37,6 +37,10 @@ class _Column(ctypes.Structure):
     ]
 
 
+class _Part(ctypes.Structure):
+    _fields_ = [("first", ctypes.c_int64), ("worth", ctypes.c_float), ("unused", ctypes.c_int32)]
+
+
 class _Rows(ctypes.Structure):
     _fields_ = [
         ("rows", ctypes.c_void_p),
@@ -45,6 +49,7 @@ class _Rows(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("n", "blocks", "width")),
         ("columns", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("count", "further")),
+        *((name, ctypes.c_void_p) for name in ("parts", "step", "half", "numbers")),
     ]
 
 
@@ -176,9 +181,25 @@ def _columns(form: Format, blocks: int) -> Any:
     return (_Column * each)(*found)
 
 
+@functools.lru_cache(maxsize=256)
+def _levels(form: Format, blocks: int) -> tuple[Any, torch.Tensor]:
+    """Of a block: where each plane's columns are, and [3, columns, padded] fp32: their steps, halves, and 1 for those
+    that are numbers of the model's dtype."""
+    about = native.layout(form, blocks)
+    assert about is not None
+    each = form.columns // blocks
+    columns = torch.zeros(3, native.padded(each))
+    exact = each if form.plain else sum(s.columns for s in form.segments if s.bits == MODEL) // blocks
+    columns[0, :exact] = columns[2, :exact] = 1
+    if form.scaled:
+        columns[0, exact:each], columns[1, exact:each] = native.constants(form, blocks)
+    return (_Part * about.count)(*(_Part(first, worth) for first, _, _, worth in about.pieces)), columns
+
+
 def _rows(stored: Stored, form: Format, blocks: int) -> _Rows:
     rows, about, columns = stored.rows, native.layout(form, blocks), _columns(form, blocks)
     assert about is not None
+    parts, levels = _levels(form, blocks)
     size = rows.element_size()
     return _Rows(
         rows.data_ptr(),
@@ -193,6 +214,8 @@ def _rows(stored: Stored, form: Format, blocks: int) -> _Rows:
         ctypes.addressof(columns),
         len(columns),
         int(form.choices > 1),
+        ctypes.addressof(parts),
+        *(row.data_ptr() for row in levels),
     )
 
 

@@ -26,7 +26,7 @@ _FIELD = 8
 """A plane of fields of b bits has kind 8 + b (``rows.cpp``)."""
 
 
-SOURCES = ("rows.cpp", "turn.cpp", "attend.cpp", "pack.cpp")
+SOURCES = ("rows.cpp", "runs.cpp", "turn.cpp", "attend.cpp", "pack.cpp")
 
 
 class _Plane(ctypes.Structure):

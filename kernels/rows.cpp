@@ -158,11 +158,14 @@ static inline int64_t padded(int64_t n) { return (n + PAD - 1) / PAD * PAD; }
 
 template <int KIND> constexpr int size_of = KIND == 0 ? 4 : KIND <= 2 ? 2 : 1;
 
-// How many elements to read for the last ``count`` of a run: what comes behind may be read as well, if it is bytes of the same
-// row. It meets weights of zero, or is never looked at.
-template <int KIND> static inline int64_t readable(const Layout& a, int64_t at, int64_t count) {
-  return KIND > 8 && at + LANES <= a.end ? LANES : count;
+// How many elements to read for the last ``count`` of a run: what comes behind may be read as well up to ``end``, if it is bytes.
+// It meets weights of zero, or is never looked at.
+template <int KIND> static inline int64_t readable(int64_t end, int64_t at, int64_t count) {
+  return KIND > 8 && at + LANES <= end ? LANES : count;
 }
+
+// Up to where rows [.., t) may be read, from the begin of each: the next one's bytes as well.
+static inline int64_t bytes_of(const Layout& a, int64_t t) { return t < a.tokens ? a.end + a.stride_t : a.end; }
 
 // LANES columns (or the last few) of NT rows of a plane, from element j on: of numbers, or as bytes.
 template <int KIND, int NT>
@@ -175,8 +178,8 @@ __attribute__((always_inline)) static inline void take(const uint8_t* const* row
 // Dot products of NT rows with NM weight vectors over one plane of block g. The sums are copied, so that they stay in
 // registers, and whole vectors are apart from what is left: else GCC 12 keeps the sums on the stack.
 template <int KIND, int NT, int NM>
-static inline void dot_plane(const uint8_t* const* rows, const float* w, const Layout& a, const Plane& p, int64_t g,
-                             V (*total)[NM]) {
+static inline void dot_plane(const uint8_t* const* rows, const float* w, const Layout& a, int64_t end, const Plane& p,
+                             int64_t g, V (*total)[NM]) {
   const int64_t base = p.offset + g % p.beside * p.step, run = padded(p.count), first = g / p.beside * p.fields;
   const int64_t fields = KIND <= 2 || KIND == 16 ? 1 : p.fields, count = p.count, whole = count / LANES * LANES;
   V sum[NT][NM];
@@ -199,26 +202,26 @@ static inline void dot_plane(const uint8_t* const* rows, const float* w, const L
     }
   };
   for (int64_t j = 0; j < whole; j += LANES) part(j, LANES);
-  if (whole < count) part(whole, readable<KIND>(a, base + whole, count - whole));
+  if (whole < count) part(whole, readable<KIND>(end, base + whole, count - whole));
   std::memcpy(total, sum, sizeof(sum));
 }
 
 // Over the planes of numbers (or, FIELDS, of fields) of block g: apart, because the sums of both would not fit the registers.
 template <bool FIELDS, int NT, int NM>
-static inline void dots(const uint8_t* const* rows, const float* w, const Layout& a, int64_t g,
+static inline void dots(const uint8_t* const* rows, const float* w, const Layout& a, int64_t end, int64_t g,
                         float (*out)[NT]) {
   V sum[NT][NM] = {};
   for (int64_t k = 0; k < a.n; k++) {
     const Plane& p = a.planes[k];
     if (FIELDS) switch (p.kind) {
-      case 16: dot_plane<16, NT, NM>(rows, w, a, p, g, sum); break;
-      case 12: dot_plane<12, NT, NM>(rows, w, a, p, g, sum); break;
-      case 10: dot_plane<10, NT, NM>(rows, w, a, p, g, sum); break;
-      case 9: dot_plane<9, NT, NM>(rows, w, a, p, g, sum); break;
+      case 16: dot_plane<16, NT, NM>(rows, w, a, end, p, g, sum); break;
+      case 12: dot_plane<12, NT, NM>(rows, w, a, end, p, g, sum); break;
+      case 10: dot_plane<10, NT, NM>(rows, w, a, end, p, g, sum); break;
+      case 9: dot_plane<9, NT, NM>(rows, w, a, end, p, g, sum); break;
     } else switch (p.kind) {
-      case 0: dot_plane<0, NT, NM>(rows, w, a, p, g, sum); break;
-      case 1: dot_plane<1, NT, NM>(rows, w, a, p, g, sum); break;
-      case 2: dot_plane<2, NT, NM>(rows, w, a, p, g, sum); break;
+      case 0: dot_plane<0, NT, NM>(rows, w, a, end, p, g, sum); break;
+      case 1: dot_plane<1, NT, NM>(rows, w, a, end, p, g, sum); break;
+      case 2: dot_plane<2, NT, NM>(rows, w, a, end, p, g, sum); break;
     }
   }
   for (int m = 0; m < NM; m++) {
@@ -254,11 +257,11 @@ static inline void score_some(const Layout& a, int64_t b, int64_t g, int64_t t, 
   float found[NM][NT];
   const int64_t line = g * a.m + m;
   if (a.exact) {
-    dots<false, NT, NM>(rows, w + line * a.width, a, g, found);
+    dots<false, NT, NM>(rows, w + line * a.width, a, bytes_of(a, t + NT), g, found);
     for (int k = 0; k < NM; k++) std::memcpy(exact + (line + k) * a.line, found[k], sizeof(found[k]));
   }
   if (a.scale >= 0) {
-    dots<true, NT, NM>(rows, w + line * a.width, a, g, found);
+    dots<true, NT, NM>(rows, w + line * a.width, a, bytes_of(a, t + NT), g, found);
     for (int k = 0; k < NM; k++) std::memcpy(levels + (line + k) * a.line, found[k], sizeof(found[k]));
   }
 }
@@ -333,8 +336,8 @@ static inline void add(const Layout& a, const V* x, const float* weight, float* 
 }
 
 template <int KIND, int NT>
-static inline void sum_plane(const Layout& a, const uint8_t* const* rows, const Plane& p, int64_t g, const float* weight,
-                             float* place) {
+static inline void sum_plane(const Layout& a, int64_t end, const uint8_t* const* rows, const Plane& p, int64_t g,
+                             const float* weight, float* place) {
   const int64_t base = p.offset + g % p.beside * p.step, run = padded(p.count), first = g / p.beside * p.fields;
   const int64_t fields = KIND <= 2 || KIND == 16 ? 1 : p.fields, count = p.count, whole = count / LANES * LANES;
   auto part = [&](int64_t j, int64_t c) __attribute__((always_inline)) {
@@ -350,7 +353,7 @@ static inline void sum_plane(const Layout& a, const uint8_t* const* rows, const 
     }
   };
   for (int64_t j = 0; j < whole; j += LANES) part(j, LANES);
-  if (whole < count) part(whole, readable<KIND>(a, base + whole, count - whole));
+  if (whole < count) part(whole, readable<KIND>(end, base + whole, count - whole));
 }
 
 // Adds NT rows, weighted, to the sums of one block. ``p``: at this token's weight of the first line of batch row b, and the
@@ -360,16 +363,17 @@ static inline void sum_some(const Layout& a, int64_t b, int64_t g, int64_t t, co
                             float* acc) {
   const uint8_t* rows[NT];
   for (int i = 0; i < NT; i++) rows[i] = a.rows + (t + i) * a.stride_t + b * a.stride_b;
+  const int64_t end = bytes_of(a, t + NT);
   const float *exact = p + g * a.m * a.line, *levels = scaled + g * a.m * a.line;
   float* place = acc + g * a.m * a.width;
   for (int64_t k = 0; k < a.n; k++) switch (a.planes[k].kind) {
-    case 16: sum_plane<16, NT>(a, rows, a.planes[k], g, levels, place); break;
-    case 12: sum_plane<12, NT>(a, rows, a.planes[k], g, levels, place); break;
-    case 10: sum_plane<10, NT>(a, rows, a.planes[k], g, levels, place); break;
-    case 9: sum_plane<9, NT>(a, rows, a.planes[k], g, levels, place); break;
-    case 0: sum_plane<0, NT>(a, rows, a.planes[k], g, exact, place); break;
-    case 1: sum_plane<1, NT>(a, rows, a.planes[k], g, exact, place); break;
-    case 2: sum_plane<2, NT>(a, rows, a.planes[k], g, exact, place); break;
+    case 16: sum_plane<16, NT>(a, end, rows, a.planes[k], g, levels, place); break;
+    case 12: sum_plane<12, NT>(a, end, rows, a.planes[k], g, levels, place); break;
+    case 10: sum_plane<10, NT>(a, end, rows, a.planes[k], g, levels, place); break;
+    case 9: sum_plane<9, NT>(a, end, rows, a.planes[k], g, levels, place); break;
+    case 0: sum_plane<0, NT>(a, end, rows, a.planes[k], g, exact, place); break;
+    case 1: sum_plane<1, NT>(a, end, rows, a.planes[k], g, exact, place); break;
+    case 2: sum_plane<2, NT>(a, end, rows, a.planes[k], g, exact, place); break;
   }
 }
 

@@ -1,37 +1,32 @@
 // Scores of keys that are turned after their projection (rotary positions, a norm before them), from rows of latents (compiled
-// behind rows.cpp). A run of tokens at a time is unpacked, decoded a few features at a time in registers, turned by its tables
+// behind runs.cpp). A run of tokens at a time is unpacked, decoded a few features at a time in registers, turned by its tables
 // of cosines and sines, and multiplied with the queries of its head: no key is ever in memory.
 //
 //   y[t, c]   = latent(t) . S[:, c] + mean[c]
 //   k[t, i]   = y cos(t, j) - y' sin(t, j),   k[t, i'] = y' cos(t, j) + y sin(t, j)       of the j-th pair of features i, i'
 //   score     = q . k    (times 1 / sqrt(mean y^2 + eps) where heads are normed, with its weight on y)
 
-// Tokens at a time, as vectors, and features: so that their sums stay in registers.
+// Features at a time: their sums over a run stay in registers.
 #ifdef __AVX512F__
-constexpr int VECTORS = 4, FEATURES = 4;
+constexpr int FEATURES = 4;
 #else
-constexpr int VECTORS = 4, FEATURES = 2;
+constexpr int FEATURES = 2;
 #endif
-constexpr int RUN = VECTORS * LANES;
 #if defined(__AVX512F__) && defined(__AVX512BF16__)
 constexpr bool PRODUCTS = true;                    // of pairs of bf16, summed in fp32
 #else
 constexpr bool PRODUCTS = false;
 #endif
 
-// Where a plane's columns are among a block's, and what its fields count.
-struct Part { int64_t first; float worth; int32_t unused; };
-
 // ``matrix`` [k, n] and ``table`` [2 pairs, B or 1, T] of ``kind`` numbers each (cosines, then sines); ``mean`` [n] or null;
 // ``sources`` [heads, dim] columns of y, and ``dims`` [dim] features of a query, pair by pair, then those that are not turned (-1:
-// none); ``step``, ``half``: of a block's columns, 1 and 0 of exact ones, which are ``numbers`` [columns] (else 0); ``asked``: numbers of a query; ``weight``
+// none); ``asked``: numbers of a query; ``weight``
 // [dim] as ``dims`` are, or null: heads are normed, ``share`` being 1 / their features.
 struct Turn {
   const void* matrix; int64_t matrix_kind, n;
   const void* table; int64_t table_kind, row, batch;      // strides in elements
   const float *mean, *weight; float eps, share;
   const int64_t *sources, *dims; int64_t dim, pairs, heads, asked;
-  const Part* parts; const float *step, *half, *numbers;
 };
 
 typedef uint32_t U __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
@@ -48,42 +43,6 @@ static inline float number(const void* p, int64_t kind, int64_t i) {
 static inline V numbers_of(const void* p, int64_t kind, int64_t i, int64_t count) {
   if (kind == 0) return numbers<0>((const uint8_t*)p + 4 * i, count);
   return kind == 1 ? numbers<1>((const uint8_t*)p + 2 * i, count) : numbers<2>((const uint8_t*)p + 2 * i, count);
-}
-
-// One plane of block g of a row, to where its columns are.
-template <int KIND>
-static inline void spread(const Layout& a, const Plane& p, const Part& part, int64_t g, const uint8_t* row, float* to) {
-  const int64_t base = p.offset + g % p.beside * p.step, first = g / p.beside * p.fields;
-  const int64_t fields = KIND <= 2 || KIND == 16 ? 1 : p.fields;
-  for (int64_t f = 0; f < fields; f++) for (int64_t j = 0; j < p.count; j += LANES) {
-    const int64_t left = std::min<int64_t>(LANES, p.count - j), at = base + j * size_of<KIND>;
-    float* const place = to + part.first + f * p.count + j;
-    if (KIND <= 2) { store(place, numbers<KIND>(row + at, left)); continue; }
-    // Behind the last column are others: those of lower planes are yet to come, to those of upper ones nothing is added.
-    if (part.worth == 1) store(place, field<KIND - 8>(bytes<KIND == 16>(row + at, readable<KIND>(a, at, left)), first + f));
-    else store(place, load(place) + constant(part.worth) * field<KIND - 8>(bytes<KIND == 16>(row + at, left), first + f));
-  }
-}
-
-// The latent of block g of a token, in fp32 and with ``width`` numbers.
-static inline void unpacked(const Layout& a, const Turn& turn, int64_t count, int64_t width, int64_t g, const uint8_t* row,
-                            float size, float second, float* to) {
-  for (int64_t k = 0; k < a.n; k++) switch (a.planes[k].kind) {
-    case 16: spread<16>(a, a.planes[k], turn.parts[k], g, row, to); break;
-    case 12: spread<12>(a, a.planes[k], turn.parts[k], g, row, to); break;
-    case 10: spread<10>(a, a.planes[k], turn.parts[k], g, row, to); break;
-    case 9: spread<9>(a, a.planes[k], turn.parts[k], g, row, to); break;
-    case 0: spread<0>(a, a.planes[k], turn.parts[k], g, row, to); break;
-    case 1: spread<1>(a, a.planes[k], turn.parts[k], g, row, to); break;
-    case 2: spread<2>(a, a.planes[k], turn.parts[k], g, row, to); break;
-  }
-  const V scale = constant(size);
-  for (int64_t c = 0; c < count; c += LANES) {
-    const V numbers = load(turn.numbers + c);
-    store(to + c, (load(to + c) - load(turn.half + c)) * load(turn.step + c) * (numbers + (constant(1) - numbers) * scale));
-  }
-  for (int64_t c = count; c < width; c++) to[c] = 0;
-  if (count < width) to[count] = second;                // (where there is none, what it meets is zero)
 }
 
 // Columns of LANES rows, ``stride`` apart -> rows of LANES columns, ``line`` apart: log2 LANES times, halves of blocks change
@@ -122,14 +81,15 @@ static inline void transposed(const float* from, int64_t stride, float* to, int6
 // What a call needs once: S as ``words`` [heads, dim / FEATURES, depth, FEATURES] (a number, or two of bf16), means and queries
 // [lines, dim] in the same order of features.
 struct Turned {
-  int64_t count, width, depth, dim;
-  bool products;
+  int64_t count = 0, further = 0, width = 0, depth = 0, dim = 0;
+  bool products = false;
   std::vector<uint32_t> words;
   std::vector<float> means, asked;
 };
 
 static void turned(const Turn& turn, int64_t count, int64_t further, int64_t lines, const float* q, Turned& t) {
   t.count = count;
+  t.further = further;
   t.products = PRODUCTS && turn.matrix_kind == 1;
   t.width = (count + further + 1) / 2 * 2;
   t.depth = t.products ? t.width / 2 : t.width;
@@ -194,7 +154,7 @@ struct Room {
 
 // Scores of RUN tokens or fewer from ``start`` on, of all lines of batch row b, ``line`` apart; zeros behind. ``q``: that row's.
 template <bool BY_TWO>
-static void turn_run(const Layout& a, const Turn& turn, const Turned& t, Room& room, const float* size, const float* second,
+static void turn_run(const Layout& a, const Levels& levels, const Turn& turn, const Turned& t, Room& room, const float* size, const float* second,
                      int64_t b, int64_t start, int64_t tokens, const float* q, float* out, int64_t line) {
   const int64_t stride = padded(t.width) + 2 * PAD, each = turn.heads / a.blocks, lines = a.m / each;
   float *const rows = room.rows.data(), *const columns = room.columns.data(), *const table = room.table.data();
@@ -204,19 +164,16 @@ static void turn_run(const Layout& a, const Turn& turn, const Turned& t, Room& r
     store(table + j * RUN + v * LANES, left > 0 ? numbers_of(turn.table, turn.table_kind, at, left) : V{});
   }
   for (int64_t g = 0; g < a.blocks; g++) {
-    for (int64_t i = 0; i < RUN; i++) {
-      float* const to = rows + i * stride;
-      if (i < tokens) {
-        const uint8_t* const row = a.rows + (start + i) * a.stride_t + b * a.stride_b;
-        unpacked(a, turn, t.count, t.width, g, row, size[i], second[i], to);
-      } else std::fill(to, to + t.width, 0.0f);
+    unpack_run(a, levels, t.count, g, b, start, tokens, size, second, rows, stride);
+    for (int64_t i = 0; i < tokens; i++) std::fill(rows + i * stride + t.count + t.further, rows + i * stride + t.width, 0.0f);
+    for (int64_t i = tokens; i < RUN; i++) std::fill(rows + i * stride, rows + i * stride + t.width, 0.0f);
 #if defined(__AVX512F__) && defined(__AVX512BF16__)
-      if (BY_TWO) for (int64_t c = 0; c < t.width; c += 2 * LANES) {
-        const __m512bh two = _mm512_cvtne2ps_pbh((__m512)load(to + c + LANES), (__m512)load(to + c));
-        std::memcpy(to + c / 2, &two, sizeof(two));
-      }
-#endif
+    if (BY_TWO) for (int64_t i = 0; i < RUN; i++) for (int64_t c = 0; c < t.width; c += 2 * LANES) {
+      float* const at = rows + i * stride + c;
+      const __m512bh two = _mm512_cvtne2ps_pbh((__m512)load(at + LANES), (__m512)load(at));
+      std::memcpy(at - c / 2, &two, sizeof(two));
     }
+#endif
     for (int64_t r = 0; r < t.depth; r += LANES)
       for (int64_t i = 0; i < RUN; i += LANES) transposed(rows + i * stride + r, stride, columns + r * RUN + i, RUN);
     for (int64_t h = g * each; h < (g + 1) * each; h++) {
@@ -261,10 +218,10 @@ static void turn_run(const Layout& a, const Turn& turn, const Turned& t, Room& r
 }
 
 // All lines of tokens [start, stop) of batch row b, ``a.line`` apart, which must have room for a RUN behind the last.
-static inline void turn_chunk(const Layout& a, const Turn& turn, const Turned& t, Room& room, const float* size,
+static inline void turn_chunk(const Layout& a, const Levels& levels, const Turn& turn, const Turned& t, Room& room, const float* size,
                               const float* second, int64_t b, int64_t start, int64_t stop, const float* q, float* out) {
   for (int64_t at = start; at < stop; at += RUN) {
     const int64_t tokens = std::min<int64_t>(RUN, stop - at), i = at - start;
-    (t.products ? turn_run<PRODUCTS> : turn_run<false>)(a, turn, t, room, size + i, second + i, b, at, tokens, q, out + i, a.line);
+    (t.products ? turn_run<PRODUCTS> : turn_run<false>)(a, levels, turn, t, room, size + i, second + i, b, at, tokens, q, out + i, a.line);
   }
 }

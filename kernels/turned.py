@@ -9,8 +9,6 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from lorc_fx.packing import MODEL
-
 from . import native
 from .stored import Stored
 
@@ -34,10 +32,6 @@ class Turn:
     pairs: int
 
 
-class _Part(ctypes.Structure):
-    _fields_ = [("first", ctypes.c_int64), ("worth", ctypes.c_float), ("unused", ctypes.c_int32)]
-
-
 class _Turn(ctypes.Structure):
     _fields_ = [
         ("matrix", ctypes.c_void_p),
@@ -48,21 +42,11 @@ class _Turn(ctypes.Structure):
         *((name, ctypes.c_float) for name in ("eps", "share")),
         *((name, ctypes.c_void_p) for name in ("sources", "dims")),
         *((name, ctypes.c_int64) for name in ("dim", "pairs", "heads", "asked")),
-        *((name, ctypes.c_void_p) for name in ("parts", "step", "half", "numbers")),
     ]
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """What calls of one operand have in common: numbers for ``_Turn``, and what they point to."""
-
-    sources: torch.Tensor
-    dims: torch.Tensor
-    parts: Any
-    columns: torch.Tensor  # [3, a block's columns, padded] fp32: step, half, and 1 for numbers of the model's dtype
-
-
-_PLANS: WeakKeyDictionary[Operand, _Plan] = WeakKeyDictionary()
+_PLANS: WeakKeyDictionary[Operand, tuple[torch.Tensor, torch.Tensor]] = WeakKeyDictionary()
+"""Sources and dims of an operand's turn, as C++ reads them."""
 
 
 def reads(operand: Operand) -> bool:
@@ -72,27 +56,14 @@ def reads(operand: Operand) -> bool:
     return operand.format.choices <= 2 and native.layout(operand.format, operand.groups) is not None
 
 
-def _plan(operand: Operand) -> _Plan:
-    if operand not in _PLANS:
-        turn, form, groups = operand.turn, operand.format, operand.groups
-        about = native.layout(form, groups)
-        assert turn is not None and about is not None
-        each = form.columns // groups
-        columns = torch.zeros(3, native.padded(each))
-        exact = sum(s.columns for s in form.segments if s.bits == MODEL) // groups
-        columns[0, :exact] = columns[2, :exact] = 1
-        if form.scaled:
-            columns[0, exact:each], columns[1, exact:each] = native.constants(form, groups)
-        parts = (_Part * about.count)(*(_Part(first, worth) for first, _, _, worth in about.pieces))
-        _PLANS[operand] = _Plan(torch.tensor(turn.sources), torch.tensor(turn.dims), parts, columns)
-    return _PLANS[operand]
-
-
 def given(operand: Operand, stored: Stored) -> tuple[_Turn, tuple[Any, ...]]:
     """For ``lorc_attend``, and what must be held while it runs. The caller has asked ``reads``."""
-    plan, turn, table = _plan(operand), operand.turn, stored.codec[-1]
+    turn, table = operand.turn, stored.codec[-1]
     decode, mean, _ = stored.parts(operand)
     assert turn is not None and decode is not None
+    if operand not in _PLANS:
+        _PLANS[operand] = torch.tensor(turn.sources), torch.tensor(turn.dims)
+    sources, dims = _PLANS[operand]
     tokens, batch, _ = stored.rows.shape
     fits = table.shape[0] == 2 * turn.pairs and table.shape[1] in (1, batch) and table.shape[2] == tokens
     assert fits and table.stride(2) == 1, f"a table {tuple(table.shape)} for {tokens} tokens of {batch} rows"
@@ -109,13 +80,11 @@ def given(operand: Operand, stored: Stored) -> tuple[_Turn, tuple[Any, ...]]:
         None,
         0.0,
         1 / operand.head_dim,
-        plan.sources.data_ptr(),
-        plan.dims.data_ptr(),
+        sources.data_ptr(),
+        dims.data_ptr(),
         len(turn.dims),
         turn.pairs,
         operand.heads,
         operand.head_dim,
-        ctypes.addressof(plan.parts),
-        *(row.data_ptr() for row in plan.columns),
     )
-    return made, (plan, table, decode, shift)
+    return made, (sources, dims, table, decode, shift)
