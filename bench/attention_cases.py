@@ -270,7 +270,7 @@ def _operand(
         side = torch.randn(case.tokens, case.batch, *decoder.side.features) * 9
     given = (*codec, *(() if absorbed else consts))
     if not absorbed and case.turned and (turn := turns.find(decoder, consts, case.cached, case.dim)) is not None:
-        y = turns.probe(turn, n).to(case.dtype).expand(case.batch, case.tokens, n)
-        table = decoder.module(y, positions.T, *consts).permute(1, 3, 0, 2).flatten(0, 1)[turns.angles(turn)]
+        y = turns.probe(turn, decoder).expand(case.batch, case.tokens, n)
+        table = decoder.module(y, positions.T, *consts).permute(1, 3, 0, 2).flatten(0, 1)[turns.results(turn)]
         return replace(operand, turn=turn), Stored(rows, side, (*given, table.contiguous()))
     return operand, Stored(rows, side, given)

@@ -343,33 +343,43 @@ class Rewriter:
         """How often the positions of a group's cells were written: angles before a write are not those after it."""
         return self.writes.get(self.leaders.get(group, group), 0)
 
+    def angles(self, group: Group, cell: Cell) -> dict[Node, Any]:
+        """What a decoder makes of positions and constants alone (angles, their cosines), by node of it: emitted once
+        for all sites that read the same positions."""
+        version, found = self.version(group), dict[Node, Any]()
+        for inner in self.templates[group].decoder.module.graph.nodes:
+            if inner.op == "placeholder" and inner.name == "positions":
+                found[inner] = None
+                if cell.positions is not None:
+                    found[inner] = self.once(version, aten.transpose.int, (cell.positions, 0, 1), {})
+            elif inner.op == "placeholder" and inner.name != "y":
+                found[inner] = self.codec_input(group, inner.name)
+            elif inner.op == "call_function" and all(source in found for source in inner.all_input_nodes):
+                found[inner] = self._once(version, inner, found)
+        return found
+
     def decoded(self, group: Group, cell: Cell, y: Node, shared: bool = False) -> Node:
-        """Inline the decoder for ``y``. What depends on positions alone (angles, their cosines) is emitted once for all
-        sites that read the same positions, and stored where it meets y; with ``shared`` y is a constant, so all is."""
-        template = self.templates[group]
-        version = self.version(group)
-        inputs: dict[str, Node | None] = {"y": y, "positions": None}
-        if cell.positions is not None:
-            inputs["positions"] = self.once(version, aten.transpose.int, (cell.positions, 0, 1), {})
-        env: dict[Node, Any] = {}
-        angles: set[Node] = set()
-        for inner in template.decoder.module.graph.nodes:
-            if inner.op == "placeholder":
-                env[inner] = inputs[inner.name] if inner.name in inputs else self.codec_input(group, inner.name)
-                if inner.name != "y" or shared:
-                    angles.add(inner)
+        """Inline the decoder for ``y``. Angles are stored where they meet it; with ``shared`` y is a constant, and all
+        of it is emitted once."""
+        version, angles = self.version(group), self.angles(group, cell)
+        env = dict(angles)
+        for inner in self.templates[group].decoder.module.graph.nodes:
+            if inner.op == "placeholder" and inner.name == "y":
+                env[inner] = y
             elif inner.op == "output":
                 return env[inner.args[0]]
-            elif all(source in angles for source in inner.all_input_nodes):
-                angles.add(inner)
-                args, kwargs = map_arg(inner.args, env.__getitem__), map_arg(inner.kwargs, env.__getitem__)
-                env[inner] = self.once(version, inner.target, args, kwargs)
-            else:
+            elif inner not in env and shared:
+                env[inner] = self._once(version, inner, env)
+            elif inner not in env:
                 for source in inner.all_input_nodes:
                     if source in angles and source.op != "placeholder" and source.target is not aten.sym_size.int:
                         env[source] = self.once(version, torch.ops.lorc.table.default, (env[source],), {})
                 env[inner] = self.graph.node_copy(inner, env.__getitem__)
         raise AssertionError("a decoder has an output")
+
+    def _once(self, version: int, inner: Node, env: Mapping[Node, Any]) -> Node:
+        args, kwargs = map_arg(inner.args, env.__getitem__), map_arg(inner.kwargs, env.__getitem__)
+        return self.once(version, inner.target, args, kwargs)
 
     def once(self, version: int, target: Any, args: Any, kwargs: Any) -> Node:
         """An op without side effects: emitted once for the same arguments and ``version`` (writes before it)."""

@@ -4,11 +4,13 @@ of the features, as complex numbers)."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.fx import Node
+from torch.fx import GraphModule, Interpreter, Node
 
 from lorc_fx.decoder import POSITION, Decoder
 from lorc_fx.kernels.turned import Turn
@@ -70,6 +72,7 @@ def _find(decoder: Decoder, consts: Sequence[torch.Tensor], heads: int, head_dim
         want, got = run(base, position), _turned(turn, base, table, heads)
         if not bool(((want - got).abs().amax((1, 2)) <= EXACT[decoder.dtype] * base.abs().amax(1)).all()):
             return None
+    _ANGLES[decoder.digest] = _angles(decoder, turn, others)
     return turn
 
 
@@ -126,35 +129,118 @@ def _turned(turn: Turn, y: torch.Tensor, table: torch.Tensor, heads: int) -> tor
     return found
 
 
-def probe(turn: Turn, width: int) -> torch.Tensor:
+# -- cosines and sines ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Angles:
+    """Where an epilogue has them: a node of its graph that depends on positions alone, which axes of it are batch rows
+    (None: one for all) and tokens, its ``sizes`` besides, and which of its features [pairs] they are."""
+
+    node: str
+    batch: int | None
+    token: int
+    sizes: tuple[int, ...]
+    features: tuple[int, ...]
+
+
+_ANGLES: dict[str, tuple[Angles, ...]] = {}
+
+
+class _Seen(Interpreter):
+    """Values of the nodes that depend on positions alone."""
+
+    def __init__(self, module: GraphModule) -> None:
+        super().__init__(module)
+        self.values: dict[str, Any] = {}
+        self.alone = {n for n in module.graph.nodes if n.op == "placeholder" and n.name != "y"}
+
+    def run_node(self, n: Node) -> Any:
+        value = super().run_node(n)
+        if n.op == "call_function" and n.all_input_nodes and self.alone.issuperset(n.all_input_nodes):
+            self.alone.add(n)
+            self.values[n.name] = value
+        return value
+
+
+def probe(turn: Turn, decoder: Decoder) -> torch.Tensor:
     """y [n] of which an epilogue makes the angles: 1 for the first feature of each pair of the first head."""
-    made = torch.zeros(width)
+    made = torch.zeros(decoder.width)
     made[list(turn.sources[: 2 * turn.pairs : 2])] = 1
-    return made
+    return made.to(decoder.dtype)
 
 
-def angles(turn: Turn) -> list[int]:
+def results(turn: Turn) -> list[int]:
     """Which features of the first head the cosines and sines then are."""
     return [*turn.dims[: 2 * turn.pairs : 2], *turn.dims[1 : 2 * turn.pairs : 2]]
 
 
+def _angles(decoder: Decoder, turn: Turn, consts: Sequence[torch.Tensor]) -> tuple[Angles, ...]:
+    """Cosines and sines where the epilogue has them as they are; () where it has not."""
+    rows, tokens = 3, 5
+    kept = torch.arange(rows * tokens, dtype=torch.int32).view(rows, tokens)
+    seen = _Seen(decoder.module)
+    made = seen.run(probe(turn, decoder).expand(rows, tokens, -1), kept, *consts)
+    want = made.movedim((decoder.batch_dim, decoder.token_dim), (0, 1)).flatten(2)[..., results(turn)]
+    found = []
+    for part in want.split(turn.pairs, 2):
+        at = next((a for name, value in seen.values.items() if (a := _among(name, value, part)) is not None), None)
+        if at is None:
+            return ()
+        found.append(at)
+    return tuple(found)
+
+
+def _among(name: str, value: Any, want: torch.Tensor) -> Angles | None:
+    """``want`` [B, T, pairs] among a node's features."""
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point() or value.dim() < 2:
+        return None
+    rows, tokens, _ = want.shape
+    for token in (i for i, size in enumerate(value.shape) if size == tokens):
+        own: list[int | None] = [i for i, size in enumerate(value.shape) if size == rows]
+        for batch in own or [None]:
+            by_token = value.movedim(token, 0)[None] if batch is None else value.movedim((batch, token), (0, 1))
+            same = (by_token.reshape(*by_token.shape[:2], -1).to(want.dtype)[..., None] == want[..., None, :]).all(0).all(0)
+            if bool(same.any(0).all()):
+                return Angles(name, batch, token, tuple(value.shape), tuple(same.int().argmax(0).tolist()))
+    return None
+
+
 def emit_table(r: Rewriter, group: Group, cell: Cell, turn: Turn) -> Node:
-    """Cosines and sines [2 pairs, B, T] of a cell's tokens: one for all layers that turn alike."""
+    """Cosines and sines [2 pairs, B or 1, T] of a cell's tokens: one for all layers that turn alike."""
     decoder = r.templates[group].decoder
     assert cell.positions is not None
-    name = f"probe {decoder.digest}"
-    if name not in r.pure:
-        r.pure[name] = r.constant(probe(turn, decoder.width).to(decoder.dtype))
     version = r.version(group)
-    sizes = [r.once(version, aten.sym_size.int, (cell.positions, dim), {}) for dim in (1, 0)]
-    y = r.once(version, aten.expand.default, (r.pure[name], [*sizes, decoder.width]), {})
-    value = r.decoded(group, cell, y, shared=True)
-    by_token = [decoder.batch_dim, decoder.token_dim]
-    features = [i for i in range(len(decoder.layout)) if i not in by_token]
-    rows = r.once(version, aten.permute.default, (value, [*features, *by_token]), {})
-    flat = r.once(version, aten.reshape.default, (rows, [decoder.width, *sizes]), {})
-    index = f"angles {decoder.digest}"
-    if index not in r.pure:
-        r.pure[index] = r.constant(torch.tensor(angles(turn)))
-    picked = r.once(version, aten.index_select.default, (flat, 0, r.pure[index]), {})
-    return r.once(version, torch.ops.lorc.table.default, (picked,), {})
+    batch, tokens = (r.once(version, aten.sym_size.int, (cell.positions, dim), {}) for dim in (1, 0))
+    if found := _ANGLES[decoder.digest]:
+        values = {node.name: value for node, value in r.angles(group, cell).items()}
+        parts = [_rows(r, version, values[at.node], at) for at in found]
+    else:
+        name = f"probe {decoder.digest}"
+        if name not in r.pure:
+            r.pure[name] = r.constant(probe(turn, decoder))
+        y = r.once(version, aten.expand.default, (r.pure[name], [batch, tokens, decoder.width]), {})
+        value, which = r.decoded(group, cell, y, shared=True), results(turn)
+        at = Angles("", decoder.batch_dim, decoder.token_dim, tuple(decoder.shape(1, 1)), tuple(which[: turn.pairs]))
+        parts = [_rows(r, version, value, x) for x in (at, replace(at, features=tuple(which[turn.pairs :])))]
+    both = r.once(version, aten.cat.default, (parts,), {})
+    return r.once(version, torch.ops.lorc.table.default, (both,), {})
+
+
+def _rows(r: Rewriter, version: int, value: Node, at: Angles) -> Node:
+    """These features of ``value`` as [pairs, B or 1, T]: a slice where they are evenly apart, which compiled code does
+    not look up one by one."""
+    axes = [at.token] if at.batch is None else [at.batch, at.token]
+    others = [i for i in range(len(at.sizes)) if i not in axes]
+    moved = r.once(version, aten.permute.default, (value, [*others, *axes]), {})
+    tokens = r.once(version, aten.sym_size.int, (value, at.token), {})
+    width = math.prod(at.sizes[i] for i in others)
+    rows = r.once(version, aten.reshape.default, (moved, [width, -1, tokens]), {})
+    which = list(at.features)
+    step = which[1] - which[0] if len(which) > 1 else 1
+    if step > 0 and which == list(range(which[0], which[-1] + 1, step)):
+        return r.once(version, aten.slice.Tensor, (rows, 0, which[0], which[-1] + 1, step), {})
+    name = f"rows {which}"
+    if name not in r.pure:
+        r.pure[name] = r.constant(torch.tensor(which))
+    return r.once(version, aten.index_select.default, (rows, 0, r.pure[name]), {})
