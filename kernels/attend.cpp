@@ -171,6 +171,10 @@ extern "C" void lorc_attend(const Rows* keys, const Turn* turn, const Rows* valu
 #pragma omp parallel num_threads(threads)
   {
     const int64_t me = omp_get_thread_num(), all = omp_get_num_threads();
+    if (turn) {
+#pragma omp for schedule(static)
+      for (int64_t h = 0; h < turn->heads; h++) turned_head(*turn, h, own);
+    }
     Sums& a = found[me];
     a.top.assign(every, -INFINITY);
     a.weight.assign(every, 0);

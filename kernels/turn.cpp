@@ -94,11 +94,18 @@ static void turned(const Turn& turn, int64_t count, int64_t further, int64_t lin
   t.width = (count + further + 1) / 2 * 2;
   t.depth = t.products ? t.width / 2 : t.width;
   t.dim = (turn.dim + FEATURES - 1) / FEATURES * FEATURES;
-  t.words.assign(turn.heads * t.dim * t.depth, 0);
+  t.words.resize(turn.heads * t.dim * t.depth);
   t.means.assign(turn.heads * t.dim, 0);
   t.asked.assign(lines * t.dim, 0);
-  const int64_t rows = count + further;
-  for (int64_t h = 0; h < turn.heads; h++) for (int64_t i = 0; i < turn.dim; i++) {
+  for (int64_t l = 0; l < lines; l++) for (int64_t i = 0; i < turn.dim; i++)
+    if (turn.dims[i] >= 0) t.asked[l * t.dim + i] = q[l * turn.asked + turn.dims[i]];
+}
+
+// What head h has of S and of the mean.
+static void turned_head(const Turn& turn, int64_t h, Turned& t) {
+  const int64_t rows = t.count + t.further;
+  std::fill(&t.words[h * t.dim * t.depth], &t.words[h * t.dim * t.depth] + t.dim * t.depth, 0u);
+  for (int64_t i = 0; i < turn.dim; i++) {
     const int64_t c = turn.sources[h * turn.dim + i];
     if (c < 0) continue;
     if (turn.mean) t.means[h * t.dim + i] = turn.mean[c];
@@ -111,8 +118,6 @@ static void turned(const Turn& turn, int64_t count, int64_t further, int64_t lin
       std::memcpy(to + r * FEATURES, &f, 4);
     }
   }
-  for (int64_t l = 0; l < lines; l++) for (int64_t i = 0; i < turn.dim; i++)
-    if (turn.dims[i] >= 0) t.asked[l * t.dim + i] = q[l * turn.asked + turn.dims[i]];
 }
 
 // FEATURES features of a head for RUN tokens: sums over ``depth``.
