@@ -17,6 +17,7 @@ from lorc_fx.kernels.attend import Attend, Extra, Operand
 from lorc_fx.kernels.stored import Stored
 from lorc_fx.packing import Format, Segment, pack
 from lorc_fx.passes import turns
+from lorc_fx.passes.angles import probe, results
 
 aten = torch.ops.aten
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -269,8 +270,27 @@ def _operand(
     if side is not None and decoder.side is not None and decoder.side.features:
         side = torch.randn(case.tokens, case.batch, *decoder.side.features) * 9
     given = (*codec, *(() if absorbed else consts))
-    if not absorbed and case.turned and (turn := turns.find(decoder, consts, case.cached, case.dim)) is not None:
-        y = turns.probe(turn, decoder).expand(case.batch, case.tokens, n)
-        table = decoder.module(y, positions.T, *consts).permute(1, 3, 0, 2).flatten(0, 1)[turns.results(turn)]
-        return replace(operand, turn=turn), Stored(rows, side, (*given, table.contiguous()))
+    found = turns.find(decoder, consts, case.cached, case.dim) if case.turned and not absorbed else None
+    if found is not None:
+        return replace(operand, turn=found.turn), Stored(
+            rows, side, (*given, *_turning(found, decoder, positions, consts))
+        )
     return operand, Stored(rows, side, given)
+
+
+def _turning(
+    found: turns.Found, decoder: Decoder, positions: torch.Tensor, consts: tuple[torch.Tensor, ...]
+) -> list[torch.Tensor]:
+    """A turn's own tensors: what a graph would make of the positions [T, B]."""
+    (tokens, batch), turn, norm = positions.shape, found.turn, found.norm
+    y = probe(turn, decoder).expand(batch, tokens, -1)
+    weight = []
+    if norm is not None:
+        made = norm.before(torch.ones(1, 1, decoder.width, dtype=decoder.dtype), positions[:1, :1], *consts)
+        z = made.movedim((norm.batch, norm.token), (0, 1)).flatten() * (1 + norm.eps) ** 0.5
+        place = {column: i for i, column in enumerate(norm.columns)}
+        weight = [z.float()[[place[s] for s in turn.sources[: len(turn.dims)]]]]
+        y = y[..., list(norm.columns)].reshape(batch, tokens, *norm.sizes).movedim((0, 1), (norm.batch, norm.token))
+    made = (decoder.module if norm is None else norm.after)(y, positions.T, *consts)
+    rows = made.movedim((decoder.batch_dim, decoder.token_dim), (0, 1)).flatten(2).permute(2, 0, 1)
+    return [*weight, rows[results(turn)].contiguous()]

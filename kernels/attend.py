@@ -43,7 +43,7 @@ class Operand:
     results.
     groups: of features, each decoded from its own part of every segment alone, by a compact matrix
     (``lorc_fx.groups``); where ``absorbed`` as many heads each.
-    turn: what its epilogue is, where that is known; the codec's last tensor is then the table of its angles.
+    turn: what its epilogue is, where that is known; the codec's last tensors are then its own.
     """
 
     format: Format

@@ -45,4 +45,4 @@ class Stored:
         decode = next(at) if operand.decodes else None
         mean = next(at) if operand.has_mean else None
         consts = tuple(at)
-        return decode, mean, consts if operand.turn is None else consts[:-1]
+        return decode, mean, consts if operand.turn is None else consts[: -operand.turn.tensors]

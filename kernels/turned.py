@@ -23,13 +23,20 @@ class Turn:
         k[t, i] = y[t, a] cos(t, j) - y[t, a'] sin(t, j)        k[t, i'] = y[t, a'] cos(t, j) + y[t, a] sin(t, j)
 
     dims: the features i, i' of a head's key, pair by pair, then those that are y as it is. sources: the columns a, a'
-    of y that they are made of, head by head. pairs: how many there are. (The graph makes the cosines and sines, [2
-    pairs, B or 1, T]: the last one of the codec's tensors.)
+    of y that they are made of, head by head. pairs: how many there are. eps: where heads are normed before, w y /
+    sqrt(mean y^2 + eps). (The graph makes the cosines and sines, [2 pairs, B or 1, T]: the last one of the codec's
+    tensors; before it w [D] fp32, in the order of ``dims``, where there is a norm.)
     """
 
     dims: tuple[int, ...]
     sources: tuple[int, ...]
     pairs: int
+    eps: float | None = None
+
+    @property
+    def tensors(self) -> int:
+        """Of the codec's tensors, how many are its own: the last ones."""
+        return 1 if self.eps is None else 2
 
 
 class _Turn(ctypes.Structure):
@@ -67,6 +74,8 @@ def given(operand: Operand, stored: Stored) -> tuple[_Turn, tuple[Any, ...]]:
     tokens, batch, _ = stored.rows.shape
     fits = table.shape[0] == 2 * turn.pairs and table.shape[1] in (1, batch) and table.shape[2] == tokens
     assert fits and table.stride(2) == 1, f"a table {tuple(table.shape)} for {tokens} tokens of {batch} rows"
+    weight = None if turn.eps is None else stored.codec[-2]
+    assert weight is None or (weight.dtype == torch.float32 and weight.is_contiguous())
     decode, shift = decode.contiguous(), None if mean is None else mean.float().contiguous()
     made = _Turn(
         decode.data_ptr(),
@@ -77,8 +86,8 @@ def given(operand: Operand, stored: Stored) -> tuple[_Turn, tuple[Any, ...]]:
         table.stride(0),
         table.stride(1) if table.shape[1] > 1 else 0,
         None if shift is None else shift.data_ptr(),
-        None,
-        0.0,
+        None if weight is None else weight.data_ptr(),
+        turn.eps or 0.0,
         1 / operand.head_dim,
         sources.data_ptr(),
         dims.data_ptr(),
@@ -87,4 +96,4 @@ def given(operand: Operand, stored: Stored) -> tuple[_Turn, tuple[Any, ...]]:
         operand.heads,
         operand.head_dim,
     )
-    return made, (sources, dims, table, decode, shift)
+    return made, (sources, dims, table, weight, decode, shift)

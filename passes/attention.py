@@ -24,7 +24,7 @@ from lorc_fx.codec import Codec
 from lorc_fx.kernels import fallback, fused, native, turned
 from lorc_fx.kernels.attend import CODEC_TENSORS, Attend, Extra, Operand, intern
 
-from . import turns
+from . import angles, turns
 from .axes import Axes, arg, shape
 from .caches import Group
 from .facts import Facts, static_size
@@ -94,7 +94,8 @@ class Reading:
         names += [n for n in holders if n not in ("y", "positions")]
         tensors = [self._given(r, seen, n) for n in names]
         if operand.turn is not None:
-            tensors.append(turns.emit_table(r, seen.group, cell, operand.turn))
+            found = turns.known(operand.decoder, operand.heads, operand.head_dim)
+            tensors += angles.emit(r, seen.group, cell, found)
         return cell.codes, cell.positions, tensors
 
     def _given(self, r: Rewriter, seen: Seen, name: str) -> Node:
@@ -152,7 +153,8 @@ def _turning(about: Attend, codec: Codec) -> Attend | None:
         return None
     if native.layout(value.format, native.blocks(value)) is None or fused.chain(about) is None:
         return None
-    key = replace(key, turn=turns.find(key.decoder, codec.consts, key.heads, key.head_dim))
+    found = turns.find(key.decoder, codec.consts, key.heads, key.head_dim)
+    key = replace(key, turn=None if found is None else found.turn)
     return replace(about, keys=key) if turned.reads(key) else None
 
 
