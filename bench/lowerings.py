@@ -15,7 +15,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from lorc_fx.kernels import tiled
 from lorc_fx.kernels.attend import Attend, Operand
 from lorc_fx.kernels.stored import Stored
 from lorc_fx.packing import Format, Segment, pack, unpack
-from lorc_fx.passes import cost
+from lorc_fx.passes import angles, cost, turns
 
 #: name -> query heads, cached heads, head dim
 SHAPES = {"gpt2": (16, 16, 64), "llama": (16, 4, 64), "llama-3-8b": (32, 8, 128)}
@@ -64,6 +64,8 @@ WAYS = (
     Way("int8, values half", "rows", "latent"),
     Way("half, absorbed", "latent", "latent"),
     Way("half, by heads", "latent", "latent", by_heads=True),
+    Way("half, keys turned", "turned", "latent"),
+    Way("half, by heads, keys turned", "turned", "latent", by_heads=True),
     Way("half, keys in tiles", "tiles", "latent"),
     Way("half, keys decoded", "decoding", "latent"),
 )
@@ -78,10 +80,8 @@ def rotary(heads: int, dim: int) -> Decoder:
             turned = torch.cat([-y[..., dim // 2 :], y[..., : dim // 2]], -1)
             return y * angle.cos() + turned * angle.sin()
 
-    module: Any = Epilogue()
-    return Decoder(
-        module, heads * dim, ("B", heads, "T", dim), torch.float32, POSITION, "rotary", digest=f"r{heads}.{dim}"
-    )
+    layout, digest = ("B", heads, "T", dim), f"r{heads}.{dim}"
+    return Decoder(symbolic_trace(Epilogue()), heads * dim, layout, torch.float32, POSITION, "rotary", digest=digest)
 
 
 def plain(heads: int, dim: int) -> Decoder:
@@ -100,12 +100,18 @@ def operand(how: str, tokens: int, batch: int, heads: int, dim: int, groups: int
     whole = how == "rows"
     form = Format((Segment(n if whole else n // 2, 8),), 1, torch.float32)
     rows = pack(torch.randn(tokens, batch, form.columns), None, None, form.spec, 1, torch.float32)
-    decoded = how in ("tiles", "decoding")
+    decoded = how in ("turned", "tiles", "decoding")
     side = torch.arange(tokens, dtype=torch.int32)[:, None].expand(tokens, batch).contiguous() if decoded else None
     codec = () if whole else (torch.randn(form.columns // groups, n) / math.sqrt(n),)
     made = rotary(heads, dim) if decoded else plain(heads, dim)
     about = Operand(form, form.columns, made, heads, dim, None, not decoded, not whole, False, groups=groups)
-    return about, Stored(rows, side, codec)
+    if how != "turned" or side is None:
+        return about, Stored(rows, side, codec)
+    found = turns.find(made, (), heads, dim)
+    assert found is not None
+    y = angles.probe(found.turn, made).expand(batch, tokens, n)  # its table is there once for all layers of a model
+    table = made.module(y, side.T)[:, 0, :, angles.results(found.turn)].movedim(2, 0).contiguous()
+    return replace(about, turn=found.turn), Stored(rows, side, (*codec, table))
 
 
 def runs(tokens: int, batch: int, shape: tuple[int, int, int]) -> list[Callable[[], torch.Tensor]]:

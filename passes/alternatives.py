@@ -17,6 +17,7 @@ from lorc_fx.options import Options
 from lorc_fx.packing import Format
 from lorc_fx.records import PlannedSite
 
+from . import attention, turns
 from .cost import absorbs
 from .operands import selection
 from .plan import candidate
@@ -86,5 +87,6 @@ def _alternative(
         lowering = "latent"
     else:
         value: torch.Tensor = site.node.meta["val"]
-        lowering = "decoding" if value.device.type == "cpu" else "tiles"
+        turned = attention.TURNS and not form.plain and turns.of_site(site) is not None
+        lowering = "tiles" if value.device.type != "cpu" else "turned" if turned else "decoding"
     return Alternative(name, predicted(view.columns, chosen), lowering, width, form.nbytes, basis.groups)

@@ -38,9 +38,12 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 
 ANGLES = False
-"""Whether keys that are rotated after decoding are decoded in tiles, each with its own cosines. On a CPU those of all
-positions, computed once for all layers, are cheaper (Llama shape, T = 8192, one thread: a step of 294 ms against
-426)."""
+"""Whether keys that are rotated after decoding are decoded in tiles by ops, each with its own cosines. On a CPU those
+of all positions, computed once for all layers, are cheaper (Llama shape, T = 8192, one thread: a step of 294 ms
+against 426)."""
+
+TURNS = True
+"""Whether keys that are turned after decoding (``turns``) are decoded and turned by one kernel, on a CPU."""
 
 PLAIN = False
 """Whether rows in the model's dtype are read by the op too. On a CPU torch's own products are faster on them (GPT-2
@@ -149,7 +152,7 @@ def find_attention(
 def _turning(about: Attend, codec: Codec) -> Attend | None:
     """The same with keys that are turned as they are read, by ``attend.cpp``; None where it cannot."""
     key, value = about.keys, about.values
-    if key.absorbed or not value.absorbed or native.library() is None:
+    if not TURNS or key.absorbed or not value.absorbed or native.library() is None:
         return None
     if native.layout(value.format, native.blocks(value)) is None or fused.chain(about) is None:
         return None

@@ -28,6 +28,9 @@ with T."""
 EPILOGUE = 6 * n
 """FLOPs per cached token of a rotation: two products, a sum and their share of cosines; a norm is about as much."""
 
+TURN = 3 * n
+"""FLOPs per cached token of a rotation whose cosines are known: two products and a sum."""
+
 PASSES = 4 * k + EPILOGUE
 """Numbers per cached token that ops read one by one where a token is decoded by ops: unpacking, taking the middle off,
 step and scale for what is stored; then each FLOP of an epilogue, which no product is part of."""
@@ -57,6 +60,8 @@ LOWERINGS: dict[str, Cost] = {
     "rows": Cost(B * T * w, B * T * READ_DENSE, B * T * n, stored=True),
     # absorbed: the query moves into latent space, or the sum of latents is projected up
     "latent": Cost(B * T * w + MATRIX, B * T * READ_LATENT + B * S * H * 2 * D * k / g, B * T * k, stored=True),
+    # decoded and turned inside of one kernel, by cosines and sines of all positions that are there once for all layers
+    "turned": Cost(B * T * (w + D * e) + MATRIX, B * T * (DECODE + TURN + READ_DENSE), B * T * k),
     # decoded tile by tile
     "tiles": Cost(B * T * w + MATRIX, B * T * (DECODE + EPILOGUE + READ_DENSE), B * T * PASSES),
     # decoded as a whole: the dense value is written, and read again

@@ -214,12 +214,14 @@ def absorb(
 
 
 def readings(absorptions: Mapping[Node, Absorption]) -> dict[Group, str]:
-    """How groups are read that are not decoded as a whole: as "latent", as the "rows" that they are, or in "tiles"."""
+    """How groups are read that are not decoded as a whole: as "latent", as the "rows" that they are, "turned" as they
+    are decoded, or in "tiles"."""
     found: dict[Group, str] = {}
     for made in absorptions.values():
         if isinstance(made, Reading):
             for seen, operand in zip(made.seen, made.operands, strict=True):
-                how = "tiles" if not operand.absorbed else "latent" if operand.decodes else "rows"
+                decoded = "tiles" if operand.turn is None else "turned"
+                how = decoded if not operand.absorbed else "latent" if operand.decodes else "rows"
                 found.setdefault(seen.group, how)
         else:
             parts = [made.latent] if isinstance(made, Product) else [made.key, made.value]

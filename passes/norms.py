@@ -52,7 +52,7 @@ def _norm_at(
     cut: Node, of_y: set[Node], decoder: Decoder, consts: Sequence[torch.Tensor], heads: int, exact: float
 ) -> Norm | None:
     numbers = list(_small(cut))
-    before, after = _halves(cut.graph, cut, of_y)
+    before, after = _halves(decoder.module, cut, of_y)
     if len(numbers) != 1 or _sized(after.graph, _from(after.graph, "y")):
         return None  # (z has its axes elsewhere)
     n, draw = decoder.width, torch.Generator().manual_seed(2)
@@ -138,12 +138,12 @@ def _small(cut: Node) -> Iterator[float]:
             return
 
 
-def _halves(graph: Graph, cut: Node, of_y: set[Node]) -> tuple[GraphModule, GraphModule]:
+def _halves(module: GraphModule, cut: Node, of_y: set[Node]) -> tuple[GraphModule, GraphModule]:
     """What leads to ``cut``, and what follows it with ``cut`` instead of y."""
     before, after = Graph(), Graph()
     first: dict[Node, Node] = {}
     second: dict[Node, Node] = {}
-    for node in graph.nodes:
+    for node in module.graph.nodes:
         if node.op == "output":
             after.output(second[node.args[0]])
             continue
@@ -156,4 +156,4 @@ def _halves(graph: Graph, cut: Node, of_y: set[Node]) -> tuple[GraphModule, Grap
     before.output(first[cut])
     for made in (before, after):
         made.eliminate_dead_code()
-    return GraphModule(torch.nn.Module(), before), GraphModule(torch.nn.Module(), after)
+    return GraphModule(module, before), GraphModule(module, after)

@@ -21,6 +21,8 @@ from .norms import Norm, find_norm, spread_of
 if TYPE_CHECKING:
     from torch.fx import GraphModule
 
+    from .sites import Site
+
 POSITIONS = (1, 3)
 """At which an epilogue is run to find what it does."""
 
@@ -58,6 +60,11 @@ def find(decoder: Decoder, consts: Sequence[torch.Tensor], heads: int, head_dim:
         fits = fits and all(c.is_floating_point() for c in consts)
         _FOUND[key] = _find(decoder, consts, heads, head_dim) if fits else None
     return _FOUND[key]
+
+
+def of_site(site: Site) -> Found | None:
+    """``find`` for a site's decoder."""
+    return find(site.decoder, [c.meta["val"] for c in site.consts], site.decoder.width // site.head, site.head)
 
 
 def known(decoder: Decoder, heads: int, head_dim: int) -> Found:

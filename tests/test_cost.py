@@ -20,7 +20,7 @@ DEVICE = cost.Device("a device", 1e11, 1e12, "made up")
 
 
 @pytest.mark.parametrize("groups", [1, 2])
-@pytest.mark.parametrize("how", ["rows", "latent", "tiles"])
+@pytest.mark.parametrize("how", ["rows", "latent", "turned", "tiles"])
 @pytest.mark.parametrize("shape", [(4, 4, 16), (8, 2, 32), (7, 1, 8)], ids=str)
 def test_products_are_those_that_are_counted(how, shape, groups, monkeypatch):
     """By torch's own counter, on the form in torch ops. It does not see sums: unpacking and epilogues are left out."""
@@ -41,13 +41,13 @@ def test_products_are_those_that_are_counted(how, shape, groups, monkeypatch):
     products = {
         "rows": cost.B * cost.T * cost.READ_DENSE,
         "latent": cost.B * cost.T * cost.READ_LATENT + cost.B * cost.S * cost.H * 2 * cost.D * cost.k / cost.g,
-        "tiles": cost.B * cost.T * (cost.READ_DENSE + cost.DECODE),
+        **dict.fromkeys(("turned", "tiles"), cost.B * cost.T * (cost.READ_DENSE + cost.DECODE)),
     }
     wanted = (products[how] + products["rows"]).subs(given)
     constants = 4 * batch * heads * (width + n)  # what ``half`` adds: one number per query
     assert wanted <= counter.get_total_flops() <= wanted + constants
     bytes_, flops, numbers = cost.counted(how, **sizes)
-    assert numbers == batch * tokens * {"rows": n, "latent": width, "tiles": 4 * width + 6 * n}[how]
+    assert numbers == batch * tokens * {"rows": n, "latent": width, "turned": width, "tiles": 4 * width + 6 * n}[how]
     assert flops >= products[how].subs(given)
     moved = keys.rows.numel() * keys.rows.element_size() + sum(t.numel() * 4 for t in keys.codec)
     assert bytes_ == moved
@@ -126,7 +126,7 @@ def test_explain_says_how_long_a_step_takes(name, basis, clean):
 def test_a_form_that_is_timed_is_the_reference():
     """What ``bench.lowerings`` calls is what it says."""
     torch.manual_seed(0)
-    for how in ("rows", "latent", "tiles"):
+    for how in ("rows", "latent", "turned", "tiles"):
         (k, keys), (v, values) = (lowerings.operand(way, 70, 2, 2, 16) for way in (how, "latent"))
         about = Attend(k, v, torch.fx.symbolic_trace(lambda scores: scores * 0.25), ())
         query = torch.randn(2, 6, 1, 16)
