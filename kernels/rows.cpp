@@ -275,9 +275,10 @@ static inline void score_all(const Layout& a, int64_t b, int64_t g, int64_t t, c
 }
 
 // ``tiles(g, t, stop)`` for all blocks of tokens [start, stop): block by block where rows lie close to one another, and else
-// (several texts, rows of thousands of bytes) a few whole rows after the other, as nothing fetches them ahead.
+// (several texts, long rows) a few whole rows after the other: nothing fetches them ahead, and what lies far apart evenly has
+// few places in the first cache (rows of 1 KiB: 2.4 times as fast so).
 template <typename F> static inline void each_block(const Layout& a, int64_t start, int64_t stop, F tiles) {
-  const int64_t few = a.stride_t >= 2 * a.end || a.end > 2048 ? 8 : stop - start;
+  const int64_t few = a.stride_t >= 2 * a.end || a.end > 384 ? 8 : stop - start;
   for (int64_t t = start; t < stop; t += few)
     for (int64_t g = 0; g < a.blocks; g++) tiles(g, t, std::min(t + few, stop));
 }
