@@ -19,17 +19,14 @@ constexpr bool PRODUCTS = false;
 #endif
 
 // ``matrix`` [k, n] and ``table`` [2 pairs, B or 1, T] of ``kind`` numbers each (cosines, then sines); ``mean`` [n] or null;
-// ``sources`` [heads, dim] columns of y, and ``dims`` [dim] features of a query, pair by pair, then those that are not turned (-1:
-// none); ``asked``: numbers of a query; ``weight``
-// [dim] as ``dims`` are, or null: heads are normed, ``share`` being 1 / their features.
+// ``sources`` [heads, dim] columns of y, and ``dims`` [dim] features of a query, pair by pair, then those that are not turned;
+// ``weight`` [dim] as ``dims`` are, or null: heads are normed, ``share`` being 1 / dim.
 struct Turn {
   const void* matrix; int64_t matrix_kind, n;
   const void* table; int64_t table_kind, row, batch;      // strides in elements
   const float *mean, *weight; float eps, share;
-  const int64_t *sources, *dims; int64_t dim, pairs, heads, asked;
+  const int64_t *sources, *dims; int64_t dim, pairs, heads;
 };
-
-typedef uint32_t U __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
 static inline float number(const void* p, int64_t kind, int64_t i) {
   if (kind == 0) return ((const float*)p)[i];
@@ -98,7 +95,7 @@ static void turned(const Turn& turn, int64_t count, int64_t further, int64_t lin
   t.means.assign(turn.heads * t.dim, 0);
   t.asked.assign(lines * t.dim, 0);
   for (int64_t l = 0; l < lines; l++) for (int64_t i = 0; i < turn.dim; i++)
-    if (turn.dims[i] >= 0) t.asked[l * t.dim + i] = q[l * turn.asked + turn.dims[i]];
+    t.asked[l * t.dim + i] = q[l * turn.dim + turn.dims[i]];
 }
 
 // What head h has of S and of the mean.
@@ -107,7 +104,6 @@ static void turned_head(const Turn& turn, int64_t h, Turned& t) {
   std::fill(&t.words[h * t.dim * t.depth], &t.words[h * t.dim * t.depth] + t.dim * t.depth, 0u);
   for (int64_t i = 0; i < turn.dim; i++) {
     const int64_t c = turn.sources[h * turn.dim + i];
-    if (c < 0) continue;
     if (turn.mean) t.means[h * t.dim + i] = turn.mean[c];
     uint32_t* const to = t.words.data() + (h * t.dim + i / FEATURES * FEATURES) * t.depth + i % FEATURES;
     if (t.products) {

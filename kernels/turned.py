@@ -48,7 +48,7 @@ class _Turn(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("mean", "weight")),
         *((name, ctypes.c_float) for name in ("eps", "share")),
         *((name, ctypes.c_void_p) for name in ("sources", "dims")),
-        *((name, ctypes.c_int64) for name in ("dim", "pairs", "heads", "asked")),
+        *((name, ctypes.c_int64) for name in ("dim", "pairs", "heads")),
     ]
 
 
@@ -94,6 +94,5 @@ def given(operand: Operand, stored: Stored) -> tuple[_Turn, tuple[Any, ...]]:
         len(turn.dims),
         turn.pairs,
         operand.heads,
-        operand.head_dim,
     )
     return made, (sources, dims, table, weight, decode, shift)
