@@ -32,8 +32,8 @@ EXACT = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 SIZES = (0.0, 2.0**-12, 1.0, 2.0**10)
 """Of numbers that it is run on: a norm or a clamp makes something else of some."""
 
-MOST = 1 << 13
-"""Features of a token, at most, of an epilogue that is looked at: their square is run through it."""
+MOST = 1 << 12
+"""Features of a token, at most, of an epilogue that is looked at: their square is run through it (64 MiB of fp32)."""
 
 Run = Callable[[torch.Tensor, int], torch.Tensor]
 """[tokens, features], a position -> [tokens, heads, D] fp32."""
@@ -105,7 +105,8 @@ def _find(decoder: Decoder, consts: Sequence[torch.Tensor], heads: int, head_dim
 
 def _turn(run: Run, decoder: Decoder, heads: int, head_dim: int) -> Turn | None:
     n, draw = decoder.width, torch.Generator().manual_seed(1)
-    found = _slots([run(torch.eye(n), position) for position in POSITIONS], heads, head_dim)
+    each = torch.eye(n).split(256)  # a few at a time: ops between hold more than what comes out
+    found = _slots([torch.cat([run(y, position) for y in each]) for position in POSITIONS], heads, head_dim)
     if found is None:
         return None
     turn, tables = found
