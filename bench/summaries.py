@@ -9,7 +9,7 @@ from bench.verdicts import summary
 from bench.versions import PACKAGES
 
 #: of ``bench.lowerings``: what dense is compared with, as the ways are called there
-READ = ("int8", "int8, values half", "half, absorbed", "half, by heads")
+READ = ("int8", "int8, values half", "half, absorbed", "half, by heads", "half, by heads, keys turned")
 #: of ``bench.growth``: cached tokens
 LENGTHS = (512, 4096)
 
