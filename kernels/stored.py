@@ -46,3 +46,11 @@ class Stored:
         mean = next(at) if operand.has_mean else None
         consts = tuple(at)
         return decode, mean, consts if operand.turn is None else consts[: -operand.turn.tensors]
+
+    def at(self, tokens: torch.Tensor, batch: torch.Tensor, operand: Operand) -> Stored:
+        """The same of these tokens and batch rows, by their numbers."""
+        side, codec = self.side, self.codec
+        if operand.turn is not None:
+            table = codec[-1][..., tokens]  # [2 pairs, B or 1, T]
+            codec = (*codec[:-1], table[:, batch].contiguous() if table.shape[1] > 1 else table)
+        return Stored(self.rows[tokens][:, batch], None if side is None else side[tokens][:, batch], codec)

@@ -80,10 +80,7 @@ class Problem:
             if i < len(self.about.extras) and e.dim() and e.shape[-1] == self.tokens > 1:
                 e = e[..., t].contiguous()
             extras.append(e)
-        keys, values = (
-            Stored(s.rows[t][:, b], None if s.side is None else s.side[t][:, b], s.codec)
-            for s in (self.keys, self.values)
-        )
+        keys, values = self.keys.at(t, b, self.about.keys), self.values.at(t, b, self.about.values)
         return Problem(self.about, self.query[b], keys, values, tuple(extras))
 
 

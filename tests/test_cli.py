@@ -261,8 +261,10 @@ def test_autotune_without_a_reader_or_a_place_to_write(
     monkeypatch.setenv("LORC_CACHE", str(tmp_path))
     monkeypatch.setattr(autotune, "run", partial(autotune.run, timer=lambda device, calls, repeats: [1.0] * len(calls)))
     asked = ("autotune", "--model", str(checkpoint), *QUICK)
-    code, text = run(*asked, "--basis", "joint")
-    assert code == 0 and "Nothing to tune" in text, "rotated keys are decoded as a whole"
+    code, text = run(*asked, "--basis", "joint", "--precision", "model")
+    assert code == 0 and "Nothing to tune" in text, "rows in the model's dtype are read by torch's own products"
+    code, text = run(*asked, "--basis", "joint", "--output", str(tmp_path / "turned.json"))
+    assert code == 0 and "rotary" in (tmp_path / "turned.json").read_text()
     code, text = run(*asked, "--basis", "identity", "--output", "/proc/none/tuned.json")
     assert code == 2 and "output='/proc/none/tuned.json' is not allowed" in text
     own = tmp_path / "own.json"

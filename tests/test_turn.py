@@ -18,7 +18,7 @@ from torch.fx import symbolic_trace
 from bench.attention_cases import BF16, F16, F32, ROTARY, Case, build, decoder_of
 from helpers import Recorder, assert_close, compiled, generate, latents, new_cache, prompt
 from lorc_fx.decoder import POSITION, Decoder
-from lorc_fx.kernels import fused, native, reference, tiled
+from lorc_fx.kernels import fused, native, reference, tiled, tune
 from lorc_fx.passes import attention, turns
 
 TOLERANCE = {F32: 1e-5, BF16: 2e-2, F16: 3e-3}
@@ -124,6 +124,14 @@ def test_threads_share_heads_and_tokens(threads: int) -> None:
     finally:
         torch.set_num_threads(before)
     assert_close("out", got, want, 1e-5)
+
+
+@pytest.mark.parametrize(("tokens", "batch"), [(1, 1), (100, 3), (20, 2)])
+def test_a_tuner_has_them_at_any_size(tokens: int, batch: int) -> None:
+    made = tune.Problem(*build(replace(BASE, norm="rms"))).at(tokens, batch)
+    given = made.about, made.query, made.keys, made.values, made.extras
+    assert made.tokens == tokens and made.batch == batch
+    assert_close("out", tiled.attend(*given, 64).double(), reference.attend(*given), 1e-5)
 
 
 def test_without_a_compiler_it_is_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
