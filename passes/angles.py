@@ -13,6 +13,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.node import map_arg
 
 from lorc_fx.decoder import Decoder
+from lorc_fx.kernels.native import KINDS
 from lorc_fx.kernels.turned import Turn
 
 from .norms import Norm
@@ -70,11 +71,12 @@ def results(turn: Turn) -> list[int]:
 
 
 def find_angles(
-    decoder: Decoder, turn: Turn, consts: Sequence[torch.Tensor], norm: Norm | None
+    decoder: Decoder, turn: Turn, consts: Sequence[torch.Tensor], norm: Norm | None, far: bool
 ) -> tuple[Angles, Angles] | tuple[()]:
     """Cosines and sines where the epilogue has them as they are; () where it has not. ``turn``: of what follows the
-    norm, if there is one."""
-    kept = torch.arange(ROWS * TOKENS, dtype=torch.int32).view(ROWS, TOKENS)
+    norm, if there is one. ``far``: asked up to 750,000 positions, a tenth further each time; else up to 142."""
+    steps = torch.arange(ROWS * TOKENS)
+    kept = (steps + far * 1.1**steps).int().view(ROWS, TOKENS)
     y = probe(turn, decoder).expand(ROWS, TOKENS, -1)
     if norm is not None:
         y = y.reshape(ROWS, TOKENS, *norm.sizes).movedim((0, 1), (norm.batch, norm.token))
@@ -92,7 +94,7 @@ def find_angles(
 
 def _among(name: str, value: Any, want: torch.Tensor) -> Angles | None:
     """``want`` [B, T, pairs] among a node's features."""
-    if not isinstance(value, torch.Tensor) or not value.is_floating_point() or value.shape.count(TOKENS) != 1:
+    if not isinstance(value, torch.Tensor) or value.dtype not in KINDS or value.shape.count(TOKENS) != 1:
         return None
     if value.shape.count(ROWS) > 1:
         return None

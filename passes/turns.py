@@ -6,6 +6,7 @@ What an epilogue does is found by running it, on each feature alone and on other
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
 
     from .sites import Site
 
-POSITIONS = (1, 3)
-"""At which an epilogue is run to find what it does."""
+POSITIONS = (1, 3, 1_000_003)
+"""At which an epilogue is run to find what it does: far ones too, as some scale what is beyond a length."""
 
 EXACT = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 """How far a turn may be from what its epilogue makes of numbers, relative to the largest: what it rounds."""
@@ -78,6 +79,19 @@ def _find(decoder: Decoder, consts: Sequence[torch.Tensor], heads: int, head_dim
     draw = torch.Generator().manual_seed(0)
     others = tuple((torch.rand([int(n) for n in c.shape], generator=draw) + 0.1).to(c.dtype) for c in consts)
 
+    try:
+        return _at(decoder, others, heads, head_dim, far=True)
+    except IndexError:  # it looks positions up, and has fewer
+        with contextlib.suppress(IndexError):
+            return _at(decoder, others, heads, head_dim, far=False)
+    except (RuntimeError, TypeError):
+        pass
+    return None
+
+
+def _at(decoder: Decoder, others: tuple[torch.Tensor, ...], heads: int, head_dim: int, far: bool) -> Found | None:
+    positions = POSITIONS if far else POSITIONS[:2]
+
     def after(module: GraphModule, placed: Callable[[torch.Tensor], torch.Tensor]) -> Run:
         def run(y: torch.Tensor, position: int) -> torch.Tensor:
             kept = torch.full((1, len(y)), position, dtype=torch.int32)
@@ -87,31 +101,28 @@ def _find(decoder: Decoder, consts: Sequence[torch.Tensor], heads: int, head_dim
 
         return run
 
-    try:
-        turn = _turn(after(decoder.module, lambda y: y[None]), decoder, heads, head_dim)
-        norm = None if turn else find_norm(decoder, others, heads, EXACT[decoder.dtype])
-        if norm is not None:
-            turn = _turn(after(norm.after, lambda z: spread_of(norm, z)), decoder, heads, head_dim)
-        if turn is None:
-            return None
-        angles = find_angles(decoder, turn, others, norm)
-    except (RuntimeError, TypeError, IndexError):  # a table of fewer positions, say
+    turn = _turn(after(decoder.module, lambda y: y[None]), decoder, heads, head_dim, positions)
+    norm = None if turn else find_norm(decoder, others, heads, EXACT[decoder.dtype])
+    if norm is not None:
+        turn = _turn(after(norm.after, lambda z: spread_of(norm, z)), decoder, heads, head_dim, positions)
+    if turn is None:
         return None
+    angles = find_angles(decoder, turn, others, norm, far)
     if norm is None:
         return Found(turn, angles, None)
     own = replace(turn, sources=tuple(norm.columns[s] for s in turn.sources), eps=norm.eps)
     return Found(own, angles, norm) if angles else None
 
 
-def _turn(run: Run, decoder: Decoder, heads: int, head_dim: int) -> Turn | None:
+def _turn(run: Run, decoder: Decoder, heads: int, head_dim: int, positions: Sequence[int]) -> Turn | None:
     n, draw = decoder.width, torch.Generator().manual_seed(1)
     each = torch.eye(n).split(256)  # a few at a time: ops between hold more than what comes out
-    found = _slots([torch.cat([run(y, position) for y in each]) for position in POSITIONS], heads, head_dim)
+    found = _slots([torch.cat([run(y, position) for y in each]) for position in positions], heads, head_dim)
     if found is None:
         return None
     turn, tables = found
     base = (torch.randn(len(SIZES), n, generator=draw) * torch.tensor(SIZES)[:, None]).to(decoder.dtype).float()
-    for position, table in zip(POSITIONS, tables, strict=True):
+    for position, table in zip(positions, tables, strict=True):
         apart = (run(base, position) - _turned(turn, base, table, heads)).abs().amax((1, 2))
         if not bool((apart <= EXACT[decoder.dtype] * base.abs().amax(1)).all()):
             return None

@@ -13,7 +13,8 @@ from families import FAMILIES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import oracle, ranks_of
-from torch.fx import symbolic_trace
+from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from bench.attention_cases import BF16, F16, F32, ROTARY, Case, build, decoder_of
 from helpers import Recorder, assert_close, compiled, generate, latents, new_cache, prompt
@@ -167,12 +168,17 @@ def test_a_norm_before_it_is_found(rotary: str) -> None:
 
 
 def of(function: Any, heads: int = 2, dim: int = 8, dtype: torch.dtype = F32) -> Decoder:
-    return Decoder(symbolic_trace(function), heads * dim, ("B", heads, "T", dim), dtype, POSITION, "made up")
+    given = torch.zeros(2, 3, heads * dim, dtype=dtype), torch.zeros(2, 3, dtype=torch.int32)
+    graph = make_fx(function, tracing_mode="symbolic", pre_dispatch=True)(*given).graph  # of torch's ops, as models are
+    for node, name in zip(graph.find_nodes(op="placeholder"), ["y", "positions"], strict=True):
+        node.name = name
+    made = GraphModule(torch.nn.Module(), graph)
+    return Decoder(made, heads * dim, ("B", heads, "T", dim), dtype, POSITION, "made up")
 
 
 def _halves(y: torch.Tensor, positions: torch.Tensor, heads: int = 2) -> tuple[torch.Tensor, ...]:
     x = y.view(y.shape[0], y.shape[1], heads, -1).transpose(1, 2)
-    angle = positions.float()[:, None, :, None] * torch.tensor([1.0, 0.5, 0.25, 0.125])
+    angle = torch.stack([positions.float()[:, None] * by for by in (1.0, 0.5, 0.25, 0.125)], -1)
     return x[..., :4], x[..., 4:], angle.cos(), angle.sin()
 
 
@@ -201,12 +207,29 @@ def thirds(y: Any, positions: Any) -> Any:
 
 def heads_apart(y: Any, positions: Any) -> Any:
     a, b, cos, sin = _halves(y, positions)
-    sign = torch.tensor([1.0, -1.0])[:, None, None]
+    sign = 1 - 2 * torch.arange(2)[:, None, None]
     return torch.cat([a * cos - b * sin * sign, b * cos + a * sin * sign], -1)
 
 
 def squared(y: Any, positions: Any) -> Any:
     return turns_all(y * y.abs(), positions)
+
+
+def longer_far_away(y: Any, positions: Any) -> Any:
+    return turns_all(y, positions) * torch.where(positions >= 8192, 2.0, 1.0)[:, None, :, None]
+
+
+def stretched_far_away(y: Any, positions: Any) -> Any:
+    far = positions[:, None, :, None] >= 8192
+    return torch.where(far, stretched(y, positions), turns_all(y, positions))
+
+
+def test_what_is_another_beyond_a_length() -> None:
+    """Cosines are not taken from where they are those of near positions alone."""
+    near, found = turns.find(of(turns_all), (), 2, 8), turns.find(of(longer_far_away), (), 2, 8)
+    assert near is not None and near.angles
+    assert found is not None and not found.angles
+    assert turns.find(of(stretched_far_away), (), 2, 8) is None
 
 
 def test_what_is_no_turn_is_none() -> None:
