@@ -37,6 +37,7 @@ from .caches import Group, viewed, written
 from .interface import Input, Output, Rewritten, Sharing
 from .lower import Absorption, absorb, readings
 from .mirrors import MIRRORS, Cell
+from .narrow import narrow
 from .new_rows import encoded, kept_beside
 from .normalise import is_impure
 from .sites import Matched, Site
@@ -129,6 +130,8 @@ class Rewriter:
                 self.env[node] = self.absorptions[node].emit(self, node)
             else:
                 self.env[node] = self.copied(node)
+        self.graph.eliminate_dead_code(is_impure)
+        narrow(self.graph, {new: old for old, new in self.env.items()})
         self.graph.eliminate_dead_code(is_impure)
         module = GraphModule(self.old, self.graph)
         return self._pruned(Rewritten(module, self.inputs, outputs, self.attends, self._lowerings()))
