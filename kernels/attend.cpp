@@ -1,6 +1,7 @@
-// Attention of a few queries over stored rows in one pass (compiled behind rows.cpp and turn.cpp): scores of CHUNK tokens, what the graph
-// does to them, an online softmax (Milakov and Gimelshein, arXiv 1805.02867), and sums of values, so that nothing of the
-// length of the cache is ever in memory. Each thread has every n-th chunk, and what threads have is merged at the end.
+// Attention of a few queries over stored rows in one pass (compiled behind heads.cpp, runs.cpp and turn.cpp): scores of CHUNK
+// tokens, what the graph does to them, an online softmax (Milakov and Gimelshein, arXiv 1805.02867), and sums of values, so
+// that nothing of the length of the cache is ever in memory. Each thread has every n-th chunk, and what threads have is merged
+// at the end.
 
 // How a query's numbers become weights of planes, and sums over planes become numbers: for each column of a block its place,
 // that of its second plane (-1: none) with the worth of its fields, and a level's step and middle (1 and 0 for exact ones).
@@ -129,51 +130,102 @@ static inline float soften(float* s, int64_t count, float& top, float& less) {
 // One thread's sums over its chunks: per line the maximum, weights, and of values what planes hold.
 struct Sums { std::vector<float> top, weight, acc, scales, further; };
 
-// q [B, blocks, m, count + further] -> weights [B, blocks, m, width], what the middle of levels takes off, and what the second mean adds
-static void prepare(const Rows& k, int64_t lines, const float* q, float* weights, float* shift, float* further) {
-  const int64_t all = k.count + k.further;
-  for (int64_t l = 0; l < lines; l++, q += all, weights += k.width) {
-    float off = 0;
-    for (int64_t c = 0; c < k.count; c++) {
-      const Column& at = k.columns[c];
-      const float w = q[c] * at.step;
-      weights[at.place] = w;
-      if (at.second >= 0) weights[at.second] = w * at.worth;
-      off += w * at.half;
-    }
-    shift[l] = off;
-    further[l] = k.further ? q[k.count] : 0;
+// One line of q [count + further] -> weights [width], what the middle of levels takes off, and what the second mean adds.
+static inline void prepare(const Rows& k, const float* q, float* weights, float& shift, float& further) {
+  float off = 0;
+  for (int64_t c = 0; c < k.count; c++) {
+    const Column& at = k.columns[c];
+    const float w = q[c] * at.step;
+    weights[at.place] = w;
+    if (at.second >= 0) weights[at.second] = w * at.worth;
+    off += w * at.half;
   }
+  shift = off;
+  further = k.further ? q[k.count] : 0;
 }
 
-// q [B, H, S, ..] as keys' columns are (``turn``: keys are turned, and q is as their features) -> out [B, H, S, ..] as values' columns are: means over tokens; ``share`` [B, H, S]: how
-// much of each is of tokens and not of the sink. ``constant`` (or null): what every score of a line has on top. ``sink`` (or
-// null): a logit per line. ``mask`` (or -1): the extra that says which tokens are out.
-extern "C" void lorc_attend(const Rows* keys, const Turn* turn, const Rows* values, int64_t batch, int64_t heads, int64_t queries,
-                            const float* q, const float* offset, const Step* steps, int64_t n, const Extra* extras,
-                            int64_t mask, const Extra* sink, int64_t blind, int64_t chunk, float* out, float* share,
-                            int64_t threads) {
-  const Rows &k = *keys, &v = *values;
+// Means over tokens of one line, ``to`` [count + further]; returns how much of them is of tokens and not of the sink.
+static float merged(const Rows& v, bool runs, int64_t held, const std::vector<Sums>& found, int64_t l, const float* sink,
+                    bool blind, std::vector<float>& acc, float* to) {
+  float top = sink ? *sink : -INFINITY, weight = 0, scales = 0, second = 0;
+  for (const Sums& a : found) if (a.top.size()) top = a.top[l] > top || a.top[l] != a.top[l] ? a.top[l] : top;
+  const float shifted = top == -INFINITY ? 0.0f : top;
+  std::fill(acc.begin(), acc.end(), 0.0f);
+  for (const Sums& a : found) {
+    if (!a.top.size()) continue;
+    const float less = std::exp(a.top[l] - shifted);
+    weight += a.weight[l] * less;
+    scales += a.scales[l] * less;
+    second += a.further[l] * less;
+    const float* const from = a.acc.data() + l * held;
+    for (int64_t j = 0; j < held; j++) acc[j] += from[j] * less;
+  }
+  const float whole = weight + (sink ? std::exp(*sink - shifted) : 0.0f);
+  const float by = blind && whole == 0 ? 0.0f : 1 / whole;
+  if (runs) for (int64_t c = 0; c < v.count + v.further; c++) to[c] = acc[c] * by;
+  else for (int64_t c = 0; c < v.count; c++) {
+    const Column& at = v.columns[c];
+    const float levels = acc[at.place] + (at.second >= 0 ? acc[at.second] * at.worth : 0.0f);
+    to[c] = (levels - scales * at.half) * at.step * by;
+  }
+  if (!runs && v.further) to[v.count] = second * by;
+  return weight * by;
+}
+
+// ``key`` and ``value``: the codecs' matrices. ``turn``: keys are turned where ``turns``. ``sink`` (or null): a logit per line
+// that takes part in the softmax. ``mask`` (or -1): the extra that says which tokens are out.
+struct Call {
+  Rows keys, values;
+  Matrix key, value;
+  Turn turn;
+  Lines query, out;
+  const Step* steps; int64_t n;
+  const Extra *extras, *sink;
+  int64_t turns, mask, blind, chunk, threads;
+};
+
+constexpr int64_t ALONE = 32768;   // numbers of a matrix that one thread reads by itself
+
+extern "C" void lorc_attend(const Call* call) {
+  const Call& o = *call;
+  const Rows &k = o.keys, &v = o.values;
+  const Turn* const turn = o.turns ? &o.turn : nullptr;
+  const int64_t batch = o.query.batch, heads = o.query.heads, queries = o.query.queries, chunk = o.chunk;
   const int64_t lines = heads * queries, every = batch * lines, tokens = k.tokens, chunks = (tokens + chunk - 1) / chunk;
   const int64_t room = turn ? (chunk + RUN - 1) / RUN * RUN : padded(chunk);
-  std::vector<float> weights, shift(every), further(every);
+  const int64_t wide = turn ? turn->dim : k.count + k.further, each = v.count + v.further;
+  const int64_t matrices = std::max(o.key.heads * o.key.dim * o.key.rows, o.value.heads * o.value.dim * o.value.rows);
+  const int64_t threads = std::min(o.threads, std::max(batch * chunks, matrices / ALONE + 1));
+  const Matrix plain = {nullptr, 0, 0, nullptr, 0, nullptr, o.key.heads, o.key.dim, 0};
+  const Matrix& key = turn ? plain : o.key;
+  std::vector<float> weights(turn ? 0 : every * k.width), q(every * wide), shift(every), further(every);
+  std::vector<float> offset(key.mean ? every : 0);
   Turned own;
-  if (turn) turned(*turn, k.count, k.further, every, q, own);
-  else weights.resize(every * k.width), prepare(k, every, q, weights.data(), shift.data(), further.data());
+  if (turn) turned(*turn, o.key, k.count, k.further, every, own);
   const Layout left = {k.rows, tokens, batch, k.stride_t, k.stride_b, k.scale, k.planes, k.n, k.blocks, lines / k.blocks,
                        k.width, room};
   const Layout right = {v.rows, tokens, batch, v.stride_t, v.stride_b, v.scale, v.planes, v.n, v.blocks, lines / v.blocks,
                         v.width, room};
   const bool runs = by_runs(right, v.count, right.m);
   const int64_t held = runs ? padded(v.count + v.further) : v.width;
-  threads = threads < batch * chunks ? threads : batch * chunks > 0 ? batch * chunks : 1;
   std::vector<Sums> found(threads);
 #pragma omp parallel num_threads(threads)
   {
     const int64_t me = omp_get_thread_num(), all = omp_get_num_threads();
     if (turn) {
+#pragma omp for schedule(static) nowait
+      for (int64_t h = 0; h < turn->heads; h++) turned_head(*turn, o.key, h, own);
+    }
+    const int64_t parts = parts_of(key, o.query, all);
 #pragma omp for schedule(static)
-      for (int64_t h = 0; h < turn->heads; h++) turned_head(*turn, h, own);
+    for (int64_t i = 0; i < key.heads * parts; i++) {
+      const Task t = task(key, o.query, parts, i);
+      asked(key, o.query, t, q.data(), wide, offset.data());
+      for (int64_t j = t.first; j < t.last; j++) {
+        const int64_t l = t.line(j);
+        if (turn) turned_lines(*turn, q.data(), l, own);
+        else prepare(k, &q[l * wide], &weights[l * k.width], shift[l], further[l]);
+      }
     }
     Sums& a = found[me];
     a.top.assign(every, -INFINITY);
@@ -188,16 +240,17 @@ extern "C" void lorc_attend(const Rows* keys, const Turn* turn, const Rows* valu
     for (int64_t i = me; i < batch * chunks; i += all) {
       const int64_t b = i / chunks, start = i % chunks * chunk, stop = start + chunk < tokens ? start + chunk : tokens;
       const int64_t first = b * lines, count = stop - start;
-      if (mask >= 0 && extras[mask].head == 0 && hidden(extras[mask], b, queries, start, stop)) continue;
+      if (o.mask >= 0 && o.extras[o.mask].head == 0 && hidden(o.extras[o.mask], b, queries, start, stop)) continue;
       scales_of(left, b, start, stop, size.data(), second.data());
-      if (turn) turn_chunk(left, k.levels, *turn, own, latents, size.data(), second.data(), b, start, stop, own.asked.data() + first * own.dim, p);
+      if (turn) turn_chunk(left, k.levels, *turn, own, latents, size.data(), second.data(), b, start, stop,
+                           own.asked.data() + first * own.dim, p);
       else score_chunk(left, size.data(), second.data(), b, start, stop, weights.data() + first * k.width,
                        shift.data() + first, further.data() + first, p, scaled.data());
       for (int64_t l = 0; l < lines; l++) {
         float* const s = p + l * room;
-        if (offset) for (int64_t j = 0; j < count; j++) s[j] += offset[first + l];
+        if (key.mean) for (int64_t j = 0; j < count; j++) s[j] += offset[first + l];
         for (int64_t j = count; j < padded(count); j++) s[j] = 0;
-        apply(steps, n, extras, b, l / queries, l % queries, start, count, s);
+        apply(o.steps, o.n, o.extras, b, l / queries, l % queries, start, count, s);
         for (int64_t j = count; j < padded(count); j++) s[j] = -INFINITY;
         float less;
         const float sum = soften(s, count, a.top[first + l], less);
@@ -215,35 +268,21 @@ extern "C" void lorc_attend(const Rows* keys, const Turn* turn, const Rows* valu
       else sum_chunk(right, size.data(), second.data(), b, start, stop, p, scaled.data(), a.acc.data() + first * held,
                      a.scales.data() + first, a.further.data() + first);
     }
-  }
-  const int64_t each = v.count + v.further;
-#pragma omp parallel for num_threads(threads) if (every * held > 32768)
-  for (int64_t l = 0; l < every; l++) {
-    std::vector<float> acc(held);
-    const int64_t b = l / lines, head = l % lines / queries, query = l % queries;
-    float top = -INFINITY, weight = 0, scales = 0, second = 0, own = 0;
-    if (sink) top = own = ((const float*)sink->data)[b * sink->batch + head * sink->head + query * sink->query];
-    for (const Sums& a : found) if (a.top.size()) top = a.top[l] > top || a.top[l] != a.top[l] ? a.top[l] : top;
-    const float shifted = top == -INFINITY ? 0.0f : top;
-    for (const Sums& a : found) {
-      if (!a.top.size()) continue;
-      const float less = std::exp(a.top[l] - shifted);
-      weight += a.weight[l] * less;
-      scales += a.scales[l] * less;
-      second += a.further[l] * less;
-      const float* const from = a.acc.data() + l * held;
-      for (int64_t j = 0; j < held; j++) acc[j] += from[j] * less;
+#pragma omp barrier
+    const int64_t few = parts_of(o.value, o.out, all);
+    std::vector<float> acc(held), means, share;
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < o.value.heads * few; i++) {
+      const Task t = task(o.value, o.out, few, i);
+      means.resize((t.last - t.first) * each);
+      share.resize(t.last - t.first);
+      for (int64_t j = t.first; j < t.last; j++) {
+        const int64_t l = t.line(j), b = l / lines, head = l % lines / queries, query = l % queries;
+        const Extra* const s = o.sink;
+        const float* const own_sink = s ? (const float*)s->data + b * s->batch + head * s->head + query * s->query : nullptr;
+        share[j - t.first] = merged(v, runs, held, found, l, own_sink, o.blind, acc, &means[(j - t.first) * each]);
+      }
+      answered(o.value, o.out, t, means.data(), each, share.data());
     }
-    const float whole = weight + (sink ? std::exp(own - shifted) : 0.0f);
-    const float by = blind && whole == 0 ? 0.0f : 1 / whole;
-    float* const to = out + l * each;
-    if (runs) { for (int64_t c = 0; c < each; c++) to[c] = acc[c] * by; share[l] = weight * by; continue; }
-    for (int64_t c = 0; c < v.count; c++) {
-      const Column& at = v.columns[c];
-      const float levels = acc[at.place] + (at.second >= 0 ? acc[at.second] * at.worth : 0.0f);
-      to[c] = (levels - scales * at.half) * at.step * by;
-    }
-    if (v.further) to[v.count] = second * by;
-    share[l] = weight * by;
   }
 }

@@ -59,6 +59,13 @@ class Operand:
     groups: int = 1
     turn: Turn | None = None
 
+    @cached_property
+    def direct(self) -> bool:
+        """Whether products are taken with what rows hold: with latents, or with heads as they are stored."""
+        form = self.format
+        one_kind = form.choices == 1 and len({s.bits for s in form.segments}) == 1
+        return self.absorbed and (self.decodes or (one_kind and self.columns is None))
+
     @property
     def words(self) -> str:
         """In one line, for reports and for the head of what is generated."""

@@ -26,7 +26,7 @@ _FIELD = 8
 """A plane of fields of b bits has kind 8 + b (``rows.cpp``)."""
 
 
-SOURCES = ("rows.cpp", "runs.cpp", "turn.cpp", "attend.cpp", "pack.cpp")
+SOURCES = ("rows.cpp", "heads.cpp", "runs.cpp", "turn.cpp", "attend.cpp", "pack.cpp")
 
 
 class _Plane(ctypes.Structure):
@@ -57,10 +57,7 @@ def library() -> Any:
     about = [address, *[number] * 5, ctypes.POINTER(_Plane), *[number] * 4]  # rows .. scale, planes, n .. width
     for function in (made.lorc_scores, made.lorc_sums):
         function.argtypes, function.restype = [*about, *[address] * 4, number], None
-    made.lorc_attend.argtypes = [
-        *[address] * 3, *[number] * 3, *[address] * 3, number, address, number, address, *[number] * 2, *[address] * 2,
-        number,
-    ]  # fmt: skip
+    made.lorc_attend.argtypes = [address]
     made.lorc_pack.argtypes = [address, *[number] * 3, address, address, number]
     made.lorc_unpack.argtypes = [address, *[number] * 4, address, address, number]
     made.lorc_attend.restype = made.lorc_pack.restype = made.lorc_unpack.restype = None
@@ -131,6 +128,11 @@ def layout(form: Format, blocks: int) -> Layout | None:
             at, begin, weight = at + fields * padded(count), begin + whole, weight * (1 << plane)
         offset, first = offset + segment_bytes(columns, bits, form.dtype.itemsize), first + each
     return Layout((_Plane * len(found))(*found), len(found), at, scale, tuple(pieces))
+
+
+def reads(operand: Operand) -> bool:
+    """Whether ``rows.cpp`` knows an operand's rows."""
+    return layout(operand.format, blocks(operand)) is not None
 
 
 def padded(count: int) -> int:

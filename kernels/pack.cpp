@@ -14,26 +14,6 @@ struct Codec {
   float least, snap;
 };
 
-static inline uint16_t float_to_half(float f) {   // to the nearest, ties to even
-  uint32_t bits; std::memcpy(&bits, &f, 4);
-  const uint16_t sign = uint16_t((bits >> 16) & 0x8000);
-  bits &= 0x7fffffff;
-  if (bits > 0x7f800000) return sign | 0x7e00;
-  if (bits >= 0x477ff000) return sign | 0x7c00;    // from 65520 on
-  if (bits < 0x38800000) {                         // subnormal: units of 2^-24
-    float size; std::memcpy(&size, &bits, 4);
-    return sign | uint16_t(std::nearbyint(size * 16777216.0f));
-  }
-  bits += 0xfff + ((bits >> 13) & 1);
-  return sign | uint16_t((bits - 0x38000000) >> 13);
-}
-
-static inline uint16_t float_to_bfloat(float f) {
-  uint32_t bits; std::memcpy(&bits, &f, 4);
-  if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fc0;
-  return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
 static inline V down(V v) {
 #if defined(__AVX512F__)
   return (V)_mm512_floor_ps((__m512)v);
@@ -164,27 +144,6 @@ extern "C" void lorc_pack(const uint8_t* latent, int64_t kind, int64_t tokens, i
       if (c.index >= 0) row[c.index] = uint8_t(index + 1);
     }
   }
-}
-
-// A vector of numbers in ``kind``.
-static inline void put(V v, int64_t kind, uint8_t* to) {
-  if (kind == 0) {
-    store((float*)to, v);
-    return;
-  }
-  I wide = (I)v;
-  wide = v != v ? (I{} + 0x7fc0) : (wide + 0x7fff + ((wide >> 16) & 1)) >> 16;   // bf16
-#if defined(__AVX512F__)
-  _mm256_storeu_si256((__m256i*)to, kind == 1 ? _mm512_cvtepi32_epi16((__m512i)wide) : _mm512_cvtps_ph((__m512)v, 0));
-#elif defined(__AVX2__) && defined(__F16C__)
-  const __m256i low = (__m256i)(wide & 0xffff);
-  const __m128i two = _mm_packus_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1));
-  _mm_storeu_si128((__m128i*)to, kind == 1 ? two : _mm256_cvtps_ph((__m256)v, 0));
-#else
-  uint16_t two[LANES];
-  for (int i = 0; i < LANES; i++) two[i] = kind == 1 ? uint16_t(wide[i]) : float_to_half(v[i]);
-  std::memcpy(to, two, sizeof(two));
-#endif
 }
 
 // One plane of a segment into its columns' levels. Runs in order: what a vector writes behind its own columns is zero, and is

@@ -22,7 +22,7 @@ import torch
 from lorc_fx.groups import split
 from lorc_fx.packing import MODEL, Parts, level_constants, parts_of
 
-from . import fused, native, tuned, turned, words
+from . import fused, native, tuned, words
 from .attend import Attend, Operand
 from .config import Tile
 from .reference import features
@@ -51,12 +51,13 @@ def attend(
     best, else for ``default_tile``."""
     batch, heads, queries, _ = query.shape
     total = keys.rows.shape[0]
-    kinds, ways = _ways(about, keys, values)
+    whole = fused.reads(about, keys, values)
+    kinds, ways = (None, (fused.WAY, fused.WAY)) if whole else _ways(about, keys, values)
     if tile is None and query.device.type == "cpu":
         about_tile = (heads, queries, *ways, torch.get_num_threads())
         found = tuned.chosen(about, total, batch, about_tile, lambda: problem(about, query, keys, values))
         tile = found.tokens if isinstance(found, Tile) else None
-    if ways == (fused.WAY, fused.WAY):
+    if kinds is None:
         return fused.attend(about, query, keys, values, extras, tile)
     left, right = kinds[0](about.keys, keys), kinds[1](about.values, values)
     tile = tile or _default(left, right, batch, heads * queries)
@@ -134,18 +135,16 @@ Kind = type["_Absorbed"] | type["_Decoded"]
 def _ways(about: Attend, keys: Stored, values: Stored) -> tuple[tuple[Kind, Kind], tuple[str, str]]:
     """What reads keys and values, and its name: both by one call where that can be."""
     kinds = _kind(about.keys, keys), _kind(about.values, values)
-    if kinds[0] in (_Native, _Turned) and kinds[1] is _Native and fused.chain(about) is not None:
+    if fused.reads(about, keys, values):
         return kinds, (fused.WAY, fused.WAY)
     return kinds, (kinds[0].way, kinds[1].way)
 
 
 def _kind(operand: Operand, stored: Stored) -> Kind:
-    form = operand.format
-    one_kind = form.choices == 1 and len({s.bits for s in form.segments}) == 1
     readable = stored.rows.device.type == "cpu" and stored.rows.stride(2) == 1 and native.library() is not None
-    if not operand.absorbed or not (operand.decodes or (one_kind and operand.columns is None)):
-        return _Turned if readable and turned.reads(operand) else _Decoded
-    return _Native if readable and native.layout(form, native.blocks(operand)) is not None else _Absorbed
+    if not operand.direct:
+        return _Decoded
+    return _Native if readable and native.reads(operand) else _Absorbed
 
 
 class _Absorbed:
@@ -336,10 +335,6 @@ class _Decoded:
 
     def sums(self, batch: int, heads: int, queries: int) -> _Sums:
         return _DenseSums(self, batch, heads, queries)
-
-
-class _Turned(_Decoded):
-    """The same, which ``attend.cpp`` can do where it reads values too."""
 
 
 # -- sums of values ---------------------------------------------------------------------------------------------------

@@ -18,29 +18,14 @@ constexpr bool PRODUCTS = true;                    // of pairs of bf16, summed i
 constexpr bool PRODUCTS = false;
 #endif
 
-// ``matrix`` [k, n] and ``table`` [2 pairs, B or 1, T] of ``kind`` numbers each (cosines, then sines); ``mean`` [n] or null;
-// ``sources`` [heads, dim] columns of y, and ``dims`` [dim] features of a query, pair by pair, then those that are not turned;
-// ``weight`` [dim] as ``dims`` are, or null: heads are normed, ``share`` being 1 / dim.
+// ``table`` [2 pairs, B or 1, T] (cosines, then sines); ``sources`` [heads, dim] columns of y, and ``dims`` [dim] features of a
+// query, pair by pair, then those that are not turned; ``weight`` [dim] as ``dims`` are, or null: heads are normed, ``share``
+// being 1 / dim.
 struct Turn {
-  const void* matrix; int64_t matrix_kind, n;
   const void* table; int64_t table_kind, row, batch;      // strides in elements
-  const float *mean, *weight; float eps, share;
+  const float* weight; float eps, share;
   const int64_t *sources, *dims; int64_t dim, pairs, heads;
 };
-
-static inline float number(const void* p, int64_t kind, int64_t i) {
-  if (kind == 0) return ((const float*)p)[i];
-  const uint16_t raw = ((const uint16_t*)p)[i];
-  if (kind == 2) return half_to_float(raw);
-  const uint32_t wide = uint32_t(raw) << 16;
-  float f; std::memcpy(&f, &wide, 4);
-  return f;
-}
-
-static inline V numbers_of(const void* p, int64_t kind, int64_t i, int64_t count) {
-  if (kind == 0) return numbers<0>((const uint8_t*)p + 4 * i, count);
-  return kind == 1 ? numbers<1>((const uint8_t*)p + 2 * i, count) : numbers<2>((const uint8_t*)p + 2 * i, count);
-}
 
 // Columns of LANES rows, ``stride`` apart -> rows of LANES columns, ``line`` apart: log2 LANES times, halves of blocks change
 // places.
@@ -84,33 +69,36 @@ struct Turned {
   std::vector<float> means, asked;
 };
 
-static void turned(const Turn& turn, int64_t count, int64_t further, int64_t lines, const float* q, Turned& t) {
+static void turned(const Turn& turn, const Matrix& s, int64_t count, int64_t further, int64_t lines, Turned& t) {
   t.count = count;
   t.further = further;
-  t.products = PRODUCTS && turn.matrix_kind == 1;
+  t.products = PRODUCTS && s.kind == 1;
   t.width = (count + further + 1) / 2 * 2;
   t.depth = t.products ? t.width / 2 : t.width;
   t.dim = (turn.dim + FEATURES - 1) / FEATURES * FEATURES;
   t.words.resize(turn.heads * t.dim * t.depth);
   t.means.assign(turn.heads * t.dim, 0);
   t.asked.assign(lines * t.dim, 0);
-  for (int64_t l = 0; l < lines; l++) for (int64_t i = 0; i < turn.dim; i++)
-    t.asked[l * t.dim + i] = q[l * turn.dim + turn.dims[i]];
+}
+
+// Queries [lines, dim] of some lines in the order of ``dims``.
+static inline void turned_lines(const Turn& turn, const float* q, int64_t line, Turned& t) {
+  for (int64_t i = 0; i < turn.dim; i++) t.asked[line * t.dim + i] = q[line * turn.dim + turn.dims[i]];
 }
 
 // What head h has of S and of the mean.
-static void turned_head(const Turn& turn, int64_t h, Turned& t) {
+static void turned_head(const Turn& turn, const Matrix& s, int64_t h, Turned& t) {
   const int64_t rows = t.count + t.further;
   std::fill(&t.words[h * t.dim * t.depth], &t.words[h * t.dim * t.depth] + t.dim * t.depth, 0u);
   for (int64_t i = 0; i < turn.dim; i++) {
     const int64_t c = turn.sources[h * turn.dim + i];
-    if (turn.mean) t.means[h * t.dim + i] = turn.mean[c];
+    if (s.mean) t.means[h * t.dim + i] = number(s.mean, s.mean_kind, c);
     uint32_t* const to = t.words.data() + (h * t.dim + i / FEATURES * FEATURES) * t.depth + i % FEATURES;
     if (t.products) {
-      const uint16_t* const from = (const uint16_t*)turn.matrix + c;
-      for (int64_t r = 0; r < rows; r++) to[r / 2 * FEATURES] |= uint32_t(from[r * turn.n]) << (r % 2 * 16);
+      const uint16_t* const from = (const uint16_t*)s.data + c;
+      for (int64_t r = 0; r < rows; r++) to[r / 2 * FEATURES] |= uint32_t(from[r * s.row]) << (r % 2 * 16);
     } else for (int64_t r = 0; r < rows; r++) {
-      const float f = number(turn.matrix, turn.matrix_kind, r * turn.n + c);
+      const float f = number(s.data, s.kind, r * s.row + c);
       std::memcpy(to + r * FEATURES, &f, 4);
     }
   }

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 import torch
 
@@ -39,21 +38,17 @@ class Turn:
         return 1 if self.eps is None else 2
 
 
-class _Turn(ctypes.Structure):
+class Given(ctypes.Structure):
+    """A turn for ``attend.cpp``."""
+
     _fields_ = [
-        ("matrix", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("matrix_kind", "n")),
         ("table", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("table_kind", "row", "batch")),
-        *((name, ctypes.c_void_p) for name in ("mean", "weight")),
+        ("weight", ctypes.c_void_p),
         *((name, ctypes.c_float) for name in ("eps", "share")),
         *((name, ctypes.c_void_p) for name in ("sources", "dims")),
         *((name, ctypes.c_int64) for name in ("dim", "pairs", "heads")),
     ]
-
-
-_PLANS: WeakKeyDictionary[Operand, tuple[torch.Tensor, torch.Tensor]] = WeakKeyDictionary()
-"""Sources and dims of an operand's turn, as C++ reads them."""
 
 
 def reads(operand: Operand) -> bool:
@@ -63,36 +58,33 @@ def reads(operand: Operand) -> bool:
     return operand.format.choices <= 2 and native.layout(operand.format, operand.groups) is not None
 
 
-def given(operand: Operand, stored: Stored) -> tuple[_Turn, tuple[Any, ...]]:
-    """For ``lorc_attend``, and what must be held while it runs. The caller has asked ``reads``."""
+def given(operand: Operand, kept: list[Any]) -> Given:
+    """What of an operand's turn is the same in each call. ``kept``: gets what it points to."""
+    turn = operand.turn
+    assert turn is not None
+    sources, dims = torch.tensor(turn.sources), torch.tensor(turn.dims)
+    kept += [sources, dims]
+    return Given(
+        eps=turn.eps or 0.0,
+        share=1 / operand.head_dim,
+        sources=sources.data_ptr(),
+        dims=dims.data_ptr(),
+        dim=len(turn.dims),
+        pairs=turn.pairs,
+        heads=operand.heads,
+    )
+
+
+def at(made: Given, operand: Operand, stored: Stored) -> None:
+    """Say where a call's cosines and weights are."""
     turn, table = operand.turn, stored.codec[-1]
-    decode, mean, _ = stored.parts(operand)
-    assert turn is not None and decode is not None
-    if operand not in _PLANS:
-        _PLANS[operand] = torch.tensor(turn.sources), torch.tensor(turn.dims)
-    sources, dims = _PLANS[operand]
+    assert turn is not None
     tokens, batch, _ = stored.rows.shape
     fits = table.shape[0] == 2 * turn.pairs and table.shape[1] in (1, batch) and table.shape[2] == tokens
     assert fits and table.stride(2) == 1, f"a table {tuple(table.shape)} for {tokens} tokens of {batch} rows"
-    weight = None if turn.eps is None else stored.codec[-2]
-    assert weight is None or (weight.dtype == torch.float32 and weight.is_contiguous())
-    decode, shift = decode.contiguous(), None if mean is None else mean.float().contiguous()
-    made = _Turn(
-        decode.data_ptr(),
-        native.KINDS[decode.dtype],
-        decode.shape[1],
-        table.data_ptr(),
-        native.KINDS[table.dtype],
-        table.stride(0),
-        table.stride(1) if table.shape[1] > 1 else 0,
-        None if shift is None else shift.data_ptr(),
-        None if weight is None else weight.data_ptr(),
-        turn.eps or 0.0,
-        1 / operand.head_dim,
-        sources.data_ptr(),
-        dims.data_ptr(),
-        len(turn.dims),
-        turn.pairs,
-        operand.heads,
-    )
-    return made, (sources, dims, table, weight, decode, shift)
+    made.table, made.table_kind = table.data_ptr(), native.KINDS[table.dtype]
+    made.row, made.batch = table.stride(0), table.stride(1) if table.shape[1] > 1 else 0
+    if turn.eps is not None:
+        weight = stored.codec[-2]
+        assert weight.dtype == torch.float32 and weight.is_contiguous()
+        made.weight = weight.data_ptr()

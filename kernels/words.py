@@ -20,7 +20,10 @@ from .attend import Attend, Operand
 from .config import Given
 from .tuned import Target, bucket
 
-TILED_SOURCES = ("tiled.py", "fused.py", "native.py", "turned.py", "rows.cpp", "runs.cpp", "turn.cpp", "attend.cpp")
+TILED_SOURCES = (
+    "tiled.py", "fused.py", "chain.py", "native.py", "turned.py", "rows.cpp", "heads.cpp", "runs.cpp", "turn.cpp",
+    "attend.cpp",
+)  # fmt: skip
 """Of this folder: what runs attention on a CPU."""
 
 

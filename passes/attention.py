@@ -21,8 +21,9 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from lorc_fx.codec import Codec
-from lorc_fx.kernels import fallback, fused, native, turned
+from lorc_fx.kernels import fallback, native, turned
 from lorc_fx.kernels.attend import CODEC_TENSORS, Attend, Extra, Operand, intern
+from lorc_fx.kernels.chain import chain
 
 from . import angles, turns
 from .axes import Axes, arg, shape
@@ -152,9 +153,9 @@ def find_attention(
 def _turning(about: Attend, codec: Codec) -> Attend | None:
     """The same with keys that are turned as they are read, by ``attend.cpp``; None where it cannot."""
     key, value = about.keys, about.values
-    if not TURNS or key.absorbed or not value.absorbed or native.library() is None:
+    if not TURNS or key.absorbed or not value.direct or native.library() is None:
         return None
-    if native.layout(value.format, native.blocks(value)) is None or fused.chain(about) is None:
+    if not native.reads(value) or chain(about) is None:
         return None
     found = turns.find(key.decoder, codec.consts, key.heads, key.head_dim)
     key = replace(key, turn=None if found is None else found.turn)
