@@ -56,17 +56,6 @@ class _Rows(ctypes.Structure):
     ]
 
 
-class _Matrix(ctypes.Structure):
-    _fields_ = [
-        ("data", ctypes.c_void_p),
-        *_fields(ctypes.c_int64, "kind", "row"),
-        ("mean", ctypes.c_void_p),
-        ("mean_kind", ctypes.c_int64),
-        ("columns", ctypes.c_void_p),
-        *_fields(ctypes.c_int64, "heads", "dim", "rows"),
-    ]
-
-
 class _Lines(ctypes.Structure):
     _fields_ = [
         ("data", ctypes.c_void_p),
@@ -81,7 +70,7 @@ class _Extra(ctypes.Structure):
 class _Call(ctypes.Structure):
     _fields_ = [
         *_fields(_Rows, "keys", "values"),
-        *_fields(_Matrix, "key", "value"),
+        *_fields(native.Matrix, "key", "value"),
         ("turn", turned.Given),
         *_fields(_Lines, "query", "out"),
         ("steps", ctypes.c_void_p),
@@ -152,12 +141,12 @@ def _rows(form: Format, blocks: int, kept: list[Any]) -> _Rows:
     )
 
 
-def _matrix(operand: Operand, rows: int, kept: list[Any]) -> _Matrix:
+def _matrix(operand: Operand, rows: int, kept: list[Any]) -> native.Matrix:
     """``rows`` of S: what a line has columns for, or none where nothing is decoded."""
     order = None if operand.columns is None else torch.tensor(operand.columns)
     kept.append(order)
     at = None if order is None else order.data_ptr()
-    return _Matrix(columns=at, heads=operand.heads, dim=operand.head_dim, rows=rows if operand.decodes else 0)
+    return native.Matrix(columns=at, heads=operand.heads, dim=operand.head_dim, rows=rows if operand.decodes else 0)
 
 
 class Plan:
@@ -247,7 +236,7 @@ def attend(
     return out.to(query.dtype)
 
 
-def _given(matrix: _Matrix, operand: Operand, stored: Stored, held: list[Any]) -> None:
+def _given(matrix: native.Matrix, operand: Operand, stored: Stored, held: list[Any]) -> None:
     """Where a codec's matrix and mean are."""
     decode, mean, _ = stored.parts(operand)
     if decode is not None:

@@ -29,6 +29,19 @@ _FIELD = 8
 SOURCES = ("rows.cpp", "heads.cpp", "runs.cpp", "turn.cpp", "attend.cpp", "pack.cpp")
 
 
+class Matrix(ctypes.Structure):
+    """A codec's matrix, and the mean, for ``heads.cpp``."""
+
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("kind", "row")),
+        ("mean", ctypes.c_void_p),
+        ("mean_kind", ctypes.c_int64),
+        ("columns", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("heads", "dim", "rows")),
+    ]
+
+
 class _Plane(ctypes.Structure):
     _fields_ = [(n, ctypes.c_int64) for n in ("kind", "offset", "step", "beside", "count", "fields", "at")]
 
@@ -58,7 +71,7 @@ def library() -> Any:
     for function in (made.lorc_scores, made.lorc_sums):
         function.argtypes, function.restype = [*about, *[address] * 4, number], None
     made.lorc_attend.argtypes = [address]
-    made.lorc_pack.argtypes = [address, *[number] * 3, address, address, number]
+    made.lorc_pack.argtypes = [address, number, number]
     made.lorc_unpack.argtypes = [address, *[number] * 4, address, address, number]
     made.lorc_attend.restype = made.lorc_pack.restype = made.lorc_unpack.restype = None
     return made

@@ -95,30 +95,58 @@ static int64_t less_mean(const Codec& c, const float* near, float* values) {
   return index;
 }
 
-// latent [tokens, columns + choices - 1] of numbers of ``kind``, ``stride`` bytes apart -> rows [tokens, width]. ``step`` and
-// ``half`` have zeros' worth of ones behind them up to whole vectors.
-extern "C" void lorc_pack(const uint8_t* latent, int64_t kind, int64_t tokens, int64_t stride, const Codec* codec,
-                          uint8_t* rows, int64_t threads) {
-  const Codec& c = *codec;
-  const int64_t columns = c.exact + c.quantised, all = columns + c.choices - 1, room = columns + 2 * LANES;
-#pragma omp parallel num_threads(threads)
+// Where latents are made of what the model projects: P^T, each group of features into its own columns alone, and rows for
+// further means, of all features (fp32); ``places`` [groups, own columns] in a row; ``shift`` [columns + choices - 1] or null.
+struct Projection { Matrix matrix; const int64_t* places; const float* shift; };
+
+static void project(const Projection& p, const uint8_t* y, int64_t kind, int64_t columns, int64_t all, float* own, float* to) {
+  const Matrix& a = p.matrix;
+  const Lines lines = {(void*)y, kind, 1, a.heads, 1, 0, a.dim, 0};
+  const int64_t each = columns / a.heads;
+  for (int64_t j = 0; j < all; j++) to[j] = p.shift ? p.shift[j] : 0;
+  for (int64_t h = 0; h < a.heads; h++) {
+    asked(a, lines, {h, 0, 1, 1, a.heads}, own, a.rows, nullptr);
+    for (int64_t i = 0; i < each; i++) to[p.places[h * each + i]] += own[h * a.rows + i];
+    for (int64_t i = each; i < a.rows; i++) to[columns + i - each] += own[h * a.rows + i];
+  }
+}
+
+// latent [tokens, columns + choices - 1] of numbers of ``kind`` (or, where it ``projects``, y [tokens, features]), ``stride``
+// bytes apart -> rows [tokens, width]. The codec's ``step`` and ``half`` have zeros' worth of ones behind them up to whole vectors.
+struct Item { const uint8_t* latent; uint8_t* rows; int64_t kind, tokens, stride, projects; Codec codec; Projection projection; };
+
+extern "C" void lorc_pack(const Item* items, int64_t n, int64_t threads) {
+  int64_t most = 0, widest = 0, owned = 0, all_tokens = 0;
+  for (int64_t i = 0; i < n; i++) {
+    const Codec& c = items[i].codec;
+    most = std::max(most, c.exact + c.quantised + c.choices - 1);
+    widest = std::max(widest, c.quantised);
+    if (items[i].projects) owned = std::max(owned, items[i].projection.matrix.heads * items[i].projection.matrix.rows);
+    all_tokens += items[i].tokens;
+  }
+#pragma omp parallel num_threads(std::max<int64_t>(1, std::min(threads, all_tokens)))
   {
-    std::vector<float> held(all + 2 * LANES), spread(room, 0.0f);
-    std::vector<int32_t> levels(room);
-    for (int64_t j = 0; j < c.quantised; j++) spread[j] = c.spread ? c.spread[c.exact + j] : 1.0f;
-    std::vector<float> quantised(room, 0.0f);
+    std::vector<float> held(most + 2 * LANES), spread(widest + 2 * LANES), quantised(widest + 2 * LANES), own(owned);
+    std::vector<int32_t> levels(widest + 2 * LANES);
+    int64_t last = -1;
 #pragma omp for
-    for (int64_t t = 0; t < tokens; t++) {
-      const uint8_t* from = latent + t * stride;
-      uint8_t* row = rows + t * c.width;
-      for (int64_t j = 0; j < all; j += LANES) {
-        const int64_t count = std::min<int64_t>(LANES, all - j);
-        const V v = kind == 0   ? numbers<0>(from + 4 * j, count)
-                    : kind == 1 ? numbers<1>(from + 2 * j, count)
-                                : numbers<2>(from + 2 * j, count);
-        store(held.data() + j, v);
+    for (int64_t k = 0; k < all_tokens; k++) {
+      int64_t t = k, i = 0;
+      while (t >= items[i].tokens) t -= items[i++].tokens;
+      const Item& a = items[i];
+      const Codec& c = a.codec;
+      const int64_t columns = c.exact + c.quantised, all = columns + c.choices - 1;
+      if (i != last) {
+        last = i;
+        std::fill(spread.begin(), spread.end(), 0.0f);
+        std::fill(quantised.begin(), quantised.end(), 0.0f);
+        for (int64_t j = 0; j < c.quantised; j++) spread[j] = c.spread ? c.spread[c.exact + j] : 1.0f;
       }
+      const uint8_t* from = a.latent + t * a.stride;
+      uint8_t* row = a.rows + t * c.width;
       float* const values = held.data();
+      if (a.projects) project(a.projection, from, a.kind, columns, all, own.data(), values);
+      else widened(from, a.kind, 0, all, values);
       const int64_t index = c.choices > 1 ? less_mean(c, values + columns, values) : 0;
       std::fill(row, row + c.width, uint8_t(0));
       if (c.kind == 0) {

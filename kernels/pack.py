@@ -1,5 +1,5 @@
-"""``packing.pack`` and ``packing.unpack`` as ops, ``lorc::pack`` and ``lorc::unpack``: on a CPU compiled code
-(``pack.cpp``) that does one row after the other.
+"""``packing.pack`` and ``packing.unpack`` as ops, ``lorc::pack`` (of several latents at once) and ``lorc::unpack``: on
+a CPU compiled code (``pack.cpp``) that does one row after the other.
 
 A compiler can fuse their torch ops, but those are a hundred or more for each cached projection: traced, scheduled and
 compiled for every layer of every graph, and then loops over a few numbers each.
@@ -11,11 +11,12 @@ import ctypes
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from lorc_fx import packing
+from lorc_fx.groups import projected, split
 from lorc_fx.packing import CLIPS, INDEX_BYTES, MODEL, SCALE_BYTES, SNAP, TINY, Format, form_of, planes, segment_bytes
 
 from . import native
@@ -27,6 +28,9 @@ DEVICES = ("cpu",)
 ALONE = 1 << 15
 """Columns of all rows, at most, that one thread packs or unpacks: more are worth waking the others."""
 
+TOKENS = 16
+"""At most so many latents are made of y by the same code: of more they are a large product, for libraries."""
+
 MULTIPLE = 64
 """Graphs multiply latents in 16 bits of multiples of so many tokens: oneDNN compiles code for the sizes of such a
 product and keeps it, and a cache that grows has another size at each step."""
@@ -34,6 +38,10 @@ product and keeps it, and a cache that grows has another size at each step."""
 
 class _Field(ctypes.Structure):
     _fields_ = [(n, ctypes.c_int64) for n in ("first", "columns", "shift", "bits", "offset")]
+
+
+class _Projection(ctypes.Structure):
+    _fields_ = [("matrix", native.Matrix), ("places", ctypes.c_void_p), ("shift", ctypes.c_void_p)]
 
 
 class _Codec(ctypes.Structure):
@@ -48,16 +56,26 @@ class _Codec(ctypes.Structure):
     ]
 
 
+class _Item(ctypes.Structure):
+    _fields_ = [
+        *((n, ctypes.c_void_p) for n in ("latent", "rows")),
+        *((n, ctypes.c_int64) for n in ("kind", "tokens", "stride", "projects")),
+        ("codec", _Codec),
+        ("projection", _Projection),
+    ]
+
+
 @dataclass(frozen=True)
 class _Layout:
     """A format for ``pack.cpp``; ``kept``: what ``about`` points to."""
 
-    about: _Codec
+    about: _Item
     kept: tuple[Any, ...]
 
 
 @functools.lru_cache(maxsize=256)
-def _layout(form: Format) -> _Layout:
+def _layout(form: Format, groups: int = 1) -> _Layout:
+    """``groups`` of features, where latents are made of y."""
     exact = sum(s.columns for s in form.segments if s.bits == MODEL)
     offset, first, found = exact * form.dtype.itemsize, 0, []
     scale = offset if form.scaled else -1
@@ -72,34 +90,83 @@ def _layout(form: Format) -> _Layout:
     step, half = packing.per_column(form.spec, torch.device("cpu")) if form.scaled else (torch.ones(0),) * 2
     padded = [torch.cat([t, torch.ones(native.PAD)]) for t in (step, half)]
     clips, fields = torch.tensor(CLIPS), (_Field * len(found))(*found)
-    about = _Codec(
+    codec = _Codec(
         exact, native.KINDS[form.dtype], first, form.choices, form.nbytes, scale, index, fields, len(found),
         *(t.data_ptr() for t in padded), None, None, clips.data_ptr(), len(CLIPS), TINY,
         SNAP * torch.finfo(form.dtype).eps,
     )  # fmt: skip
-    return _Layout(about, (*padded, clips, fields))
+    fits = all(s.columns % groups == 0 for s in form.segments)
+    places = split(torch.arange(form.columns), form.segments, groups).contiguous() if fits else torch.arange(0)
+    projection = _Projection(native.Matrix(heads=groups), places.data_ptr(), None)
+    return _Layout(_Item(codec=codec, projection=projection), (*padded, clips, fields, places))
 
 
-def pack(latent: torch.Tensor, offsets: torch.Tensor | None, spread: torch.Tensor | None, form: Format) -> torch.Tensor:
-    """``packing.pack``, by compiled code where the tensors are a CPU's and something compiles it. Rows are the same but
-    for what the order of sums decides: of two scales whose squared errors are equal up to rounding either may be
-    chosen, and a token that is within a rounding of the border may lie on its mean or beside it."""
-    made = native.library() if latent.device.type == "cpu" and latent.dtype in native.KINDS else None
-    if made is None or form.dtype not in native.KINDS or (form.choices > 1 and offsets is None):
-        return packing.pack(latent, offsets, spread, form.spec, form.choices, form.dtype)
-    width = latent.shape[-1]
-    flat = latent.reshape(-1, width)
-    flat = flat if flat.stride(1) == 1 else flat.contiguous()
-    small = [None if t is None else t.float().contiguous() for t in (offsets, spread)]
-    layout = _layout(form)  # held while C++ reads what it points to: other threads may push it out of the cache
-    about = _Codec.from_buffer_copy(layout.about)
-    about.offsets, about.spread = [None if t is None else t.data_ptr() for t in small]
-    rows = latent.new_empty((*latent.shape[:-1], form.nbytes), dtype=torch.uint8)
-    step = flat.stride(0) * flat.element_size()
-    threads = _threads(flat.numel())
-    kind = native.KINDS[latent.dtype]
-    made.lorc_pack(flat.data_ptr(), kind, flat.shape[0], step, ctypes.byref(about), rows.data_ptr(), threads)
-    return rows
+class Given(NamedTuple):
+    """What rows of one format are made of: latents [.., k], or y [.., n] and the ``project`` (and ``shift``) that makes
+    latents of it (``groups.projected``); a codec's ``offsets`` and ``spread``."""
+
+    latent: torch.Tensor
+    offsets: torch.Tensor | None
+    spread: torch.Tensor | None
+    form: Format
+    project: torch.Tensor | None = None
+    shift: torch.Tensor | None = None
+    groups: int = 1
+
+
+def pack(*given: Any) -> torch.Tensor:
+    """``pack_all`` of one ``Given``."""
+    return pack_all([Given(*given)])[0]
+
+
+def pack_all(items: Sequence[Given]) -> list[torch.Tensor]:
+    """``packing.pack`` of each, by compiled code where the tensors are a CPU's and something compiles it. Rows are the
+    same but for what the order of sums decides: of two scales whose squared errors are equal up to rounding either may
+    be chosen, and a token that is within a rounding of the border may lie on its mean or beside it."""
+    library = native.library() if all(i.latent.device.type == "cpu" for i in items) else None
+    rows: list[torch.Tensor | None] = [None] * len(items)
+    told, held, work = (_Item * len(items))(), list[Any](), 0
+    count = 0
+    for at, item in enumerate(items):
+        latent, offsets, spread, form, project, shift, groups = item
+        few = latent.numel() <= TOKENS * latent.shape[-1] and latent.dtype in native.KINDS
+        if project is not None and (library is None or not few or project.dtype != torch.float32):
+            latent, project = projected(latent, project, shift, form.spec, groups), None
+        known = library is not None and latent.dtype in native.KINDS and form.dtype in native.KINDS
+        if not known or (form.choices > 1 and offsets is None):
+            latent = latent if project is None else projected(latent, project, shift, form.spec, groups)
+            rows[at] = packing.pack(latent, offsets, spread, form.spec, form.choices, form.dtype)
+            continue
+        layout = _layout(form, groups)  # held while C++ reads what it points to: others may push it out of the cache
+        flat = latent.reshape(-1, latent.shape[-1])
+        flat = flat if flat.stride(1) == 1 else flat.contiguous()
+        small = [None if t is None else t.float().contiguous() for t in (offsets, spread)]
+        rows[at] = made = latent.new_empty((*latent.shape[:-1], form.nbytes), dtype=torch.uint8)
+        told[count] = layout.about
+        one = told[count]
+        one.latent, one.rows, one.kind = flat.data_ptr(), made.data_ptr(), native.KINDS[latent.dtype]
+        one.tokens, one.stride = flat.shape[0], flat.stride(0) * flat.element_size()
+        one.codec.offsets, one.codec.spread = [None if t is None else t.data_ptr() for t in small]
+        if project is not None:
+            own = project.contiguous(), None if shift is None else shift.contiguous()
+            _projects(one, *own)
+            held.append(own)
+        held.append((layout, flat, small))
+        work += flat.numel() if project is None else project.numel() * len(flat)
+        count += 1
+    if count:
+        assert library is not None
+        library.lorc_pack(told, count, _threads(work))
+    return [row for row in rows if row is not None]
+
+
+def _projects(item: _Item, project: torch.Tensor, shift: torch.Tensor | None) -> None:
+    """Say how latents are made of y. Both are contiguous."""
+    matrix = item.projection.matrix
+    matrix.data, (matrix.rows, matrix.row) = project.data_ptr(), project.shape
+    matrix.dim = matrix.row // matrix.heads
+    item.projection.shift = None if shift is None else shift.data_ptr()
+    item.projects = 1
 
 
 def unpack(rows: torch.Tensor, form: Format, multiple: int = 1) -> torch.Tensor:
@@ -117,7 +184,7 @@ def unpack(rows: torch.Tensor, form: Format, multiple: int = 1) -> torch.Tensor:
     if more:
         latent[-more:].zero_()
     layout = _layout(form)  # held, as above
-    given = (ctypes.byref(layout.about), latent.data_ptr(), _threads(latent.numel()))
+    given = (ctypes.byref(layout.about.codec), latent.data_ptr(), _threads(latent.numel()))
     made.lorc_unpack(*native.where(flat), *given)
     return latent
 
@@ -134,21 +201,37 @@ def _threads(columns: int) -> int:
 # -- the ops ----------------------------------------------------------------------------------------------------------
 
 
+def spelled(form: Format, groups: int = 1) -> str:
+    """A format, and the groups that latents are made of y in, as the op takes them: ``bfloat16 2 16 128x5 640x4``."""
+    segments = " ".join(f"{s.columns}x{s.bits}" for s in form.segments)
+    return f"{str(form.dtype).removeprefix('torch.')} {form.choices} {groups} {segments}"
+
+
+@functools.lru_cache(maxsize=1024)
+def _read(about: str) -> tuple[tuple[Format, int], ...]:
+    """Inverse of ``spelled``, of several with commas between."""
+    found = []
+    for one in about.split(","):
+        dtype, choices, groups, *segments = one.split()
+        columns, bits = zip(*(map(int, s.split("x")) for s in segments), strict=True)
+        found.append((form_of(columns, bits, int(choices), getattr(torch, dtype)), int(groups)))
+    return tuple(found)
+
+
+Optional = Sequence[torch.Tensor | None]
+
+
 def _pack(
-    latent: torch.Tensor,
-    offsets: torch.Tensor | None,
-    spread: torch.Tensor | None,
-    columns: Sequence[int],
-    bits: Sequence[int],
-    choices: int,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    return pack(latent, offsets, spread, form_of(columns, bits, choices, dtype))
+    latents: Sequence[torch.Tensor], offsets: Optional, spread: Optional, project: Optional, shift: Optional, about: str
+) -> list[torch.Tensor]:
+    given = zip(latents, offsets, spread, _read(about), project, shift, strict=True)
+    return pack_all([Given(y, o, s, form, p, b, groups) for y, o, s, (form, groups), p, b in given])
 
 
-def _fake_pack(latent, offsets, spread, columns, bits, choices, dtype):  # type: ignore[no-untyped-def]
-    form = form_of(columns, bits, choices, dtype)
-    return latent.new_empty((*latent.shape[:-1], form.nbytes), dtype=torch.uint8)
+def _fake_pack(latents, offsets, spread, project, shift, about):  # type: ignore[no-untyped-def]
+    forms = [form for form, _ in _read(about)]
+    each = zip(latents, forms, strict=True)
+    return [y.new_empty((*y.shape[:-1], form.nbytes), dtype=torch.uint8) for y, form in each]
 
 
 def _unpack(
@@ -165,8 +248,8 @@ def _fake_unpack(rows, columns, bits, choices, dtype, multiple=1):  # type: igno
 
 
 LIBRARY.define(
-    "pack(Tensor latent, Tensor? offsets, Tensor? spread, int[] columns, int[] bits, int choices, ScalarType dtype) "
-    "-> Tensor"
+    "pack(Tensor[] latents, Tensor?[] offsets, Tensor?[] spread, Tensor?[] project, Tensor?[] shift, str about) "
+    "-> Tensor[]"
 )
 LIBRARY.define(
     "unpack(Tensor rows, int[] columns, int[] bits, int choices, ScalarType dtype, int multiple=1) -> Tensor"

@@ -327,7 +327,7 @@ class Builder:
                     made[site] = identity_codec(p.weight, origin, line.segments, site.decoder, site.decoder.dtype)
                     continue
                 dtype = site.rows.y.meta["val"].dtype
-                made[site] = p.codec(line, site.decoder, consts, dtype)
+                made[site] = p.codec(line, site.decoder, consts, dtype, from_y=site.one_product)
         return made
 
     def build(self, codecs: Sequence[Codec], joined: dict[int, int], sharing: Sharing) -> Binding:

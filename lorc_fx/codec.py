@@ -2,8 +2,9 @@
 
     j = the nearest mean's index       c = (y - mu_j) P        stored: j, Q(c)        y_hat = mu_j + Q(c) S
 
-``y = W x + b`` has width n; ``P^T W`` replaces W in the graph, so y is never formed: which mean is nearest follows from
-one more projection row per further mean, since |y - mu_j|^2 = const - 2 (y - mu_0)(mu_j - mu_0) + |mu_j - mu_0|^2.
+``y = W x + b`` has width n; ``P^T W`` replaces W in the graph, so y is never formed (but where P^T and W are less to
+read): which mean is nearest follows from one more projection row per further mean, since
+|y - mu_j|^2 = const - 2 (y - mu_0)(mu_j - mu_0) + |mu_j - mu_0|^2.
 Q is the row format of ``packing``: segments of columns in the model's dtype or at 8 to 1 bits.
 
 LoRC (arXiv 2410.03111) is one point of this: P = U_r, S = U_r^T with U_r the r leading left singular vectors of W,
@@ -15,6 +16,7 @@ basis is lossless, so the identity is taken: no decode, no rounding.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from typing import Any
@@ -79,6 +81,8 @@ class Codec:
     in fp32 where rows are packed: activations have channels a hundred times larger than others, so P^T W rounded to 16
     bits (unlike W, which the model has in 16 bits anyway) would cost more than the quantiser.
     encode [k, d]: P^T W, then a row per further mean that says how near the token is to it.   shift [k] or None.
+    from_y: encode takes y as the model computes it, and not x: P^T (of a codec in groups [r / groups, n], as S is),
+    then those rows, [.., n] in fp32. ``folded`` is what x is multiplied with either way.
     offsets [m, r] or None (m = 1): what mean j takes off the columns.
     spread [r] or None (plain rows): the units in which the columns above are, about their standard deviations; 1 for a
     column in the model's dtype. Encode and decode have them folded in; the quantiser weighs errors by them.
@@ -100,6 +104,7 @@ class Codec:
     consts: tuple[torch.Tensor, ...]
     origin: str = ""
     groups: int = 1
+    from_y: bool = False
     version: int = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -125,6 +130,16 @@ class Codec:
         """``decode`` as [k, n], what latents are multiplied with; one of a codec in groups is made anew."""
         return None if self.decode is None else expanded(self.decode, self.format.segments, self.groups)
 
+    def folded(self, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """[k, d] and [k], fp64: a token's codes are the first times x, plus the second. ``weight`` [n, d] and ``bias``
+        [n] are those of the site."""
+        encode = self.encode.double()
+        shift = encode.new_zeros(self.latent_width) if self.shift is None else self.shift.double()
+        if not self.from_y:
+            return encode, shift
+        encode = expanded(encode, self.format.segments, self.groups)
+        return encode @ weight.double(), shift if bias is None else shift + encode @ bias.double()
+
     @property
     def rank(self) -> int:
         """Stored columns, at whatever precision."""
@@ -133,7 +148,7 @@ class Codec:
     @property
     def latent_width(self) -> int:
         """k: what ``latents`` gives per row."""
-        return self.encode.shape[0]
+        return self.format.columns + self.format.choices - 1
 
     @property
     def width(self) -> int:
@@ -147,7 +162,8 @@ class Codec:
     def signature(self) -> tuple[Any, ...]:
         """What a compiled graph depends on: two codecs of equal signature can be swapped as plain inputs."""
         has = tuple(t is None for t in (self.shift, self.offsets, self.spread, self.decode, self.mean))
-        parts = (self.groups,) if self.groups > 1 else ()  # what was saved before there were any keeps its digest
+        parts: tuple[Any, ...] = (self.groups,) if self.groups > 1 else ()  # else as before there were any
+        parts += ("from y",) if self.from_y else ()
         return (self.format, self.latent_width, *has, self.unprojected, self.dtype, self.decoder.digest, *parts)
 
     @cached_property
@@ -196,8 +212,10 @@ def make_codec(
     decoder: Decoder,
     consts: tuple[torch.Tensor, ...],
     dtype: torch.dtype,
+    from_y: bool = False,
 ) -> Codec:
-    """The codec of the effective ``weight`` [n, d] and ``bias`` [n] that stores the first columns of ``basis``."""
+    """The codec of the effective ``weight`` [n, d] and ``bias`` [n] that stores the first columns of ``basis``.
+    ``from_y``: it may encode y, where that is less to read (``reads_y``)."""
     form = Format(segments, len(basis.means), dtype)
     n, r = weight.shape[0], form.columns
     first = basis.means[0]
@@ -210,7 +228,8 @@ def make_codec(
     analysis, synthesis = basis.analysis[:, :r] / spread, basis.synthesis[:r] * spread[:, None]
     gaps = basis.means[1:] - first  # mu_j - mu_0
     project, nearness = _projection(analysis, gaps)
-    shift = project @ centred
+    from_y = from_y and reads_y(weight.shape, form, basis.groups)
+    shift = project @ (-first if from_y else centred)
     shift[r:] -= nearness
     offsets = torch.cat([torch.zeros_like(analysis[:1]), gaps @ analysis]) if len(gaps) else None
     decode = torch.cat([compact(synthesis, segments, basis.groups), gaps])
@@ -223,7 +242,7 @@ def make_codec(
     return Codec(
         decoder,
         form,
-        _encoder(project, weight, exact),
+        stored(_by_feature(project, form, basis.groups), exact) if from_y else _encoder(project, weight, exact),
         stored(shift, exact) if bool(shift.any()) else None,
         None if offsets is None else stored(offsets, exact),
         None if form.plain else stored(spread, exact),
@@ -231,7 +250,27 @@ def make_codec(
         mean,
         consts,
         groups=basis.groups,
+        from_y=from_y,
     )
+
+
+SLOWER = 1.1
+"""How many times as much a step may read for codes from y: P^T W is one more copy of the weight, up to twice as large
+as the model's own, and that memory is saved."""
+
+
+def reads_y(shape: Sequence[int], form: Format, groups: int) -> bool:
+    """Whether codes are made of y rather than of x: P^T W is in fp32 where rows are packed, so where most columns are
+    kept W itself, in the model's dtype, and P^T are less to read."""
+    n, d = shape
+    k, own = form.columns + form.choices - 1, form.columns // groups + form.choices - 1
+    exact = torch.promote_types(form.dtype, torch.float32).itemsize
+    return not form.plain and n * d * form.dtype.itemsize + own * n * exact <= SLOWER * k * d * exact
+
+
+def _by_feature(project: torch.Tensor, form: Format, groups: int) -> torch.Tensor:
+    """P^T and the rows behind it, [k, n] -> as ``compact`` has it."""
+    return torch.cat([compact(project[: form.columns], form.segments, groups), project[form.columns :]])
 
 
 def _encoder(project: torch.Tensor, weight: torch.Tensor, kind: torch.dtype) -> torch.Tensor:

@@ -16,6 +16,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 
 from .errors import BadOption
 
@@ -121,3 +122,32 @@ def split(columns: torch.Tensor, segments: Sequence[tuple[int, int]], groups: in
         parts.append(columns[..., at : at + count].unflatten(-1, (groups, -1)))
         at += count
     return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+
+def joined(own: torch.Tensor, segments: Sequence[tuple[int, int]]) -> torch.Tensor:
+    """The inverse of ``split``: [.., groups, r / groups] -> [.., r]."""
+    groups, at, parts = own.shape[-2], 0, []
+    for count, _ in segments:
+        parts.append(own[..., at : at + count // groups].flatten(-2))
+        at += count // groups
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+
+def projected(
+    y: torch.Tensor,
+    matrix: torch.Tensor,
+    shift: torch.Tensor | None,
+    segments: Sequence[tuple[int, int]],
+    groups: int,
+) -> torch.Tensor:
+    """y [.., n] times what ``compact`` has of P^T, and further rows behind it -> [.., k], in the matrix's dtype."""
+    y = y.to(matrix.dtype)
+    if groups == 1:
+        return F.linear(y, matrix, shift)
+    each = sum(count for count, _ in segments) // groups
+    blocks = matrix[:each].unflatten(1, (groups, -1)).transpose(0, 1)  # [G, r / G, n / G]
+    flat = y.flatten(0, -2).unflatten(-1, (groups, -1)).transpose(0, 1)  # [G, tokens, n / G]
+    own = torch.bmm(flat, blocks.transpose(1, 2)).transpose(0, 1).unflatten(0, y.shape[:-1])
+    latent = joined(own, segments)
+    latent = latent if len(matrix) == each else torch.cat([latent, F.linear(y, matrix[each:])], -1)
+    return latent if shift is None else latent + shift

@@ -31,15 +31,20 @@ class Prepared:
         return self.basis if planned.choices == len(self.basis.means) else around_bias(self.basis, self.bias)
 
     def codec(
-        self, planned: PlannedSite, decoder: Decoder, consts: tuple[torch.Tensor, ...], dtype: torch.dtype
+        self,
+        planned: PlannedSite,
+        decoder: Decoder,
+        consts: tuple[torch.Tensor, ...],
+        dtype: torch.dtype,
+        from_y: bool = False,
     ) -> Codec:
-        """The codec as planned."""
+        """The codec as planned. ``from_y``: it may encode what the projection gives (``make_codec``)."""
         basis = self.basis_for(planned)
         exact = planned.rank == len(self.weight) and all(s.bits == MODEL for s in planned.segments)
         if not basis.analysis.numel() and not exact:  # a codec that loses nothing is the weight itself
             basis = self._prior()
         basis = kept(basis, planned.rank)
-        return make_codec(self.weight, self.bias, basis, planned.segments, decoder, consts, dtype)
+        return make_codec(self.weight, self.bias, basis, planned.segments, decoder, consts, dtype, from_y)
 
     def _prior(self) -> Basis:
         groups = self.basis.groups

@@ -86,19 +86,22 @@ def _columns(node: Node) -> int | None:
 
 def _weight(node: Node) -> tuple[Node | None, int]:
     """The weight of a product [.., d] x [d, n], and its axis of n."""
+    given: Any = node.args
     if node.target is aten.linear.default and not node.kwargs:
-        return node.args[1], 0
+        return given[1], 0
     if node.target in (aten.mm.default, aten.matmul.default):
-        return node.args[1], 1
+        return given[1], 1
     if node.target is aten.addmm.default and not node.kwargs:
-        return node.args[2], 1
+        return given[2], 1
     return None, 0
 
 
 def _bias(node: Node) -> Node | None:
+    given: Any = node.args
     if node.target is aten.addmm.default:
-        return node.args[0]
-    return arg(node, 2, "bias") if node.target is aten.linear.default else None
+        return given[0]
+    found = arg(node, 2, "bias") if node.target is aten.linear.default else None
+    return found if isinstance(found, Node) else None
 
 
 # -- what is read ------------------------------------------------------------------------------------------------------
@@ -173,7 +176,7 @@ _SPLITS = (aten.split.Tensor, aten.split.sizes, aten.split_with_sizes.default, a
 
 def _pieces(split: Node, extent: int) -> list[int]:
     """The sizes of what an op takes an axis apart into."""
-    given = split.args[1]
+    given: Any = split.args[1]
     if not all(isinstance(s, int) for s in (given if isinstance(given, (list, tuple)) else [given])):
         raise _Unknown
     if isinstance(given, (list, tuple)):

@@ -4,12 +4,14 @@ what is kept of each token beside them."""
 from __future__ import annotations
 
 import math
+import operator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.fx import Node
 
 from lorc_fx.codec import Codec
+from lorc_fx.groups import projected
 from lorc_fx.kernels import encode
 from lorc_fx.kernels import pack as by_op
 from lorc_fx.packing import pack
@@ -31,6 +33,8 @@ def encoded(r: Rewriter, index: int, site: Site) -> Node:
     codec, owner = r.codecs[site], ("site", index)
     if site.unprojected:
         return _stored(r, site, codec, owner)
+    if codec.from_y:
+        return _from_y(r, site, codec, owner)
     x, form = r.env_value(site.rows.x), codec.format
     own = {n: None if t is None else r.codec_tensor(owner, n, t) for n, t in _encoding(codec).items()}
     if not form.plain and _by_op(site.rows.x):
@@ -44,12 +48,33 @@ def encoded(r: Rewriter, index: int, site: Site) -> Node:
     return _token_major(r, codes, site.rows.x_axes, *_extent(r, site), [form.width])
 
 
+def _from_y(r: Rewriter, site: Site, codec: Codec, owner: tuple[str, int]) -> Node:
+    """New rows of y [.., n] as the model computes it."""
+    y = r.copied(site.node) if site.rows.y is site.node else r.env_value(site.rows.y)
+    flat, at = _flat(r, y, site.rows.y, site.rows.y_axes, [-1])
+    if site.rows.features is not None:
+        flat = r.call(aten.index_select.default, flat, -1, r.constant(torch.tensor(site.rows.features)))
+    own = [None if t is None else r.codec_tensor(owner, n, t) for n, t in _encoding(codec).items()]
+    encode, shift, offsets, spread = own
+    if site.node.meta["val"].device.type in by_op.DEVICES:
+        codes = _by_op_packed(r, flat, offsets, spread, encode, shift, by_op.spelled(codec.format, codec.groups))
+    else:
+        latent = r.call(projected, flat, encode, shift, codec.format.spec, codec.groups)
+        codes = _packed(r, site, latent, offsets, spread)
+    return _token_major(r, codes, at, *_extent(r, site), [codec.format.width])
+
+
 def _packed(r: Rewriter, site: Site, latent: Node, offsets: Node | None, spread: Node | None) -> Node:
     """Latents [.., k] as rows of bytes: one op where the device has it, else those of ``pack``."""
     form = r.codecs[site].format
     if site.node.meta["val"].device.type not in by_op.DEVICES:
         return r.call(pack, latent, offsets, spread, form.spec, form.choices, form.dtype)
-    return r.call(_pack.default, latent, offsets, spread, *form.parts)
+    return _by_op_packed(r, latent, offsets, spread, None, None, by_op.spelled(form))
+
+
+def _by_op_packed(r: Rewriter, *given: Any) -> Node:
+    *tensors, about = given
+    return r.call(operator.getitem, r.call(_pack.default, *([t] for t in tensors), about), 0)
 
 
 def _encoding(codec: Codec) -> dict[str, torch.Tensor | None]:

@@ -41,6 +41,7 @@ from .narrow import narrow
 from .new_rows import encoded, kept_beside
 from .normalise import is_impure
 from .sites import Matched, Site
+from .together import pack_together
 from .tracks import shared_tracks
 
 aten = torch.ops.aten
@@ -133,6 +134,7 @@ class Rewriter:
         self.graph.eliminate_dead_code(is_impure)
         narrow(self.graph, {new: old for old, new in self.env.items()})
         self.graph.eliminate_dead_code(is_impure)
+        pack_together(self.graph)
         module = GraphModule(self.old, self.graph)
         return self._pruned(Rewritten(module, self.inputs, outputs, self.attends, self._lowerings()))
 

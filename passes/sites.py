@@ -81,6 +81,14 @@ class Site:
         return (*ops, self.decoder.digest) if wide else ops
 
     @property
+    def one_product(self) -> bool:
+        """Whether y is a single product with a weight, and perhaps a bias: rounded as such, and once."""
+        rules = [rule_of(node) for node, _ in self.rows.chain.nodes if node.target is not aten.lift_fresh_copy.default]
+        roles = [None if rule is None else rule.role for rule in rules]
+        known = all(role in ("contract", "layout", "sum") for role in roles)
+        return known and self.rows.contractions == 1 and roles.count("sum") <= 1
+
+    @property
     def width_in(self) -> int:
         return int(self.rows.x.meta["val"].shape[-1])
 

@@ -87,7 +87,7 @@ def _as_kept(value: torch.Tensor, codec: Any) -> torch.Tensor:
 def _coded(features: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, codec: Any) -> Any:
     form, r = codec.format, codec.format.columns
     mean = torch.zeros_like(bias) if codec.mean is None else codec.mean.double()
-    decode = torch.eye(len(bias), dtype=torch.float64) if codec.decode is None else _whole(codec)
+    decode = torch.eye(len(bias), dtype=torch.float64) if codec.decode is None else _whole(codec, codec.decode)
     synthesis, gaps = decode[:r], decode[r:]
     means = torch.cat([mean[None], mean + gaps])
 
@@ -95,8 +95,12 @@ def _coded(features: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, cod
         exact = y[..., features].double()
         index = (exact[..., None, :] - means).square().sum(-1).argmin(-1)
         centred = exact - means[index]
-        # P from P^T W: it is no pseudo-inverse of S where the basis is that of a metric
-        project = synthesis.T if codec.decode is None else (codec.encode[:r].double() @ torch.linalg.pinv(weight)).T
+        # P, or of P^T W: it is no pseudo-inverse of S where the basis is that of a metric
+        project = synthesis.T
+        if codec.from_y:
+            project = _whole(codec, codec.encode)[:r].T
+        elif codec.decode is not None:
+            project = (codec.encode[:r].double() @ torch.linalg.pinv(weight)).T
         columns = centred @ project
         bits = torch.tensor([b for n, b in form.segments for _ in range(n)])
         spread = torch.ones(r, dtype=torch.float64) if codec.spread is None else codec.spread.double()
@@ -108,10 +112,10 @@ def _coded(features: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, cod
     return hook
 
 
-def _whole(codec: Any) -> torch.Tensor:
-    """A codec's S [k, n] in fp64: of one in groups, each column of a segment is of the group that has this place in it
-    and has zeros elsewhere."""
-    decode, groups = codec.decode.double(), codec.groups
+def _whole(codec: Any, compact: torch.Tensor) -> torch.Tensor:
+    """A codec's S, or P^T, [k, n] in fp64: of one in groups, each column of a segment is of the group that has this
+    place in it and has zeros elsewhere."""
+    decode, groups = compact.double(), codec.groups
     if groups == 1:
         return decode
     each, rows, at = decode.shape[1] // groups, [], 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hypothesis import given, settings, target
 from hypothesis import strategies as st
 
 from lorc_fx import bounds
+from lorc_fx import codec as codec_module
 from lorc_fx.codec import Basis, Codec, identity_codec, make_codec, prior_basis, through
 from lorc_fx.decoder import Decoder
 from lorc_fx.factors import factorise
@@ -54,7 +56,9 @@ def projections(draw: st.DrawFn) -> tuple[Codec, torch.Tensor, torch.Tensor, tor
     for _ in range(draw(st.integers(0, 2))):
         further = draw(st.floats(0.1, 30)) * torch.randn(1, n, generator=g, dtype=torch.float64)
         basis = replace(basis, means=torch.cat([basis.means, further]))
-    codec = make_codec(weight, bias, basis, draw(segments(n)), decoder(heads, size, dtype), (), dtype)
+    given = (weight, bias, basis, draw(segments(n)), decoder(heads, size, dtype), (), dtype)
+    with mock.patch.object(codec_module, "reads_y", return_value=draw(st.booleans())):
+        codec = make_codec(*given, from_y=True)
     x = draw(st.sampled_from([1e-3, 1.0, 100.0])) * torch.randn(6, d, generator=g, dtype=torch.float64)
     x[0, 0] *= 50  # a channel far larger than others
     return codec, weight, bias, x, heads
@@ -73,7 +77,7 @@ def groups(rows: torch.Tensor, heads: int) -> torch.Tensor:
 def test_what_is_read_back_is_as_near_as_said(case: tuple) -> None:
     codec, weight, bias, x, heads = case
     error = bounds.codec_error(codec, weight, bias, x, None, heads)
-    lost = read_back(codec, x) - dense(weight, bias, x)
+    lost = read_back(codec, weight, bias, x) - dense(weight, bias, x)
     tiny = 1e-9 * (1 + x.abs().max())
     target(float((lost.norm(dim=-1, keepdim=True) / (error.whole + tiny)).max()))
     assert bool((groups(lost, heads) <= error.heads + tiny).all())
@@ -90,7 +94,7 @@ def test_and_so_where_the_input_has_an_error_of_its_own(case: tuple, size: float
     moved = size * moved / moved.norm(dim=-1, keepdim=True) * torch.rand(len(x), 1, generator=g, dtype=torch.float64)
     radius = moved.norm(dim=-1, keepdim=True)
     error = bounds.codec_error(codec, weight, bias, x, radius, heads)
-    lost = read_back(codec, x + moved) - dense(weight, bias, x)
+    lost = read_back(codec, weight, bias, x + moved) - dense(weight, bias, x)
     tiny = 1e-9 * (1 + x.abs().max())
     target(float((lost.norm(dim=-1, keepdim=True) / (error.whole + tiny)).max()))
     assert bool((groups(lost, heads) <= error.heads + tiny).all())
@@ -143,7 +147,7 @@ def test_each_part_is_needed(part: str) -> None:
         x[0, 3] = 0.0
         radius = torch.tensor([[0.5]], dtype=torch.float64)
     moved = x + (0.5 * torch.tensor([1.0, 0, 0, 0]) if part == "carried" else 0.0)
-    lost = (read_back(codec, moved) - dense(weight, bias, x)).norm(dim=-1)
+    lost = (read_back(codec, weight, bias, moved) - dense(weight, bias, x)).norm(dim=-1)
     error = bounds.codec_error(codec, weight, bias, x, radius, 2)
     less = replace(error, **{part: torch.zeros_like(error.dropped)})
     assert float(lost) <= float(error.whole)
@@ -157,7 +161,7 @@ def test_half_a_step_is_attained() -> None:
     worst = 0.0
     for shift in torch.linspace(0, 0.01, 400, dtype=torch.float64):
         moved = x + shift * torch.tensor([0.0, 1.0, 1.0, 1.0])
-        lost = (read_back(codec, moved) - dense(weight, bias, moved)).abs()
+        lost = (read_back(codec, weight, bias, moved) - dense(weight, bias, moved)).abs()
         error = bounds.codec_error(codec, weight, bias, moved, None, 2)
         worst = max(worst, float((lost / error.each).max()))
     assert 0.85 < worst <= 1.0 + 1e-9
@@ -172,7 +176,7 @@ def test_a_token_between_two_means_may_take_either() -> None:
     x = torch.tensor([[1.9, 0, 0, 0]], dtype=torch.float64)
     still = bounds.codec_error(codec, weight, bias, x, None, 2).whole
     moved = bounds.codec_error(codec, weight, bias, x, torch.tensor([[0.3]]).double(), 2)
-    lost = (read_back(codec, x + torch.tensor([[0.3, 0, 0, 0]]).double()) - x).norm()
+    lost = (read_back(codec, weight, bias, x + torch.tensor([[0.3, 0, 0, 0]]).double()) - x).norm()
     assert float(still) == pytest.approx(1.9, rel=1e-4)
     assert 2.0 < float(lost) <= float(moved.whole)
 
@@ -193,7 +197,7 @@ def test_gradient_ascent_on_the_input_does_not_get_past_the_bound() -> None:
     worst = 0.0
     for _ in range(200):
         away = radius * away / away.norm(dim=-1, keepdim=True)
-        lost = read_back(codec, x + away) - dense(weight, bias, x)
+        lost = read_back(codec, weight, bias, x + away) - dense(weight, bias, x)
         worst = max(worst, float((lost.norm(dim=-1, keepdim=True) / limit).max()))
         away = away + 0.2 * lost @ through_all
     assert 0.5 < worst <= 1.0

@@ -174,9 +174,9 @@ def test_where_nothing_compiles():
 
 def test_the_op_is_one_of_torch():
     form = Format((Segment(8, MODEL), Segment(9, 5)), 2, torch.float16)
-    given = (torch.randn(2, 3, 18), torch.randn(2, 17), torch.ones(17), *form.parts)
-    rows = torch.ops.lorc.pack.default(*given)
-    for op, arguments in ((torch.ops.lorc.pack, given), (torch.ops.lorc.unpack, (rows, *given[3:]))):
+    given = ([torch.randn(2, 3, 18)], [torch.randn(2, 17)], [torch.ones(17)], [None], [None], by_op.spelled(form))
+    (rows,) = torch.ops.lorc.pack.default(*given)
+    for op, arguments in ((torch.ops.lorc.pack, given), (torch.ops.lorc.unpack, (rows, *form.parts))):
         torch.library.opcheck(op.default, arguments, test_utils=("test_schema", "test_faketensor"))
 
 

@@ -4,7 +4,8 @@
              + S (Q(c) - c)                rounding of what is stored, by its steps
              + S E (x' - x)                what the input has already lost
 
-with E, S the codec's ``encode`` and ``decode`` as they are stored (so their own rounding is in the first line).
+with E, S the codec's ``encode`` (P^T W where it takes y) and ``decode`` as they are stored (so their own rounding is in
+the first line).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from lorc_fx.codec import Codec
+from lorc_fx.groups import expanded
 from lorc_fx.packing import CLIPS, MODEL, SNAP, STEPS, TINY
 
 from .matrices import spectral_norm
@@ -120,7 +122,7 @@ def codec_error(
 ) -> CodecError:
     """Bounds for a projected site. ``weight`` [n, d] and ``bias`` [n]: the effective ones; ``x`` [N, d]: tokens as
     the dense model has them; ``radius`` [N, 1]: |x' - x| at most (None: none); ``groups``: heads of n; ``unsure`` [N,
-    r]: what a machine's codes may be off by before they are quantised (``code_rounding``; that they are is counted in
+    k]: what a machine's codes may be off by before they are quantised (``code_rounding``; that they are is counted in
     ``computed``).
 
     Proof. As above, per group of features (rows of S E and of S). Where there are several means, a token may take any
@@ -128,16 +130,17 @@ def codec_error(
     """
     form, n = codec.format, weight.shape[0]
     x = x.double()
-    tables = _Tables(codec, weight.double(), groups)
+    tables = _Tables(codec, weight.double(), bias, groups)
     radius = x.new_zeros((len(x), 1)) if radius is None else radius.double()
     away = x @ tables.miss.T - (0.0 if bias is None else bias.double()) + tables.constant
     carried = radius * tables.gains
     carried_each = radius * tables.through.norm(dim=-1)
     each, sums = None, None
-    for choice, possible in _choices(codec, x, radius, tables):
+    unsure = x.new_zeros((len(x), codec.latent_width)) if unsure is None else unsure
+    for choice, possible in _choices(codec, x, radius, tables, unsure[:, form.columns :]):
         gap = tables.gaps[choice]
         code = tables.coded(x, choice)
-        quantised, held = _rounding(codec, code, radius, tables, choice, unsure)
+        quantised, held = _rounding(codec, code, radius, tables, choice, unsure[:, : form.columns])
         dropped = _norms(away + gap, groups)
         parts = [dropped, tables.norms(quantised), tables.norms(held)]
         entry = (away + gap).abs() + tables.entries(quantised) + tables.entries(held)
@@ -153,12 +156,11 @@ def codec_error(
 class _Tables:
     """What does not depend on the token."""
 
-    def __init__(self, codec: Codec, weight: torch.Tensor, groups: int) -> None:
+    def __init__(self, codec: Codec, weight: torch.Tensor, bias: torch.Tensor | None, groups: int) -> None:
         n, r = weight.shape[0], codec.format.columns
-        encode = codec.encode.double()
+        encode, shift = codec.folded(weight, bias)
         matrix = codec.matrix
         decode = torch.eye(n, dtype=torch.float64) if matrix is None else matrix.double()
-        shift = encode.new_zeros(len(encode)) if codec.shift is None else codec.shift.double()
         self.encode, self.shift, self.decode = encode, shift, decode
         self.offsets = encode.new_zeros((1, r)) if codec.offsets is None else codec.offsets.double()
         self.spread = encode.new_ones(r) if codec.spread is None else codec.spread.double()
@@ -205,8 +207,10 @@ def _group_norms(matrix: torch.Tensor, groups: int) -> torch.Tensor:
     return torch.tensor([spectral_norm(part) for part in parts], dtype=torch.float64)
 
 
-def _choices(codec: Codec, x: torch.Tensor, radius: torch.Tensor, t: _Tables) -> list[tuple[int, torch.Tensor]]:
-    """(mean, [N, 1] whether a token may take it)."""
+def _choices(
+    codec: Codec, x: torch.Tensor, radius: torch.Tensor, t: _Tables, unsure: torch.Tensor
+) -> list[tuple[int, torch.Tensor]]:
+    """(mean, [N, 1] whether a token may take it). ``unsure`` [N, m - 1]: as above."""
     r = codec.format.columns
     if codec.format.choices == 1:
         return [(0, torch.ones((len(x), 1), dtype=torch.bool))]
@@ -215,17 +219,18 @@ def _choices(codec: Codec, x: torch.Tensor, radius: torch.Tensor, t: _Tables) ->
     moves = radius * torch.cat([x.new_zeros(1), rows.norm(dim=1)])
     size = torch.cat([x.new_zeros((len(x), 1)), x.abs() @ rows.abs().T + t.shift[r:].abs()], -1)
     moves = moves + (FP32 + gamma(x.shape[-1] + 1, torch.float32)) * size  # nearness is computed in fp32
+    moves[:, 1:] += unsure
     possible = near + moves >= (near - moves).amax(-1, keepdim=True)
     return [(j, possible[:, j : j + 1]) for j in range(codec.format.choices)]
 
 
 def _rounding(
-    codec: Codec, code: torch.Tensor, radius: torch.Tensor, t: _Tables, choice: int, unsure: torch.Tensor | None
+    codec: Codec, code: torch.Tensor, radius: torch.Tensor, t: _Tables, choice: int, unsure: torch.Tensor
 ) -> tuple[Rounding, Rounding]:
     """What quantised columns and those in the model's dtype lose, weighted by ``spread``."""
     form = codec.format
     exact = sum(s.columns for s in form.segments if s.bits == MODEL)
-    moves = radius * t.encode[: code.shape[-1]].norm(dim=1) + (0.0 if unsure is None else unsure)
+    moves = radius * t.encode[: code.shape[-1]].norm(dim=1) + unsure
     size, coarse = code.abs(), Rounding(torch.zeros_like(code), code.new_zeros((len(code), 1)))
     if form.scaled:
         found = quantisation_error(code[:, exact:], moves[:, exact:], form.spec, t.spread[exact:])
@@ -262,32 +267,50 @@ def unprojected_error(
     return CodecError(nothing, rounded, held, nothing, each)
 
 
-def code_rounding(codec: Codec, x: torch.Tensor, radius: torch.Tensor | None) -> torch.Tensor:
+def code_rounding(
+    codec: Codec, weight: torch.Tensor, bias: torch.Tensor | None, x: torch.Tensor, radius: torch.Tensor | None
+) -> torch.Tensor:
     """What a machine's codes are off by, [N, k]; ``x`` [N, d] and ``radius`` as above.
 
     Statement. A code is a sum of d products in the dtype of ``encode``: gamma_d |E| |x|, then a rounding (Higham,
-    section 3.1)."""
-    return _sums(codec, x, radius) * (
-        gamma(x.shape[-1] + 1, accumulated(codec.encode.dtype)) + unit(codec.encode.dtype)
-    )
+    section 3.1). Where it is made of y, y is such a sum in the model's dtype, with W for E and rounded twice at most
+    (the bias may come after); that is carried by P^T, whose n products are a sum as well."""
+    sums, own = _sums(codec, weight, bias, x, radius), codec.encode.dtype
+    if not codec.from_y:
+        return sums * (gamma(x.shape[-1] + 1, accumulated(own)) + unit(own))
+    made = gamma(x.shape[-1] + 1, accumulated(codec.dtype)) + 2 * unit(codec.dtype) * (1 + unit(codec.dtype))
+    return sums * (made + (1 + made) * (gamma(len(weight) + 2, own) + unit(own)))
 
 
-def _sums(codec: Codec, x: torch.Tensor, radius: torch.Tensor | None) -> torch.Tensor:
-    """|E| |x| and the shift's size: [N, k]."""
+def _sums(
+    codec: Codec, weight: torch.Tensor, bias: torch.Tensor | None, x: torch.Tensor, radius: torch.Tensor | None
+) -> torch.Tensor:
+    """|E| |x| and the shift's size, of a code of y |P^T| (|W| |x| + |b|) and that of its own: [N, k]."""
     reach = x.double().abs() + (0.0 if radius is None else radius)
-    return reach @ codec.encode.double().abs().T + (0.0 if codec.shift is None else codec.shift.double().abs())
+    encode = codec.encode.double().abs()
+    if codec.from_y:
+        reach = reach @ weight.double().abs().T + (0.0 if bias is None else bias.double().abs())
+        encode = expanded(encode, codec.format.segments, codec.groups)
+    return reach @ encode.T + (0.0 if codec.shift is None else codec.shift.double().abs())
 
 
 def computed(
-    error: CodecError, codec: Codec, x: torch.Tensor, radius: torch.Tensor | None, size: torch.Tensor
+    error: CodecError,
+    codec: Codec,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    x: torch.Tensor,
+    radius: torch.Tensor | None,
+    size: torch.Tensor,
 ) -> CodecError:
     """``error`` with the rounding of a machine that computes codes and reads them back: ``each`` and ``stored`` grow.
-    ``x`` [N, d] and ``radius`` as above; ``size`` [N, n]: |y| at most.
+    ``weight``, ``bias``, ``x`` [N, d] and ``radius`` as above; ``size`` [N, n]: |y| at most.
 
     Statement. Codes are off by ``code_rounding``; what is read is a sum of as many products as there are columns, in
     the model's dtype: gamma_k |S| |c|, then a rounding of each."""
     form, r = codec.format, codec.format.columns
-    sums, lost = _sums(codec, x, radius), code_rounding(codec, x, radius)
+    given = codec, weight, bias, x, radius
+    sums, lost = _sums(*given), code_rounding(*given)
     matrix = codec.matrix
     if matrix is None:
         entries = lost

@@ -59,10 +59,11 @@ def projected(c: Coding, x: Known, y: Known, rounds: bool = False) -> tuple[Know
     rows, heads = c.site.rows, _heads(c.site)
     radius = None if x.exact else flat_norm(x, rows.x_axes)
     tokens = flat(x.value, rows.x_axes)
-    unsure = bounds.code_rounding(c.codec, tokens, radius)[:, : c.codec.format.columns] if rounds else None
-    error = bounds.codec_error(c.codec, c.weight, c.bias, tokens, radius, heads, unsure)
+    weights = c.codec, c.weight, c.bias
+    unsure = bounds.code_rounding(*weights, tokens, radius) if rounds else None
+    error = bounds.codec_error(*weights, tokens, radius, heads, unsure)
     if rounds:
-        error = bounds.computed(error, c.codec, tokens, radius, y_size(y, rows.y_axes, rows.features))
+        error = bounds.computed(error, *weights, tokens, radius, y_size(y, rows.y_axes, rows.features))
     each = error.each
     if rows.features is not None:  # the others pass as they are, and nothing reads them
         zero = torch.zeros_like(y.value) if y.each is None else y.each
@@ -110,12 +111,11 @@ def flat_norm(x: Known, axes: Axes) -> torch.Tensor:
     return norm
 
 
-def read_back(codec: Codec, x: torch.Tensor) -> torch.Tensor:
+def read_back(codec: Codec, weight: torch.Tensor, bias: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
     """y' [N, n] of tokens x [N, d] fp64: projected, stored and read, products in fp64."""
     form = codec.format
-    latent = x @ codec.encode.double().T
-    if codec.shift is not None:
-        latent = latent + codec.shift.double()
+    encode, shift = codec.folded(weight, bias)
+    latent = x @ encode.T + shift
     if not form.plain:
         latent = codec.latents(pack(latent.float(), codec.offsets, codec.spread, form.spec, form.choices, form.dtype))
     latent = latent.to(form.dtype).double()
@@ -127,7 +127,7 @@ def read_back(codec: Codec, x: torch.Tensor) -> torch.Tensor:
 def projected_value(c: Coding, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """What the compressed model reads where it would have ``y``."""
     rows = c.site.rows
-    made = read_back(c.codec, flat(x, rows.x_axes))
+    made = read_back(c.codec, c.weight, c.bias, flat(x, rows.x_axes))
     if rows.features is not None:
         made = flat(y, rows.y_axes).index_copy(-1, torch.tensor(rows.features), made)
     return unflat(made, y, rows.y_axes)
