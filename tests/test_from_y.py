@@ -74,6 +74,21 @@ def test_with_statistics(name: str) -> None:
     assert_close("logits", got, want, 5e-3)
 
 
+@pytest.mark.usefixtures("quiet", "many_shapes", "always")
+@pytest.mark.parametrize("name", ["llama-bias", "gpt2"])
+def test_where_no_op_packs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On devices without ``lorc::pack`` torch ops make the same codes."""
+    ids, found = prompt(2, TOKENS)[0], []
+    for devices in (by_op.DEVICES, ()):
+        monkeypatch.setattr(by_op, "DEVICES", devices)
+        model = FAMILIES[name].build(layers=2)
+        cache = new_cache(model)
+        compiled(model, ratio=0.4, calibration="none", scheduler="energy", precision="auto", basis="grouped")
+        found.append(piecewise(model, ids, cache, [5, 11, TOKENS]))
+        assert any(x.codec.from_y for pair in latents(cache) for x in pair)
+    assert_close("logits", *found, 2e-3)
+
+
 @pytest.mark.usefixtures("quiet", "many_shapes")
 @pytest.mark.parametrize("name", ["falcon-gqa", "falcon-mqa", "bloom", "opt"])
 def test_it_is_what_codes_of_x_are(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
