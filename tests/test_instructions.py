@@ -12,7 +12,7 @@ import pytest
 
 HERE = Path(__file__).parent
 TESTS = ["test_turn.py::test_it_is_the_reference", "test_attend.py::test_tiles_are_the_reference", "test_pack_op.py"]
-TESTS += ["test_sums_op.py"]
+TESTS += ["test_sums_op.py", "test_from_y.py::test_rows_of_y_are_those_of_its_latents"]
 
 pytestmark = pytest.mark.skipif(
     platform.machine() not in ("x86_64", "AMD64") or shutil.which("objdump") is None,
