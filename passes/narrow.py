@@ -193,11 +193,11 @@ def _replace(
 ) -> None:
     weight, dim = _weight(product)
     bias = _bias(product)
-    with graph.inserting_before(product):
-        made = {weight: graph.call_function(aten.slice.Tensor, (weight, dim, first, last))}
+    held = product.target is aten.addmm.default
+    with graph.inserting_before(product):  # by their places: what they meet may be the same value
+        product.update_arg(2 if held else 1, graph.call_function(aten.slice.Tensor, (weight, dim, first, last)))
         if bias is not None:
-            made[bias] = graph.call_function(aten.slice.Tensor, (bias, 0, first, last))
-    product.args = tuple(made.get(a, a) if isinstance(a, Node) else a for a in product.args)
+            product.update_arg(0 if held else 2, graph.call_function(aten.slice.Tensor, (bias, 0, first, last)))
     for view, (axis, unit) in views.items():
         sizes = list(view.args[1])
         sizes[axis] = (last - first) // unit

@@ -111,6 +111,12 @@ def test_a_weight_the_other_way_round() -> None:
     assert any(n.target is aten.slice.Tensor and n.args[2:] == (8, 24) for n in gm.graph.nodes)
 
 
+def test_a_weight_that_meets_itself() -> None:
+    """What is multiplied with the weight stays whole, though it is the same value."""
+    assert narrowed(lambda w: (torch.nn.functional.linear(w, w)[..., 8:],), W) == [16]
+    assert narrowed(lambda w: (torch.mm(w, w)[:, :3],), W[:8].clone()) == [3]
+
+
 #: name of the family -> the share of the fused projection that queries are
 FULL = {"scheduler": "uniform", "precision": "model", "calibration": "none", "basis": "joint"}
 FUSED = {"gpt2": 1 / 3, "phi3": 0.5}
