@@ -86,7 +86,7 @@ class Site:
         rules = [rule_of(node) for node, _ in self.rows.chain.nodes if node.target is not aten.lift_fresh_copy.default]
         roles = [None if rule is None else rule.role for rule in rules]
         known = all(role in ("contract", "layout", "sum") for role in roles)
-        return known and self.rows.contractions == 1 and roles.count("sum") <= 1
+        return known and roles.count("contract") == 1 and roles.count("sum") <= 1
 
     @property
     def width_in(self) -> int:

@@ -124,6 +124,31 @@ def test_in_16_bits(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None
     assert off[0] <= 1.5 * off[1] + 1e-3, off
 
 
+class Twice(torch.nn.Module):
+    """Two products, which are rounded apart: their sum may be far smaller."""
+
+    def __init__(self, first: torch.nn.Linear) -> None:
+        super().__init__()
+        self.first, self.second = first, copy.deepcopy(first)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.first(x) + self.second(x)
+
+
+@pytest.mark.usefixtures("quiet", "always")
+def test_not_where_y_is_more_than_one_product() -> None:
+    """The bounds on y's own rounding are those of one."""
+    model = FAMILIES["llama-gqa"].build(layers=2)
+    attention = model.model.layers[1].self_attn
+    attention.v_proj = Twice(attention.v_proj)
+    cache = new_cache(model)
+    compiled(model, ratio=0.4, calibration="none", scheduler="energy", precision="auto")
+    piecewise(model, prompt(2, TOKENS)[0], cache, [5, TOKENS])
+    (_, once), (_, twice) = latents(cache)
+    assert not (once.codec.unprojected or once.codec.format.plain or twice.codec.format.plain)
+    assert once.codec.from_y and not twice.codec.from_y
+
+
 def test_where_it_is_less_to_read() -> None:
     packed, half = Format((Segment(1024, 4),), 2, torch.bfloat16), Format((Segment(512, 4),), 2, torch.bfloat16)
     assert reads_y((1024, 4096), packed, 8), "Llama-3-8B, all columns at 4 bits"
