@@ -186,8 +186,7 @@ struct Call {
 
 constexpr int64_t ALONE = 32768;   // numbers of a matrix that one thread reads by itself
 
-extern "C" void lorc_attend(const Call* call) {
-  const Call& o = *call;
+static void attend(const Call& o) {
   const Rows &k = o.keys, &v = o.values;
   const Turn* const turn = o.turns ? &o.turn : nullptr;
   const int64_t batch = o.query.batch, heads = o.query.heads, queries = o.query.queries, chunk = o.chunk;

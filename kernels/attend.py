@@ -5,13 +5,15 @@
 K and V are never there as a whole: ``keys`` and ``values`` are the rows of two caches, ``f`` is what the graph does to
 scores before the softmax. An ``Attend`` says all that shapes the computation; the op carries its digest, and what is
 called is chosen by the device: ``launch`` (generated kernels) on a GPU, ``tiled`` (torch, and C++ on a CPU) elsewhere.
+On a CPU calls like one that was there do without this module (``attend_op.cpp``).
 ``reference`` is the truth for both.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from weakref import WeakValueDictionary
@@ -22,6 +24,7 @@ from torch.fx import GraphModule
 from lorc_fx.decoder import Decoder
 from lorc_fx.packing import Format
 
+from . import native
 from .stored import Stored
 from .turned import Turn
 
@@ -124,7 +127,28 @@ def known(digest: str) -> Attend:
 
 
 WATCHERS: list[Callable[[Attend, torch.Tensor, Stored, Stored, tuple[torch.Tensor, ...]], None]] = []
-"""Called with the arguments of every call of the op, as its lowering gets them: a tuner sees readers so."""
+"""Called with the arguments of every call of the op, as its lowering gets them."""
+
+
+@contextlib.contextmanager
+def watching(watch: Callable[..., None]) -> Iterator[None]:
+    """Inside of the block ``watch`` is one of ``WATCHERS``, and no call goes by without them."""
+    WATCHERS.append(watch)
+    native.ask_again()
+    try:
+        yield
+    finally:
+        WATCHERS.remove(watch)
+
+
+def turned_queries(about: Attend, query: torch.Tensor, codec: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Queries [.., D] as keys are stored. ``codec``: the keys'."""
+    return (query.to(codec[-1].dtype) @ codec[-1]).to(query.dtype) if about.keys.turned else query
+
+
+def turned_back(about: Attend, out: torch.Tensor, codec: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Results [.., D_v] of values as they are stored as the model has them. ``codec``: the values'."""
+    return (out.to(codec[-1].dtype) @ codec[-1].T).to(out.dtype) if about.values.turned else out
 
 
 def attend(
@@ -145,15 +169,16 @@ def attend(
     from . import launch, tiled
 
     made = known(about)
-    run = launch.attend if query.device.type == "cuda" else tiled.attend
-    if made.keys.turned:
-        query = (query.to(key_codec[-1].dtype) @ key_codec[-1]).to(query.dtype)
     stored = Stored(keys, key_side, tuple(key_codec)), Stored(values, value_side, tuple(value_codec))
-    for watch in WATCHERS:
-        watch(made, query, *stored, tuple(extras))
-    out = run(made, query, *stored, tuple(extras))
-    if made.values.turned:
-        out = (out.to(value_codec[-1].dtype) @ value_codec[-1].T).to(out.dtype)
+    if WATCHERS:
+        seen = turned_queries(made, query, key_codec)
+        for watch in WATCHERS:
+            watch(made, seen, *stored, tuple(extras))
+    if query.device.type != "cuda":
+        out = tiled.op(made, query, *stored, tuple(extras))
+    else:
+        out = launch.attend(made, turned_queries(made, query, key_codec), *stored, tuple(extras))
+        out = turned_back(made, out, value_codec)
     return out.contiguous()  # as ``_fake`` says: a product with a matrix per head may come out head by head
 
 
@@ -163,9 +188,11 @@ def _fake(query, keys, key_side, key_codec, values, value_side, value_codec, ext
 
 # ``torch.library.custom_op`` would do the same and take 16 us a call instead of 5
 LIBRARY = torch.library.Library("lorc", "FRAGMENT")
-LIBRARY.define(
-    "attend(Tensor query, Tensor keys, Tensor? key_side, Tensor[] key_codec, Tensor values, Tensor? value_side, "
+ARGUMENTS = (
+    "(Tensor query, Tensor keys, Tensor? key_side, Tensor[] key_codec, Tensor values, Tensor? value_side, "
     "Tensor[] value_codec, Tensor[] extras, str about) -> Tensor"
 )
-LIBRARY.impl("attend", attend, "CompositeExplicitAutograd")
+for name in ("attend", "_attend_by_python"):  # the second one is where ``attend_op.cpp`` asks
+    LIBRARY.define(name + ARGUMENTS)
+    LIBRARY.impl(name, attend, "CompositeExplicitAutograd")
 torch.library.register_fake("lorc::attend", _fake, lib=LIBRARY)

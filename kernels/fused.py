@@ -3,14 +3,14 @@ or turned as they are decoded, and what scores pass through is a chain.
 
     q -> (S_k) -> scores of a chunk -> chain -> online softmax -> sums of rows -> (S_v, mean) -> out
 
-A step calls it once for each layer, between products whose weights push all else out of the caches: what is the same
-each time is laid out once (``Plan``), and a call fills in where tensors are.
+What is the same each time is laid out here, once (``Plan``); ``attend_op.cpp`` fills in where a call's tensors are.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import weakref
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -18,14 +18,23 @@ import torch
 
 from lorc_fx.packing import MODEL, Format
 
-from . import native, turned
-from .attend import Attend, Operand
-from .chain import chain
-from .stored import Stored, strides
+from . import native, tuned, turned
+from .attend import LIBRARY, Attend, Operand
+from .chain import Chain, chain
+from .stored import Stored
 
 WAY = "attend.cpp"
 CHUNK = 64
 """Tokens whose scores are computed before their values are read: their rows stay in a core's second cache."""
+
+MOST_EXTRAS = 32
+"""Which of them are flags is one number."""
+
+LIBRARY.define(
+    "_attend_by_plan(Tensor query, Tensor keys, Tensor[] key_codec, Tensor values, Tensor[] value_codec, "
+    "Tensor[] extras, int plan, int chunk, bool turns) -> Tensor"
+)
+_by_plan = torch.ops.lorc._attend_by_plan.default
 
 
 def _fields(kind: Any, *names: str) -> list[tuple[str, Any]]:
@@ -63,10 +72,6 @@ class _Lines(ctypes.Structure):
     ]
 
 
-class _Extra(ctypes.Structure):
-    _fields_ = [("data", ctypes.c_void_p), *_fields(ctypes.c_int64, "flags", "batch", "head", "query", "token")]
-
-
 class _Call(ctypes.Structure):
     _fields_ = [
         *_fields(_Rows, "keys", "values"),
@@ -78,6 +83,26 @@ class _Call(ctypes.Structure):
         *_fields(ctypes.c_void_p, "extras", "sink"),
         *_fields(ctypes.c_int64, "turns", "mask", "blind", "chunk", "threads"),
     ]
+
+
+class _Side(ctypes.Structure):
+    _fields_ = _fields(ctypes.c_int64, "decodes", "mean", "turned")
+
+    @classmethod
+    def of(cls, operand: Operand) -> _Side:
+        return cls(operand.decodes, operand.has_mean, operand.turned)
+
+
+class _Plan(ctypes.Structure):
+    _fields_ = [
+        ("call", _Call),
+        *_fields(_Side, "key", "value"),
+        *_fields(ctypes.c_int64, "normed", "dim", "extras", "flags", "sink"),
+    ]
+
+
+class _Choice(ctypes.Structure):
+    _fields_ = _fields(ctypes.c_int64, "tokens", "batch", "heads", "queries", "threads", "chunk")
 
 
 # -- rows --------------------------------------------------------------------------------------------------------------
@@ -146,19 +171,18 @@ def _matrix(operand: Operand, rows: int, kept: list[Any]) -> native.Matrix:
     order = None if operand.columns is None else torch.tensor(operand.columns)
     kept.append(order)
     at = None if order is None else order.data_ptr()
-    return native.Matrix(columns=at, heads=operand.heads, dim=operand.head_dim, rows=rows if operand.decodes else 0)
+    dim, rows = operand.head_dim, rows if operand.decodes else 0
+    return native.Matrix(columns=at, heads=operand.heads, dim=dim, rows=rows, apart=dim)
 
 
 class Plan:
-    """What of a reader's calls is the same each time."""
+    """What of a reader's calls is the same each time: ``about`` for C++, which points into ``kept``."""
 
-    def __init__(self, about: Attend) -> None:
-        program = chain(about)
-        assert program is not None, "scores pass through more than a chain"
-        self.program, self.kept = program, list[Any]()
+    def __init__(self, about: Attend, program: Chain) -> None:
+        self.kept: list[Any] = [program]
         left, right = (_rows(o.format, native.blocks(o), self.kept) for o in (about.keys, about.values))
         turn = about.keys.turn
-        self.call = _Call(
+        call = _Call(
             keys=left,
             values=right,
             key=_matrix(about.keys, left.count + left.further, self.kept),
@@ -169,19 +193,32 @@ class Plan:
             mask=-1 if about.masks is None else about.masks,
             blind=about.blind,
         )
-        if self.call.turns:
-            self.call.turn = turned.given(about.keys, self.kept)
+        if call.turns:
+            call.turn = turned.given(about.keys, self.kept)
+        self.about = _Plan(
+            call=call,
+            key=_Side.of(about.keys),
+            value=_Side.of(about.values),
+            normed=turn is not None and turn.eps is not None,
+            dim=about.values.head_dim,
+            extras=len(about.extras),
+            flags=sum(1 << i for i in program.flags),
+            sink=about.sink,
+        )
+        self.address = ctypes.addressof(self.about)
 
 
 _PLANS: WeakKeyDictionary[Attend, Plan | None] = WeakKeyDictionary()
+_REMEMBERED: WeakKeyDictionary[Attend, Any] = WeakKeyDictionary()
 
 
 def _plan(about: Attend) -> Plan | None:
     """None where ``attend.cpp`` does not read such operands, whatever tensors they are in."""
     if about not in _PLANS:
         keys = native.reads(about.keys) if about.keys.direct else turned.reads(about.keys)
-        fits = keys and about.values.direct and native.reads(about.values) and chain(about) is not None
-        _PLANS[about] = Plan(about) if fits else None
+        program = chain(about) if keys and about.values.direct and native.reads(about.values) else None
+        fits = program is not None and len(about.extras) <= MOST_EXTRAS
+        _PLANS[about] = Plan(about, program) if program is not None and fits else None
     return _PLANS[about]
 
 
@@ -202,61 +239,27 @@ def attend(
     values: Stored,
     extras: tuple[torch.Tensor, ...],
     chunk: int | None = None,
+    turns: bool = False,
 ) -> torch.Tensor:
     """The op's result [B, H, S, D_v] in the query's dtype. The caller has asked ``reads``. ``chunk``: tokens at a
-    time."""
+    time. ``turns``: queries are as the model has them, else as rows are turned (and so are results). Raises
+    RuntimeError for tensors that do not fit each other."""
     plan = _plan(about)
     assert plan is not None
+    stored = (keys.rows, keys.codec, values.rows, values.codec)
+    found: torch.Tensor = _by_plan(query, *stored, extras, plan.address, chunk or CHUNK, turns)
+    return found
+
+
+def remember(about: Attend, query: torch.Tensor, tokens: int, chunk: int | None) -> None:
+    """From now on calls of the op with such sizes read ``chunk`` tokens at a time and do without Python
+    (attend_op.cpp), until ``about`` dies or ``native.ask_again``."""
+    plan, library, digest = _plan(about), native.loaded(), about.digest.encode()
+    assert plan is not None
+    if about not in _REMEMBERED:
+        library.lorc_know(digest, plan.address)
+        _REMEMBERED[about] = weakref.finalize(about, library.lorc_forget, digest, plan.address)
+        _REMEMBERED[about].atexit = False
     batch, heads, queries, _ = query.shape
-    total = keys.rows.shape[0]
-    assert keys.rows.shape[:2] == values.rows.shape[:2] == (total, batch), "keys, values and queries of other sizes"
-    call = _Call.from_buffer_copy(plan.call)
-    held: list[Any] = []
-    for rows, stored in ((call.keys, keys), (call.values, values)):
-        size = stored.rows.element_size()
-        rows.rows, rows.tokens = stored.rows.data_ptr(), total
-        rows.stride_t, rows.stride_b = stored.rows.stride(0) * size, stored.rows.stride(1) * size
-    _given(call.key, about.keys, keys, held)
-    _given(call.value, about.values, values, held)
-    if call.turns:
-        turned.at(call.turn, about.keys, keys)
-    q = query if query.dtype in native.KINDS and query.stride(3) == 1 else query.float().contiguous()
-    out = q.new_empty((batch, heads, queries, about.values.head_dim))
-    _lines(call.query, q)
-    _lines(call.out, out)
-    if extras:
-        flags = plan.program.flags
-        met = [e.to(torch.bool if i in flags else torch.float32) for i, e in enumerate(extras)]
-        told = (_Extra * len(met))(*(_extra(e, (batch, heads, queries, total)) for e in met))
-        call.extras = ctypes.addressof(told)
-        call.sink = ctypes.addressof(told[len(met) - 1]) if about.sink else None
-        held += [met, told]
-    call.chunk, call.threads = chunk or CHUNK, torch.get_num_threads()
-    native.loaded().lorc_attend(ctypes.byref(call))
-    return out.to(query.dtype)
-
-
-def _given(matrix: native.Matrix, operand: Operand, stored: Stored, held: list[Any]) -> None:
-    """Where a codec's matrix and mean are."""
-    decode, mean, _ = stored.parts(operand)
-    if decode is not None:
-        if decode.dtype not in native.KINDS or decode.stride(1) != 1:
-            held.append(decode := decode.float().contiguous())
-        matrix.data, matrix.kind, matrix.row = decode.data_ptr(), native.KINDS[decode.dtype], decode.stride(0)
-    if mean is not None:
-        if mean.dtype not in native.KINDS or mean.stride(0) != 1:
-            held.append(mean := mean.float().contiguous())
-        matrix.mean, matrix.mean_kind = mean.data_ptr(), native.KINDS[mean.dtype]
-
-
-def _lines(lines: _Lines, tensor: torch.Tensor) -> None:
-    lines.data, lines.kind = tensor.data_ptr(), native.KINDS[tensor.dtype]
-    lines.batch, lines.heads, lines.queries, _ = tensor.shape
-    lines.at_batch, lines.at_head, lines.at_query, _ = tensor.stride()
-
-
-def _extra(tensor: torch.Tensor, sizes: tuple[int, ...]) -> _Extra:
-    own = tensor.shape
-    fits = all(n in (1, most) for n, most in zip(own, sizes[4 - len(own) :], strict=True))
-    assert fits, f"{tuple(own)} is not broadcast to {sizes}"  # it would be read where it is not
-    return _Extra(tensor.data_ptr(), tensor.dtype == torch.bool, *strides(tensor))
+    sizes = (tuned.bucket(tokens), tuned.bucket(batch), heads, queries, torch.get_num_threads())
+    library.lorc_choose(digest, plan.address, ctypes.byref(_Choice(*sizes, chunk or CHUNK)))

@@ -1,4 +1,5 @@
-"""What is written in C++, for torch: built when first used, by the compiler that inductor uses on a CPU."""
+"""What is written in C++, for torch: built when first used, by the compiler that inductor uses on a CPU. From then on
+the ops ``lorc::attend`` and ``lorc::pack`` are C++ on a CPU: of calls that they do not know they ask Python."""
 
 from __future__ import annotations
 
@@ -26,7 +27,10 @@ _FIELD = 8
 """A plane of fields of b bits has kind 8 + b (``rows.cpp``)."""
 
 
-SOURCES = ("rows.cpp", "heads.cpp", "runs.cpp", "turn.cpp", "attend.cpp", "pack.cpp")
+SOURCES = (
+    "headers.cpp", "rows.cpp", "heads.cpp", "runs.cpp", "turn.cpp", "attend.cpp", "attend_op.cpp", "pack.cpp",
+    "pack_op.cpp",
+)  # fmt: skip
 
 
 class Matrix(ctypes.Structure):
@@ -38,7 +42,7 @@ class Matrix(ctypes.Structure):
         ("mean", ctypes.c_void_p),
         ("mean_kind", ctypes.c_int64),
         ("columns", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("heads", "dim", "rows")),
+        *((name, ctypes.c_int64) for name in ("heads", "dim", "rows", "apart", "across")),
     ]
 
 
@@ -66,15 +70,26 @@ def library() -> Any:
         )
         warnings.warn(text, KernelWarning, stacklevel=2)
         return None
-    number, address = ctypes.c_int64, ctypes.c_void_p
+    number, address, name = ctypes.c_int64, ctypes.c_void_p, ctypes.c_char_p
     about = [address, *[number] * 5, ctypes.POINTER(_Plane), *[number] * 4]  # rows .. scale, planes, n .. width
     for function in (made.lorc_scores, made.lorc_sums):
         function.argtypes, function.restype = [*about, *[address] * 4, number], None
-    made.lorc_attend.argtypes = [address]
-    made.lorc_pack.argtypes = [address, number, number]
-    made.lorc_unpack.argtypes = [address, *[number] * 4, address, address, number]
-    made.lorc_attend.restype = made.lorc_pack.restype = made.lorc_unpack.restype = None
+    for function, given in (
+        (made.lorc_unpack, [address, *[number] * 4, address, address, number]),
+        (made.lorc_know, [name, address]),
+        (made.lorc_forget, [name, address]),
+        (made.lorc_choose, [name, address, address]),
+        (made.lorc_ask_again, []),
+        (made.lorc_know_formats, [name, address, number]),
+    ):
+        function.argtypes, function.restype = given, None
     return made
+
+
+def ask_again() -> None:
+    """Calls of the op ``lorc::attend`` go by Python again, each kind of them once."""
+    if library.cache_info().currsize and (made := library()) is not None:
+        made.lorc_ask_again()
 
 
 @dataclass(frozen=True)

@@ -113,9 +113,15 @@ static void project(const Projection& p, const uint8_t* y, int64_t kind, int64_t
 
 // latent [tokens, columns + choices - 1] of numbers of ``kind`` (or, where it ``projects``, y [tokens, features]), ``stride``
 // bytes apart -> rows [tokens, width]. The codec's ``step`` and ``half`` have zeros' worth of ones behind them up to whole vectors.
-struct Item { const uint8_t* latent; uint8_t* rows; int64_t kind, tokens, stride, projects; Codec codec; Projection projection; };
+// ``few``: of more tokens latents are not made of y here, nor where columns are not ``divided`` into groups.
+struct Item {
+  const uint8_t* latent; uint8_t* rows; int64_t kind, tokens, stride, projects, few, divided;
+  Codec codec; Projection projection;
+};
 
-extern "C" void lorc_pack(const Item* items, int64_t n, int64_t threads) {
+constexpr int64_t FEW_COLUMNS = 32768;   // of all rows, that one thread packs or unpacks: more are worth waking the others
+
+static void pack(const Item* items, int64_t n, int64_t threads) {
   int64_t most = 0, widest = 0, owned = 0, all_tokens = 0;
   for (int64_t i = 0; i < n; i++) {
     const Codec& c = items[i].codec;
@@ -193,9 +199,10 @@ static void unpack_field(const Field& f, const uint8_t* row, int32_t* levels) {
 
 // rows [tokens, batch, width], strides in bytes -> latent [tokens, batch, columns + choices - 1] of numbers of the codec's kind.
 extern "C" void lorc_unpack(const uint8_t* rows, int64_t tokens, int64_t batch, int64_t stride_t, int64_t stride_b,
-                            const Codec* codec, uint8_t* latent, int64_t threads) {
+                            const Codec* codec, uint8_t* latent, int64_t most) {
   const Codec& c = *codec;
   const int64_t element = c.kind == 0 ? 4 : 2, all = c.exact + c.quantised + c.choices - 1;
+  const int64_t threads = tokens * batch * all <= FEW_COLUMNS ? 1 : most;
   const uint8_t* end = rows + (tokens - 1) * stride_t + (batch - 1) * stride_b + c.width;
 #pragma omp parallel num_threads(threads)
   {

@@ -25,9 +25,6 @@ from .attend import LIBRARY
 DEVICES = ("cpu",)
 """Types of devices on which graphs have the op. A GPU's compiler makes a few kernels of the ops of all layers."""
 
-ALONE = 1 << 15
-"""Columns of all rows, at most, that one thread packs or unpacks: more are worth waking the others."""
-
 TOKENS = 16
 """At most so many latents are made of y by the same code: of more they are a large product, for libraries."""
 
@@ -59,7 +56,7 @@ class _Codec(ctypes.Structure):
 class _Item(ctypes.Structure):
     _fields_ = [
         *((n, ctypes.c_void_p) for n in ("latent", "rows")),
-        *((n, ctypes.c_int64) for n in ("kind", "tokens", "stride", "projects")),
+        *((n, ctypes.c_int64) for n in ("kind", "tokens", "stride", "projects", "few", "divided")),
         ("codec", _Codec),
         ("projection", _Projection),
     ]
@@ -98,7 +95,8 @@ def _layout(form: Format, groups: int = 1) -> _Layout:
     fits = all(s.columns % groups == 0 for s in form.segments)
     places = split(torch.arange(form.columns), form.segments, groups).contiguous() if fits else torch.arange(0)
     projection = _Projection(native.Matrix(heads=groups), places.data_ptr(), None)
-    return _Layout(_Item(codec=codec, projection=projection), (*padded, clips, fields, places))
+    item = _Item(few=TOKENS, divided=fits, codec=codec, projection=projection)
+    return _Layout(item, (*padded, clips, fields, places))
 
 
 class Given(NamedTuple):
@@ -125,48 +123,25 @@ def pack_all(items: Sequence[Given]) -> list[torch.Tensor]:
     be chosen, and a token that is within a rounding of the border may lie on its mean or beside it."""
     library = native.library() if all(i.latent.device.type == "cpu" for i in items) else None
     rows: list[torch.Tensor | None] = [None] * len(items)
-    told, held, work = (_Item * len(items))(), list[Any](), 0
-    count = 0
+    compiled = []
     for at, item in enumerate(items):
         latent, offsets, spread, form, project, shift, groups = item
-        few = latent.numel() <= TOKENS * latent.shape[-1] and latent.dtype in native.KINDS
-        if project is not None and (library is None or not few or project.dtype != torch.float32):
-            latent, project = projected(latent, project, shift, form.spec, groups), None
         known = library is not None and latent.dtype in native.KINDS and form.dtype in native.KINDS
-        if not known or (form.choices > 1 and offsets is None):
-            latent = latent if project is None else projected(latent, project, shift, form.spec, groups)
+        known &= form.choices == 1 or offsets is not None
+        few = latent.numel() <= TOKENS * latent.shape[-1]
+        if project is not None and not (known and few and project.dtype == torch.float32):
+            latent, project, shift = projected(latent, project, shift, form.spec, groups), None, None
+        if known:
+            compiled.append((at, Given(latent, offsets, spread, form, project, shift, groups)))
+        else:
             rows[at] = packing.pack(latent, offsets, spread, form.spec, form.choices, form.dtype)
-            continue
-        layout = _layout(form, groups)  # held while C++ reads what it points to: others may push it out of the cache
-        flat = latent.reshape(-1, latent.shape[-1])
-        flat = flat if flat.stride(1) == 1 else flat.contiguous()
-        small = [None if t is None else t.float().contiguous() for t in (offsets, spread)]
-        rows[at] = made = latent.new_empty((*latent.shape[:-1], form.nbytes), dtype=torch.uint8)
-        told[count] = layout.about
-        one = told[count]
-        one.latent, one.rows, one.kind = flat.data_ptr(), made.data_ptr(), native.KINDS[latent.dtype]
-        one.tokens, one.stride = flat.shape[0], flat.stride(0) * flat.element_size()
-        one.codec.offsets, one.codec.spread = [None if t is None else t.data_ptr() for t in small]
-        if project is not None:
-            own = project.contiguous(), None if shift is None else shift.contiguous()
-            _projects(one, *own)
-            held.append(own)
-        held.append((layout, flat, small))
-        work += flat.numel() if project is None else project.numel() * len(flat)
-        count += 1
-    if count:
-        assert library is not None
-        library.lorc_pack(told, count, _threads(work))
+    if compiled:
+        held = [_layout(item.form, item.groups) for _, item in compiled]  # others may push it out of the cache
+        layouts = [ctypes.addressof(layout.about) for layout in held]
+        tensors = ([getattr(item, n) for _, item in compiled] for n in ("latent", *_OPTIONAL))
+        for (at, _), made in zip(compiled, _by_layout(*tensors, layouts), strict=True):
+            rows[at] = made
     return [row for row in rows if row is not None]
-
-
-def _projects(item: _Item, project: torch.Tensor, shift: torch.Tensor | None) -> None:
-    """Say how latents are made of y. Both are contiguous."""
-    matrix = item.projection.matrix
-    matrix.data, (matrix.rows, matrix.row) = project.data_ptr(), project.shape
-    matrix.dim = matrix.row // matrix.heads
-    item.projection.shift = None if shift is None else shift.data_ptr()
-    item.projects = 1
 
 
 def unpack(rows: torch.Tensor, form: Format, multiple: int = 1) -> torch.Tensor:
@@ -184,7 +159,7 @@ def unpack(rows: torch.Tensor, form: Format, multiple: int = 1) -> torch.Tensor:
     if more:
         latent[-more:].zero_()
     layout = _layout(form)  # held, as above
-    given = (ctypes.byref(layout.about.codec), latent.data_ptr(), _threads(latent.numel()))
+    given = (ctypes.byref(layout.about.codec), latent.data_ptr(), torch.get_num_threads())
     made.lorc_unpack(*native.where(flat), *given)
     return latent
 
@@ -192,10 +167,6 @@ def unpack(rows: torch.Tensor, form: Format, multiple: int = 1) -> torch.Tensor:
 def multiple(dtype: torch.dtype, device: torch.device) -> int:
     """Of how many tokens a factor of a product is that graphs make of a cache."""
     return MULTIPLE if device.type in DEVICES and dtype.itemsize == 2 else 1
-
-
-def _threads(columns: int) -> int:
-    return 1 if columns <= ALONE else torch.get_num_threads()
 
 
 # -- the ops ----------------------------------------------------------------------------------------------------------
@@ -224,8 +195,22 @@ Optional = Sequence[torch.Tensor | None]
 def _pack(
     latents: Sequence[torch.Tensor], offsets: Optional, spread: Optional, project: Optional, shift: Optional, about: str
 ) -> list[torch.Tensor]:
+    if latents[0].device.type == "cpu" and native.library() is not None:
+        _tell(about)
     given = zip(latents, offsets, spread, _read(about), project, shift, strict=True)
     return pack_all([Given(y, o, s, form, p, b, groups) for y, o, s, (form, groups), p, b in given])
+
+
+@functools.cache
+def _tell(about: str) -> list[_Layout]:
+    """From now on the op packs such rows without Python (pack_op.cpp), but for tensors that it does not take. What is
+    returned is what C++ points to from now on."""
+    if any(form.dtype not in native.KINDS for form, _ in _read(about)):
+        return []
+    held = [_layout(form, groups) for form, groups in _read(about)]
+    items = (ctypes.c_void_p * len(held))(*(ctypes.addressof(layout.about) for layout in held))
+    native.loaded().lorc_know_formats(about.encode(), ctypes.addressof(items), len(held))
+    return held
 
 
 def _fake_pack(latents, offsets, spread, project, shift, about):  # type: ignore[no-untyped-def]
@@ -247,13 +232,16 @@ def _fake_unpack(rows, columns, bits, choices, dtype, multiple=1):  # type: igno
     return rows.new_empty((*leading, sum(columns) + choices - 1), dtype=dtype)
 
 
-LIBRARY.define(
-    "pack(Tensor[] latents, Tensor?[] offsets, Tensor?[] spread, Tensor?[] project, Tensor?[] shift, str about) "
-    "-> Tensor[]"
-)
+_OPTIONAL = ("offsets", "spread", "project", "shift")
+_TENSORS = "(Tensor[] latents, " + ", ".join(f"Tensor?[] {name}" for name in _OPTIONAL)
+LIBRARY.define(f"_pack_by_layout{_TENSORS}, int[] layouts) -> Tensor[]")
+_by_layout = torch.ops.lorc._pack_by_layout.default
+for name in ("pack", "_pack_by_python"):  # the second one is where ``pack_op.cpp`` asks
+    LIBRARY.define(f"{name}{_TENSORS}, str about) -> Tensor[]")
+    LIBRARY.impl(name, _pack, "CompositeExplicitAutograd")
 LIBRARY.define(
     "unpack(Tensor rows, int[] columns, int[] bits, int choices, ScalarType dtype, int multiple=1) -> Tensor"
 )
-for name, run, fake in (("pack", _pack, _fake_pack), ("unpack", _unpack, _fake_unpack)):
-    LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+LIBRARY.impl("unpack", _unpack, "CompositeExplicitAutograd")
+for name, fake in (("pack", _fake_pack), ("unpack", _fake_unpack)):
     torch.library.register_fake(f"lorc::{name}", fake, lib=LIBRARY)

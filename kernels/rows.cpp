@@ -7,16 +7,6 @@
 // or 8 columns each. What a plane holds is linear in its bytes' fields, so a column of 3 bits is two columns, in two planes,
 // and the caller lays the weights out plane by plane, field by field, each run padded to PAD. A block g of a row is a head
 // where nothing is projected: some bytes of a plane in one of its fields, or all of its bytes in some fields.
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <utility>
-#include <vector>
-#include <omp.h>
-#if defined(__AVX512F__) || defined(__AVX2__)
-#include <immintrin.h>
-#endif
 
 // Lanes of a vector, and how many registers of them there are for the sums of a tile (the rest is for what is read).
 #ifdef __AVX512F__

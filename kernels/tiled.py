@@ -23,7 +23,7 @@ from lorc_fx.groups import split
 from lorc_fx.packing import MODEL, Parts, level_constants, parts_of
 
 from . import fused, native, tuned, words
-from .attend import Attend, Operand
+from .attend import WATCHERS, Attend, Operand, turned_back, turned_queries
 from .config import Tile
 from .reference import features
 from .stored import Stored, by_head
@@ -51,13 +51,10 @@ def attend(
     best, else for ``default_tile``."""
     batch, heads, queries, _ = query.shape
     total = keys.rows.shape[0]
-    whole = fused.reads(about, keys, values)
-    kinds, ways = (None, (fused.WAY, fused.WAY)) if whole else _ways(about, keys, values)
-    if tile is None and query.device.type == "cpu":
-        about_tile = (heads, queries, *ways, torch.get_num_threads())
-        found = tuned.chosen(about, total, batch, about_tile, lambda: problem(about, query, keys, values))
-        tile = found.tokens if isinstance(found, Tile) else None
-    if kinds is None:
+    kinds, ways = _ways(about, keys, values)
+    if tile is None:
+        tile = _chosen(about, ways, query, keys, values)
+    if ways == (fused.WAY, fused.WAY):
         return fused.attend(about, query, keys, values, extras, tile)
     left, right = kinds[0](about.keys, keys), kinds[1](about.values, values)
     tile = tile or _default(left, right, batch, heads * queries)
@@ -87,6 +84,30 @@ def attend(
     if sink is not None:
         weight = weight + (torch.zeros_like(sink) if top is None else sink - top).exp()
     return _divided(summed, weight, about.blind).to(query.dtype)
+
+
+def op(
+    about: Attend, query: torch.Tensor, keys: Stored, values: Stored, extras: tuple[torch.Tensor, ...]
+) -> torch.Tensor:
+    """``attend`` of queries as the model has them."""
+    if not fused.reads(about, keys, values):
+        return turned_back(
+            about, attend(about, turned_queries(about, query, keys.codec), keys, values, extras), values.codec
+        )
+    tile = _chosen(about, (fused.WAY, fused.WAY), query, keys, values)
+    if not WATCHERS:
+        fused.remember(about, query, keys.rows.shape[0], tile)
+    return fused.attend(about, query, keys, values, extras, tile, True)
+
+
+def _chosen(about: Attend, ways: tuple[str, str], query: torch.Tensor, keys: Stored, values: Stored) -> int | None:
+    """Tokens at a time that a tuner found best, if one has looked."""
+    if query.device.type != "cpu":
+        return None
+    batch, heads, queries, _ = query.shape
+    more = (heads, queries, *ways, torch.get_num_threads())
+    found = tuned.chosen(about, keys.rows.shape[0], batch, more, lambda: problem(about, query, keys, values))
+    return found.tokens if isinstance(found, Tile) else None
 
 
 def default_tile(about: Attend, query: torch.Tensor, keys: Stored, values: Stored) -> int:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from . import fallback, launch, tiled, tuned, words
-from .attend import WATCHERS, Attend
+from .attend import Attend, watching
 from .config import Config, Given, Kernel, Tile, latent
 from .expressions import NotGenerated
 from .generator import generate
@@ -96,11 +96,8 @@ def watched(most_queries: int = 1) -> Iterator[dict[str, Problem]]:
             with contextlib.suppress(NotGenerated):
                 found[side_of(problem).words] = problem
 
-    WATCHERS.append(watch)
-    try:
+    with watching(watch):
         yield found
-    finally:
-        WATCHERS.remove(watch)
 
 
 # -- what can be chosen -----------------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ from lorc_fx.errors import KernelWarning
 from lorc_fx.logs import log
 from lorc_fx.models import cache_root
 
+from . import native
 from .attend import Attend
 from .config import Config, Tile
 
@@ -308,3 +309,4 @@ def forget() -> None:
     """Read the databases anew when next asked."""
     _chosen.clear()
     current.cache_clear()
+    native.ask_again()

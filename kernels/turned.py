@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import native
-from .stored import Stored
 
 if TYPE_CHECKING:
     from .attend import Operand
@@ -73,18 +72,3 @@ def given(operand: Operand, kept: list[Any]) -> Given:
         pairs=turn.pairs,
         heads=operand.heads,
     )
-
-
-def at(made: Given, operand: Operand, stored: Stored) -> None:
-    """Say where a call's cosines and weights are."""
-    turn, table = operand.turn, stored.codec[-1]
-    assert turn is not None
-    tokens, batch, _ = stored.rows.shape
-    fits = table.shape[0] == 2 * turn.pairs and table.shape[1] in (1, batch) and table.shape[2] == tokens
-    assert fits and table.stride(2) == 1, f"a table {tuple(table.shape)} for {tokens} tokens of {batch} rows"
-    made.table, made.table_kind = table.data_ptr(), native.KINDS[table.dtype]
-    made.row, made.batch = table.stride(0), table.stride(1) if table.shape[1] > 1 else 0
-    if turn.eps is not None:
-        weight = stored.codec[-2]
-        assert weight.dtype == torch.float32 and weight.is_contiguous()
-        made.weight = weight.data_ptr()

@@ -149,10 +149,10 @@ def test_heads_read_their_own_columns(name, keys, values, monkeypatch):
     """Rotated keys are decoded group by group (here by the op, as on a GPU), all else is read as latents of the head's
     own group."""
     seen: list[Any] = []
-    monkeypatch.setattr(attend, "WATCHERS", [lambda *given: seen.append(given)])
     monkeypatch.setattr(attention, "ANGLES", True)
     model = compiled(FAMILIES[name].build(layers=1), **MIXED, ratio=0.4)
-    generate(model, *prompt(2, 40))
+    with attend.watching(lambda *given: seen.append(given)):
+        generate(model, *prompt(2, 40))
     assert seen, "no step was read by the op"
     for about, query, key, value, extras in seen[-2:]:
         assert (about.keys.absorbed, about.keys.groups) == keys

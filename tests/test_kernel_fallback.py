@@ -21,6 +21,7 @@ from unittest import mock
 import pytest
 import torch
 from families import FAMILIES
+from torch.utils.cpp_extension import include_paths
 
 from bench.attention_cases import Case, build
 from bench.kernel_runs import difference
@@ -312,7 +313,8 @@ def test_it_compiles_for_cpus_that_are_not_there(name, tmp_path):
     if flags and platform.machine() not in ("x86_64", "AMD64"):
         pytest.skip(f"{platform.machine()} has no {name}")
     (tmp_path / "all.cpp").write_text(native.source())
-    command = [cpp_compiler(), "-std=c++20", "-O1", "-fopenmp", "-Wall", "-Werror", *QUIET, *flags]
+    torchs = [f"-isystem{path}" for path in include_paths("cpu")]
+    command = [cpp_compiler(), "-std=c++20", "-O1", "-fopenmp", "-Wall", "-Werror", *torchs, *QUIET, *flags]
     subprocess.run([*command, "-c", "all.cpp", "-o", "all.o"], cwd=tmp_path, check=True)
 
 

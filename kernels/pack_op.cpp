@@ -1,0 +1,104 @@
+// ``lorc::pack`` of tensors on a CPU (compiled behind pack.cpp and attend_op.cpp): as there, a format comes from Python once
+// (pack.py), and calls with it do without.
+
+using Items = std::vector<const Item*>;
+using Optionals = c10::List<std::optional<at::Tensor>>;
+
+struct Formats {
+  std::shared_mutex mutex;
+  std::unordered_map<std::string, Items> known;
+};
+
+static Formats& formats() { static auto* const found = new Formats; return *found; }
+
+static int64_t columns_of(const Item& item) { return item.codec.exact + item.codec.quantised; }
+
+// Whether pack.cpp takes latents (or y, with a ``project``) as they are.
+static bool takes(const Item& item, const at::Tensor& latent, const std::optional<at::Tensor>& offsets,
+                  const std::optional<at::Tensor>& project, const std::optional<at::Tensor>& shift) {
+  if (kind_of(latent) < 0 || latent.numel() == 0 || (item.codec.choices > 1 && !offsets)) return false;
+  const int64_t last = latent.size(-1), all = columns_of(item) + item.codec.choices - 1;
+  if (!project) return last == all;
+  return project->scalar_type() == at::kFloat && project->dim() == 2 && project->size(1) == last &&
+         (!shift || (shift->scalar_type() == at::kFloat && shift->numel() == all)) && latent.numel() <= item.few * last &&
+         item.divided;
+}
+
+static std::vector<at::Tensor> packed(const Items& items, at::TensorList latents, const Optionals& offsets,
+                                      const Optionals& spread, const Optionals& project, const Optionals& shift) {
+  std::vector<at::Tensor> rows, held;
+  std::vector<Item> told;
+  held.reserve(6 * items.size());
+  int64_t work = 0;
+  const auto numbers = [&](const std::optional<at::Tensor>& t) -> const float* {
+    if (!t) return nullptr;
+    held.push_back(t->to(at::kFloat).contiguous());
+    return held.back().const_data_ptr<float>();
+  };
+  for (size_t i = 0; i < items.size(); i++) {
+    const at::Tensor& latent = latents[i];
+    at::Tensor flat = latent.dim() == 2 ? latent : latent.reshape({-1, latent.size(-1)});
+    if (flat.stride(1) != 1) flat = flat.contiguous();
+    std::vector<int64_t> sizes(latent.sizes().begin(), latent.sizes().end());
+    sizes.back() = items[i]->codec.width;
+    rows.push_back(at::empty(sizes, latent.options().dtype(at::kByte)));
+    Item& item = told.emplace_back(*items[i]);
+    item.latent = (const uint8_t*)flat.const_data_ptr();
+    item.rows = rows.back().mutable_data_ptr<uint8_t>();
+    item.kind = kind_of(flat);
+    item.tokens = flat.size(0);
+    item.stride = flat.stride(0) * flat.element_size();
+    item.codec.offsets = numbers(offsets.get(i));
+    item.codec.spread = numbers(spread.get(i));
+    held.push_back(flat);
+    work += flat.numel();
+    if (const auto by = project.get(i)) {
+      Matrix& matrix = item.projection.matrix;
+      matrix.data = numbers(by);
+      matrix.rows = by->size(0);
+      matrix.row = by->size(1);
+      matrix.dim = matrix.apart = matrix.row / matrix.heads;
+      item.projection.shift = numbers(shift.get(i));
+      item.projects = 1;
+      work += by->numel() * flat.size(0);
+    }
+  }
+  pack(told.data(), told.size(), work <= FEW_COLUMNS ? 1 : at::get_num_threads());
+  return rows;
+}
+
+static std::vector<at::Tensor> pack_op(at::TensorList latents, const Optionals& offsets, const Optionals& spread,
+                                       const Optionals& project, const Optionals& shift, c10::string_view about) {
+  const Items* items = nullptr;
+  {
+    std::shared_lock lock(formats().mutex);
+    const auto found = formats().known.find(std::string(about));
+    if (found != formats().known.end() && found->second.size() == latents.size()) items = &found->second;  // never erased
+  }
+  for (size_t i = 0; items && i < latents.size(); i++)
+    if (!takes(*(*items)[i], latents[i], offsets.get(i), project.get(i), shift.get(i))) items = nullptr;
+  if (items) return packed(*items, latents, offsets, spread, project, shift);
+  static const auto general =
+      c10::Dispatcher::singleton().findSchemaOrThrow("lorc::_pack_by_python", "").typed<decltype(pack_op)>();
+  return general.call(latents, offsets, spread, project, shift, about);
+}
+
+static std::vector<at::Tensor> pack_by_layout(at::TensorList latents, const Optionals& offsets, const Optionals& spread,
+                                              const Optionals& project, const Optionals& shift, at::IntArrayRef layouts) {
+  Items items;
+  for (int64_t layout : layouts) items.push_back((const Item*)layout);
+  return packed(items, latents, offsets, spread, project, shift);
+}
+
+// The layouts that ``about`` spells, which stay where they are.
+extern "C" void lorc_know_formats(const char* about, const Item* const* items, int64_t n) {
+  std::unique_lock lock(formats().mutex);
+  formats().known.try_emplace(about, items, items + n);
+}
+
+TORCH_LIBRARY_IMPL(lorc, CPU, m) {
+  m.impl("attend", attend_op);
+  m.impl("_attend_by_plan", attend_by_plan);
+  m.impl("pack", pack_op);
+  m.impl("_pack_by_layout", pack_by_layout);
+}
