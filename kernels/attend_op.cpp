@@ -15,7 +15,7 @@ struct Plan { Call call; Side key, value; int64_t normed, dim, extras, flags, si
 // Tokens at a time, for caches whose sizes have these exponents (tuned.py).
 struct Choice { int64_t tokens, batch, heads, queries, threads, chunk; };
 
-struct Known { const Plan* plan; std::vector<Choice> choices; };
+struct Known { const Plan* plan = nullptr; std::vector<Choice> choices; };
 
 struct Registry {
   std::shared_mutex mutex;
@@ -177,7 +177,8 @@ static at::Tensor attend_by_plan(const at::Tensor& query, const at::Tensor& keys
 // The plan of a digest, until it is forgotten.
 extern "C" void lorc_know(const char* about, const Plan* plan) {
   std::unique_lock lock(registry().mutex);
-  registry().known[about] = {plan, {}};
+  Known& known = registry().known[about];
+  if (known.plan != plan) known = {plan, {}};
 }
 
 extern "C" void lorc_forget(const char* about, const Plan* plan) {

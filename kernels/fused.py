@@ -256,8 +256,8 @@ def remember(about: Attend, query: torch.Tensor, tokens: int, chunk: int | None)
     (attend_op.cpp), until ``about`` dies or ``native.ask_again``."""
     plan, library, digest = _plan(about), native.loaded(), about.digest.encode()
     assert plan is not None
+    library.lorc_know(digest, plan.address)
     if about not in _REMEMBERED:
-        library.lorc_know(digest, plan.address)
         _REMEMBERED[about] = weakref.finalize(about, library.lorc_forget, digest, plan.address)
         _REMEMBERED[about].atexit = False
     batch, heads, queries, _ = query.shape

@@ -128,7 +128,7 @@ def pack_all(items: Sequence[Given]) -> list[torch.Tensor]:
         latent, offsets, spread, form, project, shift, groups = item
         known = library is not None and latent.dtype in native.KINDS and form.dtype in native.KINDS
         known &= form.choices == 1 or offsets is not None
-        few = latent.numel() <= TOKENS * latent.shape[-1]
+        few = latent.numel() <= TOKENS * latent.shape[-1] and all(s.columns % groups == 0 for s in form.segments)
         if project is not None and not (known and few and project.dtype == torch.float32):
             latent, project, shift = projected(latent, project, shift, form.spec, groups), None, None
         if known:
