@@ -13,13 +13,14 @@ from torch.fx import symbolic_trace
 from .passes.cost import Device
 
 DATASHEETS = (
-    Device("A100", 2.0e12, 312e12, "NVIDIA A100 80GB SXM datasheet: HBM2e 2039 GB/s, BF16 dense 312 TFLOP/s"),
-    Device("H100", 3.35e12, 989e12, "NVIDIA H100 SXM datasheet: HBM3 3.35 TB/s, BF16 dense 989 TFLOP/s"),
+    Device("A100-SXM4-80GB", 2.0e12, 312e12, "NVIDIA A100 80GB SXM datasheet: HBM2e 2039 GB/s, BF16 dense 312 TFLOP/s"),
+    Device("H100 80GB HBM3", 3.35e12, 989e12, "NVIDIA H100 SXM datasheet: HBM3 3.35 TB/s, BF16 dense 989 TFLOP/s"),
     Device("H200", 4.8e12, 989e12, "NVIDIA H200 SXM datasheet: HBM3e 4.8 TB/s, BF16 dense 989 TFLOP/s"),
     Device("B200", 8.0e12, 2250e12, "NVIDIA B200 datasheet: HBM3e 8 TB/s, BF16 dense 2.25 PFLOP/s"),
     Device("MI300X", 5.3e12, 1307e12, "AMD MI300X datasheet: HBM3 5.3 TB/s, BF16 dense 1307 TFLOP/s"),
 )
-"""Peak figures by a part of the device's name; where it is in no table it is measured."""
+"""Peak figures by what a device's name ends with, as whole words: cards of one family with other memory have other
+names (an H100 PCIe, a GH200), and what is in no table is measured."""
 
 BYTES = 1 << 28
 """What is read to measure bandwidth: more than any cache holds."""
@@ -43,12 +44,13 @@ PASSED = 1 << 18
 @functools.cache
 def device_of(device: torch.device) -> Device:
     """The figures of ``device``: of a datasheet where it is known by name, else measured now (under a second)."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        for known in DATASHEETS:
-            if known.name in name:
-                return known
-    return measured(device)
+    known = datasheet(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return known or measured(device)
+
+
+def datasheet(name: str) -> Device | None:
+    """The published figures of a GPU by the name that torch has for it."""
+    return next((known for known in DATASHEETS if f" {name}".endswith(f" {known.name}")), None)
 
 
 def measured(device: torch.device, repeats: int = 5) -> Device:

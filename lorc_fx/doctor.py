@@ -23,7 +23,7 @@ from rich.table import Table
 
 from . import models, switch
 from .compat import cpp_compiler
-from .device import DATASHEETS
+from .device import datasheet
 from .errors import LorcError
 from .evaluate import Show
 from .kernels.launch import cache_folder, target
@@ -156,8 +156,7 @@ def devices() -> Iterator[Finding]:
     yield _tuned(torch.device("cpu"))
     for i in range(torch.cuda.device_count()):
         about = torch.cuda.get_device_properties(i)
-        known = any(sheet.name in about.name for sheet in DATASHEETS)
-        figures = "figures of its datasheet" if known else "figures are measured when needed"
+        figures = "figures of its datasheet" if datasheet(about.name) else "figures are measured when needed"
         size = f"{about.total_memory / 2**30:.0f} GiB, sm_{about.major}{about.minor}"
         yield Finding(f"GPU {i}", OK, f"{about.name}, {size}; {figures}")
         yield _tuned(torch.device("cuda", i))

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench import lowerings
 from helpers import cache_name, new_cache, prompt
-from lorc_fx.device import DATASHEETS, device_of, measured
+from lorc_fx.device import DATASHEETS, datasheet, device_of, measured
 from lorc_fx.kernels import native, reference, tiled
 from lorc_fx.kernels.attend import Attend
 from lorc_fx.options import Options
@@ -104,6 +104,28 @@ def test_devices():
     )
     assert device_of(torch.device("cpu")) is device_of(torch.device("cpu")), "measured once"
     assert all("datasheet" in d.source and d.flops > d.bandwidth for d in DATASHEETS)
+
+
+NAMES = {
+    "NVIDIA A100-SXM4-80GB": 2.0e12,
+    "NVIDIA H100 80GB HBM3": 3.35e12,
+    "NVIDIA H200": 4.8e12,
+    "NVIDIA B200": 8.0e12,
+    "AMD Instinct MI300X": 5.3e12,
+    "NVIDIA A100-PCIE-40GB": None,
+    "NVIDIA H100 PCIe": None,
+    "NVIDIA H100 NVL": None,
+    "NVIDIA H200 NVL": None,
+    "NVIDIA GH200 480GB": None,
+    "NVIDIA GB200": None,
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_cards_of_one_family_differ(name):
+    """Another memory, other figures: those are measured."""
+    known = datasheet(name)
+    assert (known and known.bandwidth) == NAMES[name]
 
 
 @pytest.mark.parametrize(("name", "basis"), [("llama-gqa", "joint"), ("llama-gqa", "identity"), ("gpt2", "joint")])
