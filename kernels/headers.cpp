@@ -1,7 +1,7 @@
 // What the other files of C++ are compiled with, in front of them all; torch's, too: ops take tensors (attend_op.cpp,
 // pack_op.cpp).
+
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
