@@ -201,16 +201,19 @@ def _pack(
     return pack_all([Given(y, o, s, form, p, b, groups) for y, o, s, (form, groups), p, b in given])
 
 
+_TOLD: list[_Layout] = []
+"""What C++ points to, for good."""
+
+
 @functools.cache
-def _tell(about: str) -> list[_Layout]:
-    """From now on the op packs such rows without Python (pack_op.cpp), but for tensors that it does not take. What is
-    returned is what C++ points to from now on."""
+def _tell(about: str) -> None:
+    """From now on the op packs such rows without Python (pack_op.cpp), but for tensors that it does not take."""
     if any(form.dtype not in native.KINDS for form, _ in _read(about)):
-        return []
+        return
     held = [_layout(form, groups) for form, groups in _read(about)]
+    _TOLD.extend(held)
     items = (ctypes.c_void_p * len(held))(*(ctypes.addressof(layout.about) for layout in held))
     native.loaded().lorc_know_formats(about.encode(), ctypes.addressof(items), len(held))
-    return held
 
 
 def _fake_pack(latents, offsets, spread, project, shift, about):  # type: ignore[no-untyped-def]
