@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from helpers import Recorder, assert_close, options
-from lorc_fx.kernels import tiled
+from lorc_fx.kernels import tile_readers, tiled
 from lorc_fx.passes import attention
 
 WIDTH, HEADS, KV, DIM = 24, 4, 2, 6
@@ -113,8 +113,12 @@ def steps(layer, x, mask):
 @pytest.mark.parametrize("spelling", SPELLINGS)
 def test_spellings(spelling, rank, clean, many_shapes, monkeypatch):
     """At full rank nothing is lost, and of weights of rank 6 at half the columns neither; with several tiles a step."""
-    for name, size in (("TILE_LEAST", 4), ("TILE_NUMBERS", 1), ("TILE_SCORES", 1)):
-        monkeypatch.setattr(tiled, name, size)
+    for module, name, size in (
+        (tiled, "TILE_LEAST", 4),
+        (tile_readers, "TILE_NUMBERS", 1),
+        (tile_readers, "TILE_SCORES", 1),
+    ):
+        monkeypatch.setattr(module, name, size)
     monkeypatch.setattr(attention, "PLAIN", True)
     torch.manual_seed(3)
     layer = Layer(spelling).eval()

@@ -14,7 +14,7 @@ import torch
 from bench.attention_cases import BF16, F32, Case, build
 from helpers import assert_close
 from lorc_fx.errors import KernelWarning
-from lorc_fx.kernels import fallback, fused, launch, reference, tiled, tune, tuned, words
+from lorc_fx.kernels import fallback, fused, launch, reference, tile_readers, tiled, tune, tuned, words
 from lorc_fx.kernels.config import Config, Tile
 from lorc_fx.kernels.tuned import Database, Entry, Target
 
@@ -405,8 +405,8 @@ def test_masks_bring_another_choice_and_splits_differ():
 
 def test_a_cpu_is_tuned_for_real(file, monkeypatch):
     """With the real clock: a default that is made bad is beaten, and the next call uses what was found."""
-    monkeypatch.setattr(tiled, "TILE_SCORES", 16)
-    monkeypatch.setattr(tiled, "TILE_NUMBERS", 16)
+    monkeypatch.setattr(tile_readers, "TILE_SCORES", 16)
+    monkeypatch.setattr(tile_readers, "TILE_NUMBERS", 16)
     monkeypatch.setattr(tiled, "TILE_LEAST", 16)
     made = problem(replace(CASE, tokens=4096))
     side = tune.Tiles(made)
