@@ -176,13 +176,7 @@ def test_what_is_no_matter_of_compiling_is_raised():
 
 def test_a_models_layers_are_named(clean, monkeypatch):
     """Two kinds of layers, three of one and one of another: two readers, each said once with the sites it has."""
-    real = tiled.attend
-
-    def on_a_gpu(*given):
-        with mock.patch.object(tiled, "attend", real):
-            return launch.attend(*given)
-
-    monkeypatch.setattr(tiled, "attend", on_a_gpu)
+    monkeypatch.setattr(tiled, "op", launch.attend)  # as on a GPU
     monkeypatch.setattr(attention, "PLAIN", True)
     model = FAMILIES["gpt2"].build(layers=4)
     sites = [PlannedSite(i, k, 32, (Segment(8 if i else 9, 0),), 1, 0, 0, None, 1.0) for i in range(4) for k in KINDS]
