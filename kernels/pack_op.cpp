@@ -37,6 +37,12 @@ static std::vector<at::Tensor> packed(const Items& items, at::TensorList latents
   };
   for (size_t i = 0; i < items.size(); i++) {
     const at::Tensor& latent = latents[i];
+    const auto by = project.get(i), off = offsets.get(i), unit = spread.get(i);
+    const int64_t columns = columns_of(*items[i]), choices = items[i]->codec.choices;
+    const int64_t wanted = by ? by->size(1) : columns + choices - 1;
+    TORCH_CHECK(latent.dim() > 0 && latent.size(-1) == wanted, "latents ", latent.sizes(), " where rows have ", wanted);
+    TORCH_CHECK(!off || off->numel() == choices * columns, "offsets ", off->sizes(), " of ", choices, " x ", columns);
+    TORCH_CHECK(!unit || unit->numel() == columns, "a spread ", unit->sizes(), " of ", columns);
     at::Tensor flat = latent.dim() == 2 ? latent : latent.reshape({-1, latent.size(-1)});
     if (flat.stride(1) != 1) flat = flat.contiguous();
     std::vector<int64_t> sizes(latent.sizes().begin(), latent.sizes().end());
@@ -48,11 +54,11 @@ static std::vector<at::Tensor> packed(const Items& items, at::TensorList latents
     item.kind = kind_of(flat);
     item.tokens = flat.size(0);
     item.stride = flat.stride(0) * flat.element_size();
-    item.codec.offsets = numbers(offsets.get(i));
-    item.codec.spread = numbers(spread.get(i));
+    item.codec.offsets = numbers(off);
+    item.codec.spread = numbers(unit);
     held.push_back(flat);
     work += flat.numel();
-    if (const auto by = project.get(i)) {
+    if (by) {
       Matrix& matrix = item.projection.matrix;
       matrix.data = numbers(by);
       matrix.rows = by->size(0);

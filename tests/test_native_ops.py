@@ -286,6 +286,19 @@ def test_what_packing_does_not_take_asks_each_time(name, packs):
     assert torch.equal(got, packing.pack(latent, offsets, None, form.spec, 2, F32))
 
 
+@pytest.mark.parametrize(
+    ("columns", "offsets", "spread", "message"),
+    [(30, (2, 30), 30, "latents"), (31, (1, 30), 30, "offsets"), (31, (2, 30), 29, "a spread")],
+)
+def test_what_packing_would_read_beyond_is_refused(columns, offsets, spread, message):
+    """By the first call and by those that ask nobody."""
+    form = Format((Segment(21, 8), Segment(9, 3)), 2, F32)
+    given = ([draw(2, 1, columns)], [draw(*offsets)], [draw(spread)], [None], [None], by_op.spelled(form))
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=message):
+            torch.ops.lorc.pack(*given)
+
+
 @pytest.mark.parametrize("tokens", [1, by_op.TOKENS, by_op.TOKENS + 1])
 def test_latents_of_y(tokens, packs):
     """Of many tokens they are a product of torch's."""
