@@ -21,9 +21,10 @@ TORCH = ["2.11.0", "2.13.0"]
 TRANSFORMERS = ["5.17.0", "newest"]
 QUICK = [
     "families", "oracle", "rules", "matcher", "latent", "cache_operations", "cache_file", "compiles", "generation",
-    "static_writes", "packing", "codec", "options", "calibration", "install",
+    "static_writes", "packing", "codec", "options", "calibration", "install", "native_ops", "pack_op",
 ]  # fmt: skip
-"""What versions can break: the trace, Dynamo, caches, generate, inductor; a quarter of an hour on two cores."""
+"""What versions can break: the trace, Dynamo, caches, generate, inductor, torch's headers; a quarter of an hour on two
+cores."""
 
 
 @nox.session(python=PYTHONS)
