@@ -97,11 +97,17 @@ static int64_t less_mean(const Codec& c, const float* near, float* values) {
 
 // Where latents are made of what the model projects: P^T, each group of features into its own columns alone, and rows for
 // further means, of all features (fp32); ``places`` [groups, own columns] in a row; ``shift`` [columns + choices - 1] or null.
+// Where groups are ``apart`` 0 the matrix is one for all of them, and its columns are in a row group by group.
 struct Projection { Matrix matrix; const int64_t* places; const float* shift; };
 
 static void project(const Projection& p, const uint8_t* y, int64_t kind, int64_t columns, int64_t all, float* own, float* to) {
   const Matrix& a = p.matrix;
   const Lines lines = {(void*)y, kind, 1, a.heads, 1, 0, a.dim, 0};
+  if (!a.apart) {
+    Matrix one = a;
+    one.heads = 1;
+    return asked(one, lines, {0, 0, a.heads, a.heads, a.heads}, to, a.rows, nullptr);
+  }
   const int64_t each = columns / a.heads;
   for (int64_t j = 0; j < all; j++) to[j] = p.shift ? p.shift[j] : 0;
   for (int64_t h = 0; h < a.heads; h++) {

@@ -101,7 +101,8 @@ def _layout(form: Format, groups: int = 1) -> _Layout:
 
 class Given(NamedTuple):
     """What rows of one format are made of: latents [.., k], or y [.., n] and the ``project`` (and ``shift``) that makes
-    latents of it (``groups.projected``); a codec's ``offsets`` and ``spread``."""
+    latents of it (``groups.projected``: a part for each of ``groups``, or one for all); a codec's ``offsets`` and
+    ``spread``."""
 
     latent: torch.Tensor
     offsets: torch.Tensor | None
@@ -128,7 +129,9 @@ def pack_all(items: Sequence[Given]) -> list[torch.Tensor]:
         latent, offsets, spread, form, project, shift, groups = item
         known = library is not None and latent.dtype in native.KINDS and form.dtype in native.KINDS
         known &= form.choices == 1 or offsets is not None
-        few = latent.numel() <= TOKENS * latent.shape[-1] and all(s.columns % groups == 0 for s in form.segments)
+        whole = project is not None and project.shape[1] < latent.shape[-1]  # one matrix for all groups
+        few = latent.numel() <= TOKENS * latent.shape[-1]
+        few &= whole or all(s.columns % groups == 0 for s in form.segments)
         if project is not None and not (known and few and project.dtype == torch.float32):
             latent, project, shift = projected(latent, project, shift, form.spec, groups), None, None
         if known:

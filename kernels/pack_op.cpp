@@ -13,15 +13,23 @@ static Formats& formats() { static auto* const found = new Formats; return *foun
 
 static int64_t columns_of(const Item& item) { return item.codec.exact + item.codec.quantised; }
 
+// Of y with ``last`` features: whether ``by`` is one matrix for all groups of them, rather than a part for each.
+static bool for_all(const at::Tensor& by, int64_t last) { return by.size(1) < last; }
+
+static bool fits_all(const Item& item, const at::Tensor& by, int64_t last) {
+  const int64_t groups = item.projection.matrix.heads;
+  return item.codec.choices == 1 && by.size(1) * groups == last && by.size(0) * groups == columns_of(item);
+}
+
 // Whether pack.cpp takes latents (or y, with a ``project``) as they are.
 static bool takes(const Item& item, const at::Tensor& latent, const std::optional<at::Tensor>& offsets,
                   const std::optional<at::Tensor>& project, const std::optional<at::Tensor>& shift) {
   if (kind_of(latent) < 0 || latent.numel() == 0 || (item.codec.choices > 1 && !offsets)) return false;
   const int64_t last = latent.size(-1), all = columns_of(item) + item.codec.choices - 1;
   if (!project) return last == all;
-  return project->scalar_type() == at::kFloat && project->dim() == 2 && project->size(1) == last &&
-         (!shift || (shift->scalar_type() == at::kFloat && shift->numel() == all)) && latent.numel() <= item.few * last &&
-         item.divided;
+  if (project->scalar_type() != at::kFloat || project->dim() != 2 || latent.numel() > item.few * last) return false;
+  if (for_all(*project, last)) return !shift && fits_all(item, *project, last);
+  return project->size(1) == last && item.divided && (!shift || (shift->scalar_type() == at::kFloat && shift->numel() == all));
 }
 
 static std::vector<at::Tensor> packed(const Items& items, at::TensorList latents, const Optionals& offsets,
@@ -39,7 +47,8 @@ static std::vector<at::Tensor> packed(const Items& items, at::TensorList latents
     const at::Tensor& latent = latents[i];
     const auto by = project.get(i), off = offsets.get(i), unit = spread.get(i);
     const int64_t columns = columns_of(*items[i]), choices = items[i]->codec.choices;
-    const int64_t wanted = by ? by->size(1) : columns + choices - 1;
+    const bool all = by && latent.dim() > 0 && for_all(*by, latent.size(-1)) && fits_all(*items[i], *by, latent.size(-1));
+    const int64_t wanted = all ? latent.size(-1) : by ? by->size(1) : columns + choices - 1;
     TORCH_CHECK(latent.dim() > 0 && latent.size(-1) == wanted, "latents ", latent.sizes(), " where rows have ", wanted);
     TORCH_CHECK(!off || off->numel() == choices * columns, "offsets ", off->sizes(), " of ", choices, " x ", columns);
     TORCH_CHECK(!unit || unit->numel() == columns, "a spread ", unit->sizes(), " of ", columns);
@@ -60,10 +69,12 @@ static std::vector<at::Tensor> packed(const Items& items, at::TensorList latents
     work += flat.numel();
     if (by) {
       Matrix& matrix = item.projection.matrix;
-      matrix.data = numbers(by);
+      matrix.across = by->size(0) == by->size(1) && !by->is_contiguous() && by->t().is_contiguous();
+      matrix.data = numbers(matrix.across ? by->t() : *by);
       matrix.rows = by->size(0);
       matrix.row = by->size(1);
-      matrix.dim = matrix.apart = matrix.row / matrix.heads;
+      matrix.dim = all ? matrix.row : matrix.row / matrix.heads;
+      matrix.apart = all ? 0 : matrix.dim;
       item.projection.shift = numbers(shift.get(i));
       item.projects = 1;
       work += by->numel() * flat.size(0);

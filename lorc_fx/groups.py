@@ -140,8 +140,11 @@ def projected(
     segments: Sequence[tuple[int, int]],
     groups: int,
 ) -> torch.Tensor:
-    """y [.., n] times what ``compact`` has of P^T, and further rows behind it -> [.., k], in the matrix's dtype."""
+    """y [.., n] times what ``compact`` has of P^T, and further rows behind it -> [.., k], in the matrix's dtype. A
+    matrix [k / G, n / G] is one for all groups, whose columns come group by group."""
     y = y.to(matrix.dtype)
+    if matrix.shape[1] < y.shape[-1]:
+        return (y.unflatten(-1, (groups, -1)) @ matrix.T).flatten(-2)
     if groups == 1:
         return F.linear(y, matrix, shift)
     each = sum(count for count, _ in segments) // groups

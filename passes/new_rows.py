@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 _encode, _pack = torch.ops.lorc.encode, torch.ops.lorc.pack
 
+Given = Sequence[Node | None]
+_NOTHING = (None, None)
+
 
 def encoded(r: Rewriter, index: int, site: Site) -> Node:
     """New rows: x [.., d] -> codes [S, B, width] by the factorised projection, packed in the codec's format."""
@@ -44,7 +48,7 @@ def encoded(r: Rewriter, index: int, site: Site) -> Node:
         x = r.call(aten.to.dtype, x, codec.encode.dtype)
     codes = r.call(aten.linear.default, x, own["encode"], *([] if own["shift"] is None else [own["shift"]]))
     if not form.plain:
-        codes = _packed(r, site, codes, own["offsets"], own["spread"])
+        codes = _packed(r, site, codes, (own["offsets"], own["spread"]))
     return _token_major(r, codes, site.rows.x_axes, *_extent(r, site), [form.width])
 
 
@@ -55,26 +59,22 @@ def _from_y(r: Rewriter, site: Site, codec: Codec, owner: tuple[str, int]) -> No
     if site.rows.features is not None:
         flat = r.call(aten.index_select.default, flat, -1, r.constant(torch.tensor(site.rows.features)))
     own = [None if t is None else r.codec_tensor(owner, n, t) for n, t in _encoding(codec).items()]
-    encode, shift, offsets, spread = own
-    if site.node.meta["val"].device.type in by_op.DEVICES:
-        codes = _by_op_packed(r, flat, offsets, spread, encode, shift, by_op.spelled(codec.format, codec.groups))
-    else:
-        latent = r.call(projected, flat, encode, shift, codec.format.spec, codec.groups)
-        codes = _packed(r, site, latent, offsets, spread)
+    codes = _packed(r, site, flat, own[2:], own[:2], codec.groups)
     return _token_major(r, codes, at, *_extent(r, site), [codec.format.width])
 
 
-def _packed(r: Rewriter, site: Site, latent: Node, offsets: Node | None, spread: Node | None) -> Node:
-    """Latents [.., k] as rows of bytes: one op where the device has it, else those of ``pack``."""
+def _packed(
+    r: Rewriter, site: Site, latent: Node, around: Given = _NOTHING, by: Given = _NOTHING, groups: int = 1
+) -> Node:
+    """Latents [.., k], or y [.., n] and the matrix and shift that they are made ``by`` (``groups.projected``), as rows
+    of bytes, ``around`` offsets at a spread: one op where the device has it, else those of ``pack``."""
     form = r.codecs[site].format
-    if site.node.meta["val"].device.type not in by_op.DEVICES:
-        return r.call(pack, latent, offsets, spread, form.spec, form.choices, form.dtype)
-    return _by_op_packed(r, latent, offsets, spread, None, None, by_op.spelled(form))
-
-
-def _by_op_packed(r: Rewriter, *given: Any) -> Node:
-    *tensors, about = given
-    return r.call(operator.getitem, r.call(_pack.default, *([t] for t in tensors), about), 0)
+    if site.node.meta["val"].device.type in by_op.DEVICES:
+        tensors = ([t] for t in (latent, *around, *by))
+        return r.call(operator.getitem, r.call(_pack.default, *tensors, by_op.spelled(form, groups)), 0)
+    if by[0] is not None:
+        latent = r.call(projected, latent, *by, form.spec, groups)
+    return r.call(pack, latent, *around, form.spec, form.choices, form.dtype)
 
 
 def _encoding(codec: Codec) -> dict[str, torch.Tensor | None]:
@@ -92,17 +92,13 @@ def _by_op(x: Node) -> bool:
 
 def _stored(r: Rewriter, site: Site, codec: Codec, owner: tuple[str, int]) -> Node:
     """New rows as the dense cache would have them, heads turned, packed in the codec's format: [S, B, width]."""
-    form, axes = codec.format, site.rows.epilogue.output_axes
-    value, head = r.copied(site.node), site.head
-    if form.plain or not codec.consts:
-        flat, at = _flat(r, value, site.node, axes, [form.columns])
-    else:
-        heads, at = _flat(r, value, site.node, axes, [form.columns // head, head])
-        turn = r.codec_tensor(owner, "const0", codec.consts[0])
-        turned = r.call(aten.matmul.default, r.call(aten.to.dtype, heads, codec.consts[0].dtype), turn)
-        flat = r.call(aten.flatten.using_ints, turned, -2, -1)
-    if not form.plain:
-        flat = _packed(r, site, flat, None, None)
+    form = codec.format
+    flat, at = _flat(r, r.copied(site.node), site.node, site.rows.epilogue.output_axes, [form.columns])
+    if codec.consts and not form.plain:
+        turn = r.call(aten.t.default, r.codec_tensor(owner, "const0", codec.consts[0]))
+        flat = _packed(r, site, flat, by=(turn, None), groups=form.columns // site.head)
+    elif not form.plain:
+        flat = _packed(r, site, flat)
     return _token_major(r, flat, at, *_extent(r, site), [form.width])
 
 

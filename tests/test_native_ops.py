@@ -310,3 +310,30 @@ def test_latents_of_y(tokens, packs):
     want = packing.pack(y @ project.T + draw(8), None, None, form.spec, 1, F32)
     read = [packing.unpack(rows, form.spec, 1, F32) for rows in (first, want)]
     assert_close("rows of y", *read, 0.01)
+
+
+@pytest.mark.parametrize(("heads", "dim"), [(1, 64), (2, 7), (3, 80), (12, 64), (5, 129)])
+@pytest.mark.parametrize("dtype", [F32, BF16, torch.float16])
+@pytest.mark.parametrize("tokens", [1, 3, by_op.TOKENS + 1])
+def test_rows_of_turned_heads(heads, dim, dtype, tokens, packs):
+    """One matrix turns all heads, however it lies in memory; a row has one after the other, in whatever segments."""
+    form = Format((Segment(heads * dim - 5, 8), Segment(5, 3)), 1, F32)
+    matrix = torch.linalg.qr(draw(dim, dim))[0]
+    y = draw(tokens, 2, 3 * heads * dim).to(dtype)[..., heads * dim : 2 * heads * dim]  # of q, k and v side by side
+    want = (y.double().unflatten(-1, (heads, dim)) @ matrix.T.double()).flatten(-2)
+    for project in (matrix, matrix.T.contiguous().T, torch.stack([matrix, matrix], -1)[..., 0]):
+        packs.clear()
+        given = ([y], [None], [None], [project], [None], by_op.spelled(form, heads))
+        rows = [torch.ops.lorc.pack(*given)[0] for _ in range(2)]
+        assert torch.equal(*rows) and (len(packs) <= 1 if 2 * tokens <= by_op.TOKENS else len(packs) == 2)
+        exact = packing.unpack(packing.pack(want.float(), None, None, form.spec, 1, F32), form.spec, 1, F32)
+        assert_close("rows of turned heads", packing.unpack(rows[0], form.spec, 1, F32), exact, 0.01)
+
+
+@pytest.mark.parametrize("matrix", [(6, 6), (5, 7), (7, 5), (8, 7)])
+def test_a_matrix_that_does_not_turn_heads_is_refused(matrix):
+    """Of 3 heads of 7."""
+    form = Format((Segment(21, 8),), 1, F32)
+    for _ in range(2):
+        with pytest.raises(RuntimeError):
+            torch.ops.lorc.pack([draw(1, 1, 21)], [None], [None], [draw(*matrix)], [None], by_op.spelled(form, 3))
