@@ -69,15 +69,15 @@ static std::vector<at::Tensor> packed(const Items& items, at::TensorList latents
     work += flat.numel();
     if (by) {
       Matrix& matrix = item.projection.matrix;
-      matrix.across = by->size(0) == by->size(1) && !by->is_contiguous() && by->t().is_contiguous();
-      matrix.data = numbers(matrix.across ? by->t() : *by);
       matrix.rows = by->size(0);
       matrix.row = by->size(1);
+      matrix.across = kind_of(*by) == 0 && matrix.rows == matrix.row && by->stride(0) == 1 && by->stride(1) == matrix.row;
+      matrix.data = matrix.across ? by->const_data_ptr() : numbers(by);  // as it lies
       matrix.dim = all ? matrix.row : matrix.row / matrix.heads;
       matrix.apart = all ? 0 : matrix.dim;
       item.projection.shift = numbers(shift.get(i));
       item.projects = 1;
-      work += by->numel() * flat.size(0);
+      work += by->numel() * flat.size(0) * (all ? matrix.heads : 1);
     }
   }
   pack(told.data(), told.size(), work <= FEW_COLUMNS ? 1 : at::get_num_threads());
