@@ -28,8 +28,8 @@ _FIELD = 8
 
 
 SOURCES = (
-    "headers.cpp", "rows.cpp", "heads.cpp", "runs.cpp", "turn.cpp", "attend.cpp", "attend_op.cpp", "pack.cpp",
-    "pack_op.cpp",
+    "headers.cpp", "vectors.cpp", "rows.cpp", "heads.cpp", "runs.cpp", "turn.cpp", "attend.cpp", "attend_op.cpp",
+    "pack.cpp", "pack_op.cpp",
 )  # fmt: skip
 
 

@@ -21,8 +21,8 @@ from .config import Given
 from .tuned import Target, bucket
 
 TILED_SOURCES = (
-    "tiled.py", "tile_readers.py", "fused.py", "chain.py", "native.py", "turned.py", "headers.cpp", "rows.cpp",
-    "heads.cpp", "runs.cpp", "turn.cpp", "attend.cpp", "attend_op.cpp",
+    "tiled.py", "tile_readers.py", "fused.py", "chain.py", "native.py", "turned.py", "headers.cpp", "vectors.cpp",
+    "rows.cpp", "heads.cpp", "runs.cpp", "turn.cpp", "attend.cpp", "attend_op.cpp",
 )  # fmt: skip
 """Of this folder: what runs attention on a CPU."""
 

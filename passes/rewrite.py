@@ -12,28 +12,21 @@ token's own included. In-place ops stay in place and in order, so aliasing means
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import sympy
 import torch
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from lorc_fx.codec import Codec
-from lorc_fx.compat import size_expr
-from lorc_fx.errors import GraphInvariant
-from lorc_fx.kernels import ops as _ops  # noqa: F401  (registers lorc::table)
-from lorc_fx.kernels import pack as by_op
 from lorc_fx.kernels.attend import Attend
-from lorc_fx.packing import unpack
-from lorc_fx.rows import zero_unwritten
 
-from . import grouped
 from .axes import shape
 from .caches import Group, viewed, written
+from .decoding import Decoding
 from .interface import Input, Output, Rewritten, Sharing
 from .lower import Absorption, absorb, readings
 from .mirrors import MIRRORS, Cell
@@ -45,35 +38,16 @@ from .together import pack_together
 from .tracks import shared_tracks
 
 aten = torch.ops.aten
-_unpack = torch.ops.lorc.unpack
 
 
-class Rewriter:
+class Rewriter(Decoding):
     """Builds the new graph in one walk over the old one."""
 
     def __init__(self, gm: GraphModule, matched: Matched, codecs: Mapping[Site, Codec], sharing: Sharing) -> None:
-        self.old, self.matched = gm, matched
-        self.graph = Graph()
-        self.inputs: list[Input] = []
-        self.env: dict[Node, Node] = {}
-        self.cells: dict[Node, Cell] = {}
-        self.writes: dict[Group, int] = {}
-        self.reads: dict[tuple[Node, int], Node] = {}
+        super().__init__(gm, matched, codecs, sharing)
         self.site_of = {site.node: (i, site) for i, site in enumerate(matched.sites)}
-        self.codecs = codecs
-        self.owners: dict[Group, tuple[str, int]] = {}
-        self.templates: dict[Group, Codec] = {}
-        self.codec_nodes: dict[tuple[tuple[str, int], str], Node] = {}
-        self.arguments = [n for n in gm.graph.nodes if n.op == "placeholder"]
-        self.last: Node | None = None
-        self.pure: dict[str, Node] = {}
         self.unread: list[tuple[Node, Group, Cell]] = []
         self.attends: list[Attend] = []
-        self._owners()
-        self.same_const = dict(sharing.consts)
-        self.places = {n: i for i, n in enumerate(self.arguments)}
-        self.joined = {self.places[n]: s for s, x in enumerate(matched.sites) for n in x.group.find().latents}
-        self.symbols = self._symbols()
         self.windows = {n: extra for n in self.arguments if (extra := self._appended(n)) is not None}
         self.leaders = shared_tracks(gm, matched, dict(sharing.tracks), self.windows)
         self.followers: dict[Group, list[Group]] = {}
@@ -85,32 +59,6 @@ class Rewriter:
         self.returned: dict[Node, int] = {}
         self.written = {seen for n in gm.graph.nodes if (into := written(n)) is not None for seen in viewed(into)}
         self.absorptions: dict[Node, Absorption] = absorb(gm, matched, self.templates)
-
-    def _symbols(self) -> dict[sympy.Expr, tuple[Node, int | None]]:
-        """The first input that has each size: an int itself, or one dim of a tensor that goes in as it is."""
-        found: dict[sympy.Expr, tuple[Node, int | None]] = {}
-        for node in self.arguments:
-            value = node.meta["val"]
-            if isinstance(value, torch.SymInt):
-                found.setdefault(size_expr(value), (node, None))
-            elif isinstance(value, torch.Tensor) and node.meta.get("latent") is None:
-                for dim, size in enumerate(value.shape):
-                    found.setdefault(size_expr(size), (node, dim))
-        return found
-
-    def _owners(self) -> None:
-        """Who names the codec of each coded group: the LatentKV that comes in (decoding must fit its codes), else
-        the site."""
-        for i, node in enumerate(self.arguments):
-            group = self.matched.caches.group(node)
-            if node.meta.get("latent") is not None and group in self.matched.coded and group not in self.owners:
-                self.owners[group] = ("latent", i)
-                self.templates[group] = node.meta["latent"].codec
-        for i, site in enumerate(self.matched.sites):
-            group = site.group.find()
-            if group not in self.owners:
-                self.owners[group] = ("site", i)
-                self.templates[group] = self.codecs[site]
 
     # -- the walk ---------------------------------------------------------------------------------------------
 
@@ -137,27 +85,6 @@ class Rewriter:
         pack_together(self.graph)
         module = GraphModule(self.old, self.graph)
         return self._pruned(Rewritten(module, self.inputs, outputs, self.attends, self._lowerings()))
-
-    def coded(self, node: Node) -> Group | None:
-        group = self.matched.caches.group(node)
-        return group if group in self.matched.coded else None
-
-    def constant(self, value: torch.Tensor) -> Node:
-        """A small constant tensor of the new graph."""
-        name = f"_lorc_constant{len(list(self.old.named_buffers()))}_{id(value)}"
-        self.old.register_buffer(name, value, persistent=False)
-        return self.graph.get_attr(name)
-
-    def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
-        return self.graph.call_function(target, args, kwargs)
-
-    def placeholder(self, name: str, spec: Input, value: Any) -> Node:
-        """A new input; all inputs come before the first op, in the order of ``inputs``."""
-        self.inputs.append(spec)
-        with self.graph.inserting_after(self.last):
-            self.last = self.graph.placeholder(name)
-        self.last.meta["val"] = value
-        return self.last
 
     def _argument(self, i: int, node: Node) -> None:
         group = self.coded(node)
@@ -249,149 +176,6 @@ class Rewriter:
         stored = self.templates[group].decoder.needs_positions
         positions = self.lane(group, lambda: made.emit("positions") if stored else None)
         self.cells[node] = Cell(made.emit("codes"), positions, window=made.window, start=made.start, fresh=made.fresh)
-
-    def codec_input(self, group: Group, name: str) -> Node | None:
-        """The codec's tensor ``name`` as an input of the graph (None where this codec has none)."""
-        owner, template = self.owners[group], self.templates[group]
-        value = template.tensors().get(name)
-        if value is None:
-            return None
-        return self.codec_tensor(owner, name, value)
-
-    def codec_tensor(self, owner: tuple[str, int], name: str, value: torch.Tensor) -> Node:
-        kind, index = owner
-        site = index if kind == "site" else self.joined.get(index)
-        if site is not None and (site, name) in self.same_const:
-            owner, name = ("site", self.same_const[site, name][0]), self.same_const[site, name][1]
-        key = (owner, name)
-        if key not in self.codec_nodes:
-            kind, index = owner
-            self.codec_nodes[key] = self.placeholder(f"{kind}{index}_{name}", Input(kind, index, name), value)
-        return self.codec_nodes[key]
-
-    def env_value(self, node: Node) -> Node:
-        return self.read(node) if self.coded(node) is not None else self.env[node]
-
-    def size(self, node: Node, axis: int) -> Any:
-        """A size of an old node's value: an int, or a node of the new graph."""
-        expr = shape(node)[axis]
-        return int(expr) if expr.is_number else self.expression(expr)
-
-    def expression(self, expr: sympy.Expr) -> Any:
-        """A SymPy expression of sizes as nodes of the new graph, from the graph's own symbolic inputs."""
-        if expr.is_number:
-            return int(expr)
-        if expr in self.symbols:
-            node, dim = self.symbols[expr]
-            return self.env[node] if dim is None else self.call(aten.sym_size.int, self.env[node], dim)
-        if isinstance(expr, (sympy.Add, sympy.Mul)):
-            op = operator.add if isinstance(expr, sympy.Add) else operator.mul
-            parts = [self.expression(a) for a in expr.args]
-            total = parts[0]
-            for part in parts[1:]:
-                total = self.call(op, total, part)
-            return total
-        raise GraphInvariant("rewrite", "sizes are sums and products of the graph's symbolic inputs", str(expr))
-
-    # -- reading ----------------------------------------------------------------------------------------------
-
-    def read(self, node: Node) -> Node:
-        """Decoded tokens of a cell as they are now: rows -> y_hat -> epilogue (the universal lowering)."""
-        group = self.coded(node)
-        assert group is not None
-        key = (node, self.writes.get(group, 0))
-        if key not in self.reads:
-            cell, decoder = self.cells[node], self.templates[group].decoder
-            value = self._decode(group, cell)
-            if group in self.matched.bare:
-                value = self.call(zero_unwritten, value, cell.codes, decoder.batch_dim, decoder.token_dim)
-            self.reads[key] = value
-        return self.reads[key]
-
-    def latents(self, group: Group, cell: Cell) -> Node:
-        """What a cell's rows hold now: [T, B, k] in the model's dtype. Where ``multiple`` says so zeros follow, which
-        ``tokens`` takes off a product with them."""
-        form = self.templates[group].format
-        if form.plain:
-            return cell.codes
-        version = self.writes.get(group, 0)
-        if self.templates[group].encode.device.type not in by_op.DEVICES:
-            return self.once(version, unpack, (cell.codes, form.spec, form.choices, form.dtype), {})
-        return self.once(version, _unpack.default, (cell.codes, *form.parts, self.multiple(group)), {})
-
-    def multiple(self, group: Group) -> int:
-        """Of how many tokens ``latents`` are."""
-        codec = self.templates[group]
-        return by_op.multiple(codec.dtype, codec.encode.device)
-
-    def tokens(self, value: Node, dim: int, group: Group, cell: Cell) -> Node:
-        """``latents``, or a product with them, with as many tokens along ``dim`` as the cell has."""
-        if self.templates[group].format.plain or self.multiple(group) == 1:
-            return value
-        return self.call(aten.slice.Tensor, value, dim, 0, self.call(aten.sym_size.int, cell.codes, 0))
-
-    def vectors(self, group: Group, cell: Cell) -> Node:
-        """y_hat [B, T, n]."""
-        y, decode, mean = self.latents(group, cell), self.codec_input(group, "decode"), self.codec_input(group, "mean")
-        template = self.templates[group]
-        if decode is not None and template.groups > 1:
-            y = grouped.vectors(self.call, y, decode, template)
-        elif decode is not None:
-            y = self.call(aten.matmul.default, y, decode)
-        y = self.call(aten.transpose.int, self.tokens(y, 0, group, cell), 0, 1)
-        return y if mean is None else self.call(aten.add.Tensor, y, mean)
-
-    def _decode(self, group: Group, cell: Cell) -> Node:
-        return self.decoded(group, cell, self.vectors(group, cell))
-
-    def version(self, group: Group) -> int:
-        """How often the positions of a group's cells were written: angles before a write are not those after it."""
-        return self.writes.get(self.leaders.get(group, group), 0)
-
-    def angles(self, group: Group, cell: Cell) -> dict[Node, Any]:
-        """What a decoder makes of positions and constants alone (angles, their cosines), by node of it: emitted once
-        for all sites that read the same positions."""
-        version, found = self.version(group), dict[Node, Any]()
-        for inner in self.templates[group].decoder.module.graph.nodes:
-            if inner.op == "placeholder" and inner.name == "positions":
-                found[inner] = None
-                if cell.positions is not None:
-                    found[inner] = self.once(version, aten.transpose.int, (cell.positions, 0, 1), {})
-            elif inner.op == "placeholder" and inner.name != "y":
-                found[inner] = self.codec_input(group, inner.name)
-            elif inner.op == "call_function" and all(source in found for source in inner.all_input_nodes):
-                found[inner] = self._once(version, inner, found)
-        return found
-
-    def decoded(self, group: Group, cell: Cell, y: Node, shared: bool = False) -> Node:
-        """Inline the decoder for ``y``. Angles are stored where they meet it; with ``shared`` y is a constant, and all
-        of it is emitted once."""
-        version, angles = self.version(group), self.angles(group, cell)
-        env = dict(angles)
-        for inner in self.templates[group].decoder.module.graph.nodes:
-            if inner.op == "placeholder" and inner.name == "y":
-                env[inner] = y
-            elif inner.op == "output":
-                return env[inner.args[0]]
-            elif inner not in env and shared:
-                env[inner] = self._once(version, inner, env)
-            elif inner not in env:
-                for source in inner.all_input_nodes:
-                    if source in angles and source.op != "placeholder" and source.target is not aten.sym_size.int:
-                        env[source] = self.once(version, torch.ops.lorc.table.default, (env[source],), {})
-                env[inner] = self.graph.node_copy(inner, env.__getitem__)
-        raise AssertionError("a decoder has an output")
-
-    def _once(self, version: int, inner: Node, env: Mapping[Node, Any]) -> Node:
-        args, kwargs = map_arg(inner.args, env.__getitem__), map_arg(inner.kwargs, env.__getitem__)
-        return self.once(version, inner.target, args, kwargs)
-
-    def once(self, version: int, target: Any, args: Any, kwargs: Any) -> Node:
-        """An op without side effects: emitted once for the same arguments and ``version`` (writes before it)."""
-        key = repr((version, target, args, sorted(kwargs.items())))
-        if key not in self.pure:
-            self.pure[key] = self.graph.call_function(target, args, kwargs)
-        return self.pure[key]
 
     # -- outputs ----------------------------------------------------------------------------------------------
 

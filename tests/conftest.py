@@ -46,3 +46,23 @@ def many_shapes():
     """
     with torch._dynamo.config.patch(recompile_limit=512, accumulated_recompile_limit=4096):
         yield
+
+
+@pytest.fixture
+def database(tmp_path, monkeypatch):
+    """The file of the only database of configs that is read; nothing is known of what was read before."""
+    from lorc_fx.kernels import tuned, words
+
+    monkeypatch.setenv("LORC_CACHE", str(tmp_path))
+    monkeypatch.setattr(tuned, "shipped_file", lambda device: tmp_path / "shipped.json")
+    tuned.forget()
+    yield tuned.users_file(words.device_name(torch.device("cpu")))
+    tuned.forget()
+
+
+@pytest.fixture
+def tile_by_tile(monkeypatch):
+    """Tiles are looked at as the torch ops get them, not in one compiled call."""
+    from lorc_fx.kernels import fused
+
+    monkeypatch.setattr(fused, "chain", lambda about: None)
