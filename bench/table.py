@@ -256,7 +256,9 @@ def _signed(value: float | None) -> str:
 
 TABLES: dict[str, list[Callable[[dict[str, Any]], str]]] = {
     "cpu": [times, compiles],
-    **dict.fromkeys(("decode", "decode-batch8", "decode-bf16", "decode-512", "decode-ratios", "decode-layers"), [steps]),
+    **dict.fromkeys(
+        ("decode", "decode-batch8", "decode-bf16", "decode-512", "decode-ratios", "decode-layers"), [steps]
+    ),
     "memory": [memory],
     "quality": [quality],
     "quality-mha": [quality],

@@ -195,7 +195,7 @@ static void attend(const Call& o) {
   const int64_t wide = turn ? turn->dim : k.count + k.further, each = v.count + v.further;
   const int64_t matrices = std::max(o.key.heads * o.key.dim * o.key.rows, o.value.heads * o.value.dim * o.value.rows);
   const int64_t threads = std::min(o.threads, std::max(batch * chunks, matrices / ALONE + 1));
-  const Matrix plain = {nullptr, 0, 0, nullptr, 0, nullptr, o.key.heads, o.key.dim, 0};
+  const Matrix plain = {nullptr, 0, 0, nullptr, 0, nullptr, o.key.heads, o.key.dim, 0, o.key.dim, 0};
   const Matrix& key = turn ? plain : o.key;
   std::vector<float> weights(turn ? 0 : every * k.width), q(every * wide), shift(every), further(every);
   std::vector<float> offset(key.mean ? every : 0);

@@ -29,25 +29,15 @@ struct Turn {
 
 // Columns of LANES rows, ``stride`` apart -> rows of LANES columns, ``line`` apart: log2 LANES times, halves of blocks change
 // places.
-typedef int32_t K __attribute__((vector_size(4 * LANES)));
-template <int STAGE, int... L> static inline K lower(std::integer_sequence<int, L...>) {
-  return K{(L & STAGE ? LANES + L - STAGE : L)...};
-}
-template <int STAGE, int... L> static inline K upper(std::integer_sequence<int, L...>) {
-  return K{(L & STAGE ? LANES + L : L + STAGE)...};
-}
-
-template <int STAGE> static inline void exchanged(V* rows) {
+template <int STAGE, int... L> static inline void exchanged(V* rows, std::integer_sequence<int, L...> lanes) {
   if constexpr (STAGE < LANES) {
-    constexpr std::make_integer_sequence<int, LANES> lanes{};
-    const K low = lower<STAGE>(lanes), high = upper<STAGE>(lanes);
 #pragma GCC unroll 16
     for (int i = 0; i < LANES; i++) if (!(i & STAGE)) {
       const V a = rows[i], b = rows[i + STAGE];
-      rows[i] = __builtin_shuffle(a, b, low);
-      rows[i + STAGE] = __builtin_shuffle(a, b, high);
+      rows[i] = mixed<(L & STAGE ? LANES + L - STAGE : L)...>(a, b);
+      rows[i + STAGE] = mixed<(L & STAGE ? LANES + L : L + STAGE)...>(a, b);
     }
-    exchanged<STAGE * 2>(rows);
+    exchanged<STAGE * 2>(rows, lanes);
   }
 }
 
@@ -55,7 +45,7 @@ static inline void transposed(const float* from, int64_t stride, float* to, int6
   V rows[LANES];
 #pragma GCC unroll 16
   for (int i = 0; i < LANES; i++) rows[i] = load(from + i * stride);
-  exchanged<1>(rows);
+  exchanged<1>(rows, std::make_integer_sequence<int, LANES>{});
 #pragma GCC unroll 16
   for (int i = 0; i < LANES; i++) store(to + i * line, rows[i]);
 }

@@ -133,23 +133,30 @@ static inline float total(V v) {
   return (q[0] + q[1]) + (q[2] + q[3]);
 }
 
+// Numbers AT of those of a and, behind them, b. (GCC before 12 knows the first spelling alone, Clang the second.)
+template <int... AT, typename T> static inline T mixed(T a, T b) {
+#ifdef __clang__
+  return __builtin_shufflevector(a, b, AT...);
+#else
+  typedef int32_t K __attribute__((vector_size(sizeof(T))));
+  return __builtin_shuffle(a, b, K{AT...});
+#endif
+}
+
 // The totals of four vectors.
 static inline Q totals(V a, V b, V c, V d) {
 #if defined(__AVX512F__)
-  typedef int32_t K __attribute__((vector_size(4 * LANES)));
-  constexpr K low = {0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29};
-  constexpr K high = {2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31};
-  constexpr K lower = {0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29};
-  constexpr K upper = {2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31};
-  const V ab = __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, high);    // per quarter: a, b, a, b
-  const V cd = __builtin_shuffle(c, d, low) + __builtin_shuffle(c, d, high);
-  return folded(__builtin_shuffle(ab, cd, lower) + __builtin_shuffle(ab, cd, upper));   // per quarter: a, b, c, d
+  const auto halved = [](V one, V two) {     // per quarter: one, two, one, two
+    return mixed<0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29>(one, two) +
+           mixed<2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31>(one, two);
+  };
+  const V ab = halved(a, b), cd = halved(c, d);
+  return folded(mixed<0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29>(ab, cd) +
+                mixed<2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31>(ab, cd));   // per quarter: a, b, c, d
 #else
-  typedef int32_t J __attribute__((vector_size(16)));
-  const Q p = folded(a), q = folded(b), r = folded(c), s = folded(d);
-  const Q pq = __builtin_shuffle(p, q, J{0, 4, 1, 5}) + __builtin_shuffle(p, q, J{2, 6, 3, 7});
-  const Q rs = __builtin_shuffle(r, s, J{0, 4, 1, 5}) + __builtin_shuffle(r, s, J{2, 6, 3, 7});
-  return __builtin_shuffle(pq, rs, J{0, 1, 4, 5}) + __builtin_shuffle(pq, rs, J{2, 3, 6, 7});
+  const auto halved = [](Q one, Q two) { return mixed<0, 4, 1, 5>(one, two) + mixed<2, 6, 3, 7>(one, two); };
+  const Q ab = halved(folded(a), folded(b)), cd = halved(folded(c), folded(d));
+  return mixed<0, 1, 4, 5>(ab, cd) + mixed<2, 3, 6, 7>(ab, cd);
 #endif
 }
 
