@@ -327,12 +327,14 @@ def compile_cpp(source: str) -> Any:
     """A ctypes library of ``extern "C"`` functions, built by inductor's C++ compiler with its flags (OpenMP, the
     CPU's own instructions) and kept in inductor's cache on disk. Raises what the compiler, or its absence, raises."""
     from torch._inductor.codecache import CppCodeCache
+    from torch._inductor.cpp_builder import is_gcc
 
     # inductor's own flags forbid to fuse a product and a sum, and to reorder sums: both are what these loops are made
     # of
-    fast = ("-ffp-contract=fast", "-fassociative-math", "-fno-signed-zeros", "-ftree-loop-vectorize")
+    fast = ["-ffp-contract=fast", "-fassociative-math", "-fno-signed-zeros"]
+    fast += ["-ftree-loop-vectorize"] if is_gcc() else []
     asked = "needs_vec_isa" in inspect.signature(CppCodeCache.load_async).parameters  # torch 2.11 always takes it
-    return CppCodeCache.load(source, extra_flags=fast, **({"needs_vec_isa": True} if asked else {}))
+    return CppCodeCache.load(source, extra_flags=tuple(fast), **({"needs_vec_isa": True} if asked else {}))
 
 
 def cpp_compiler() -> str:

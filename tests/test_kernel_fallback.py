@@ -27,7 +27,7 @@ from torch.utils.cpp_extension import include_paths
 from bench.attention_cases import Case, build
 from bench.kernel_runs import difference
 from helpers import compiled, generate, new_cache, prompt
-from lorc_fx.compat import cpp_compiler
+from lorc_fx.compat import compile_cpp, cpp_compiler
 from lorc_fx.errors import KernelWarning
 from lorc_fx.kernels import fallback, launch, native, reference, tiled
 from lorc_fx.kernels.config import Config
@@ -317,6 +317,14 @@ def test_it_compiles_for_cpus_that_are_not_there(name, compiler, tmp_path):
     quiet = QUIET if "clang" not in compiler else QUIET[:1]
     command = [compiler, "-std=c++20", "-O1", "-fopenmp", "-Wall", "-Werror", *torchs, *quiet, *flags]
     subprocess.run([*command, "-c", "all.cpp", "-o", "all.o"], cwd=tmp_path, check=True)
+
+
+@pytest.mark.parametrize("compiler", COMPILERS)
+def test_its_flags_are_known_to_the_compiler(compiler, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    with torch._inductor.config.patch({"cpp.cxx": (compiler,)}):
+        made = compile_cpp(f'extern "C" int seven() {{ return 7; }}  // by {compiler}')
+    assert made.seven() == 7
 
 
 def test_no_compiler_on_a_cpu():
