@@ -106,7 +106,9 @@ static void project(const Projection& p, const uint8_t* y, int64_t kind, int64_t
   if (!a.apart) {
     Matrix one = a;
     one.heads = 1;
-    return asked(one, lines, {0, 0, a.heads, a.heads, a.heads}, to, a.rows, nullptr);
+    asked(one, lines, {0, 0, a.heads, a.heads, a.heads}, to, a.rows, nullptr);
+    for (int64_t j = 0; p.shift && j < all; j++) to[j] += p.shift[j];
+    return;
   }
   const int64_t each = columns / a.heads;
   for (int64_t j = 0; j < all; j++) to[j] = p.shift ? p.shift[j] : 0;

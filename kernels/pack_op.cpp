@@ -28,8 +28,8 @@ static bool takes(const Item& item, const at::Tensor& latent, const std::optiona
   const int64_t last = latent.size(-1), all = columns_of(item) + item.codec.choices - 1;
   if (!project) return last == all;
   if (project->scalar_type() != at::kFloat || project->dim() != 2 || latent.numel() > item.few * last) return false;
-  if (for_all(*project, last)) return !shift && fits_all(item, *project, last);
-  return project->size(1) == last && item.divided && (!shift || (shift->scalar_type() == at::kFloat && shift->numel() == all));
+  if (shift && (shift->scalar_type() != at::kFloat || shift->numel() != all)) return false;
+  return for_all(*project, last) ? fits_all(item, *project, last) : project->size(1) == last && item.divided;
 }
 
 static std::vector<at::Tensor> packed(const Items& items, at::TensorList latents, const Optionals& offsets,
@@ -71,7 +71,8 @@ static std::vector<at::Tensor> packed(const Items& items, at::TensorList latents
       Matrix& matrix = item.projection.matrix;
       matrix.rows = by->size(0);
       matrix.row = by->size(1);
-      matrix.across = kind_of(*by) == 0 && matrix.rows == matrix.row && by->stride(0) == 1 && by->stride(1) == matrix.row;
+      const bool turned = kind_of(*by) == 0 && by->stride(0) == 1 && by->stride(1) == matrix.rows;
+      matrix.across = turned && matrix.rows == matrix.row && (all || matrix.heads == 1);
       matrix.data = matrix.across ? by->const_data_ptr() : numbers(by);  // as it lies
       matrix.dim = all ? matrix.row : matrix.row / matrix.heads;
       matrix.apart = all ? 0 : matrix.dim;

@@ -144,7 +144,8 @@ def projected(
     matrix [k / G, n / G] is one for all groups, whose columns come group by group."""
     y = y.to(matrix.dtype)
     if matrix.shape[1] < y.shape[-1]:
-        return (y.unflatten(-1, (groups, -1)) @ matrix.T).flatten(-2)
+        latent = (y.unflatten(-1, (groups, -1)) @ matrix.T).flatten(-2)
+        return latent if shift is None else latent + shift
     if groups == 1:
         return F.linear(y, matrix, shift)
     each = sum(count for count, _ in segments) // groups

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 _encode, _pack = torch.ops.lorc.encode, torch.ops.lorc.pack
 
-Given = Sequence[Node | None]
 _NOTHING = (None, None)
 
 
@@ -59,12 +58,18 @@ def _from_y(r: Rewriter, site: Site, codec: Codec, owner: tuple[str, int]) -> No
     if site.rows.features is not None:
         flat = r.call(aten.index_select.default, flat, -1, r.constant(torch.tensor(site.rows.features)))
     own = [None if t is None else r.codec_tensor(owner, n, t) for n, t in _encoding(codec).items()]
-    codes = _packed(r, site, flat, own[2:], own[:2], codec.groups)
+    encode, shift, offsets, spread = own
+    codes = _packed(r, site, flat, (offsets, spread), (encode, shift), codec.groups)
     return _token_major(r, codes, at, *_extent(r, site), [codec.format.width])
 
 
 def _packed(
-    r: Rewriter, site: Site, latent: Node, around: Given = _NOTHING, by: Given = _NOTHING, groups: int = 1
+    r: Rewriter,
+    site: Site,
+    latent: Node,
+    around: Sequence[Node | None] = _NOTHING,
+    by: Sequence[Node | None] = _NOTHING,
+    groups: int = 1,
 ) -> Node:
     """Latents [.., k], or y [.., n] and the matrix and shift that they are made ``by`` (``groups.projected``), as rows
     of bytes, ``around`` offsets at a spread: one op where the device has it, else those of ``pack``."""

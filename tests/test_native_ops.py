@@ -315,15 +315,17 @@ def test_latents_of_y(tokens, packs):
 @pytest.mark.parametrize(("heads", "dim"), [(1, 64), (2, 7), (3, 80), (12, 64), (5, 129)])
 @pytest.mark.parametrize("dtype", [F32, BF16, torch.float16])
 @pytest.mark.parametrize("tokens", [1, 3, by_op.TOKENS + 1])
-def test_rows_of_turned_heads(heads, dim, dtype, tokens, packs):
+@pytest.mark.parametrize("shifted", [False, True])
+def test_rows_of_turned_heads(heads, dim, dtype, tokens, shifted, packs):
     """One matrix turns all heads, however it lies in memory; a row has one after the other, in whatever segments."""
     form = Format((Segment(heads * dim - 5, 8), Segment(5, 3)), 1, F32)
     matrix = torch.linalg.qr(draw(dim, dim))[0]
     y = draw(tokens, 2, 3 * heads * dim).to(dtype)[..., heads * dim : 2 * heads * dim]  # of q, k and v side by side
-    want = (y.double().unflatten(-1, (heads, dim)) @ matrix.T.double()).flatten(-2)
+    shift = draw(heads * dim) if shifted else None
+    want = (y.double().unflatten(-1, (heads, dim)) @ matrix.T.double()).flatten(-2) + (shift if shifted else 0)
     for project in (matrix, matrix.T.contiguous().T, torch.stack([matrix, matrix], -1)[..., 0]):
         packs.clear()
-        given = ([y], [None], [None], [project], [None], by_op.spelled(form, heads))
+        given = ([y], [None], [None], [project], [shift], by_op.spelled(form, heads))
         rows = [torch.ops.lorc.pack(*given)[0] for _ in range(2)]
         assert torch.equal(*rows) and (len(packs) <= 1 if 2 * tokens <= by_op.TOKENS else len(packs) == 2)
         exact = packing.unpack(packing.pack(want.float(), None, None, form.spec, 1, F32), form.spec, 1, F32)
@@ -337,3 +339,13 @@ def test_a_matrix_that_does_not_turn_heads_is_refused(matrix):
     for _ in range(2):
         with pytest.raises(RuntimeError):
             torch.ops.lorc.pack([draw(1, 1, 21)], [None], [None], [draw(*matrix)], [None], by_op.spelled(form, 3))
+
+
+def test_a_square_matrix_of_groups_is_the_same_however_it_lies():
+    """Two columns of each of two groups, and two further means: a part for each group, and no one's for all."""
+    form, y, offsets = Format((Segment(4, 8),), 3, F32), draw(3, 1, 4), draw(3, 4)
+    rows = [
+        torch.ops.lorc.pack([y], [offsets], [None], [project], [None], by_op.spelled(form, 2))[0]
+        for project in (draw(4, 4), draw(4, 4).T.contiguous().T)
+    ]
+    assert torch.equal(*rows)
