@@ -29,7 +29,7 @@ from bench.run import RESULTS, command, machine, say
 from lorc_fx.console import write_json
 from lorc_fx.decode_command import WARMUP, Runner, interleaved, twin
 from lorc_fx.evaluate import cache_bytes
-from lorc_fx.latent import LatentKV, cache_nbytes
+from lorc_fx.latent import LatentKV, cache_nbytes, extend
 from lorc_fx.options import Options
 
 TOKENS, BATCHES, DTYPES = (512, 2048, 8192, 32768), (1, 8), ("float32", "bfloat16")
@@ -98,7 +98,7 @@ def _repeat(cache: Any, tokens: int) -> None:
 
 
 def _repeated(value: LatentKV, again: torch.Tensor) -> LatentKV:
-    made = value if value.length >= len(again) else value.extended(len(again) - value.length)
+    made = value if value.length >= len(again) else extend([value], len(again) - value.length)[0]
     made.codes[: len(again)] = made.codes[again]
     return made
 

@@ -113,7 +113,8 @@ def least(site: Columns) -> dict[int, int]:
 def allocate(sites: Sequence[Columns], budget: int) -> list[tuple[Segment, ...]]:
     """Segments for each site, at most ``budget`` bytes per token in all (the caller has made sure that ``least`` fits).
 
-    No block gets a level before a block of more worth; what is left is less than any step that could still be taken.
+    No block gets a level before a block of more worth. A step that does not fit when its turn comes is not tried again,
+    so a few bytes that another block's scale or padding freed may stay.
     """
     counts = [least(site) for site in sites]
     costs = [row_bytes(c, s) for c, s in zip(counts, sites, strict=True)]

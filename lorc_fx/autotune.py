@@ -15,7 +15,7 @@ from rich.table import Table
 
 from .console import Show
 from .errors import BadOption, QualityWarning
-from .evaluate import cache_keyword
+from .evaluate import cache_keyword, compressed
 from .kernels import tune, tuned
 from .options import FIRST_PROMPT_TOKENS
 
@@ -46,18 +46,12 @@ def readers(model: Any, options: Mapping[str, Any], batches: Sequence[int]) -> d
     ids = torch.randint(0, vocabulary, (2, PROMPT_TOKENS), generator=torch.Generator().manual_seed(0)).to(model.device)
     seen = torch.ones_like(ids)
     seen[1, :8] = 0
-    before = model._compiled_call_impl
-    torch.compiler.reset()
-    model.compile(backend="lorc", options={**options, "inner": "eager"})
-    try:
-        with torch.no_grad(), warnings.catch_warnings(), tune.watched() as found:
-            warnings.simplefilter("ignore", QualityWarning)
+    with warnings.catch_warnings(), compressed(model, {**options, "inner": "eager"}):
+        warnings.simplefilter("ignore", QualityWarning)
+        with torch.no_grad(), tune.watched() as found:
             _step(model, ids[:1], {})
             if any(batch > 1 for batch in batches):
                 _step(model, ids, {"attention_mask": seen})
-    finally:
-        torch.compiler.reset()
-        model._compiled_call_impl = before
     return found
 
 

@@ -20,6 +20,7 @@ from .errors import (
     NoSites,
     NoSitesWarning,
     StrictMiss,
+    TooManyValues,
     UnloadedWeights,
     UnreadableGraph,
 )
@@ -68,7 +69,7 @@ def _stock(gm: GraphModule, options: Any, mode: str | None) -> Callee:
 
 def _raiser(error: LorcError) -> Callee:
     def refuse(*args: Any) -> Any:
-        raise error
+        raise error.with_traceback(None)  # else it would keep the frames of every call, and their inputs
 
     return refuse
 
@@ -131,8 +132,7 @@ def read_graph(
 def _too_many(gm: GraphModule, options: Options) -> Callee:
     """For graphs whose Python numbers go on changing: dense for all values to come."""
     names = ", ".join(placeholders(gm)[i].name for i in scalar_places(gm)[:4])
-    detail = f"Python numbers of it ({names}) have had {compat.recompile_limit()} values, each with codecs of its own"
-    return _untouched(gm, options, UnreadableGraph(detail))
+    return _untouched(gm, options, TooManyValues(names, compat.recompile_limit()))
 
 
 def _unloaded(node: Node, example: Any) -> bool:
@@ -174,7 +174,7 @@ def examine(
                 dense_bytes=line.dense_bytes,
                 window=line.window,
                 lowering=read.get(site.group.find(), "decoding"),
-                codec_bytes=codecs[site].nbytes(),
+                codec_bytes=codecs[site].nbytes(example_inputs),
                 row_bytes=codecs[site].format.nbytes,
                 latent_width=codecs[site].latent_width,
                 query_heads=query_heads(site.reader) or site.decoder.width // site.head,
@@ -278,4 +278,4 @@ def _report(matched: Matched, options: Options) -> None:
         text = "; ".join(str(m) for m in others[:4])
         warnings.warn(f"{len(others)} cache writes stay dense (and right): {text}", DenseCacheWarning, stacklevel=2)
     if not matched.coded and not filled:
-        warnings.warn(str(NoSites(others)), NoSitesWarning, stacklevel=2)
+        warnings.warn(str(NoSites(others, strict=False)), NoSitesWarning, stacklevel=2)

@@ -1,4 +1,4 @@
-"""Bases by name: in which columns a site is coded. ``"joint"`` is built in, library authors add theirs."""
+"""Bases by name: in which columns a site is coded. ``BUILT_IN`` are there, library authors add theirs."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def compile_inner(gm: GraphModule, examples: Sequence[Any], options: Options) ->
             return compat.compile_with_inductor(gm, examples, options.mode)
         if callable(options.inner):
             return options.inner(gm, list(examples))
-        return torch._dynamo.lookup_backend(options.inner)(gm, list(examples))
+        return compat.backend(options.inner)(gm, list(examples))
 
 
 def _content(constant: torch.Tensor) -> tuple[Any, ...]:
@@ -138,16 +138,19 @@ class Builder:
         """Whether a cache coded by ``codec`` goes on: it was made of these weights, perhaps before statistics."""
         return STORE.holds(self._key(site), self.weights(site, arguments), codec)
 
+    def begins(self) -> bool:
+        """Whether this graph begins its caches: none comes in."""
+        return all(n.meta.get("latent") is None and not n.meta.get("decode") for n in self.index)
+
     def informs(self) -> bool:
         """Whether this graph's first call may give the statistics: it begins its caches, and such are asked for."""
-        fresh = all(n.meta.get("latent") is None and not n.meta.get("decode") for n in self.index)
-        return self.options.calibration == FIRST_PROMPT and fresh and bool(self.matched.sites)
+        return self.options.calibration == FIRST_PROMPT and self.begins() and bool(self.matched.sites)
 
     def inform(self, arguments: Sequence[Any]) -> None:
         """Run the prompt once as it is, and make codecs of what was seen, if it is long enough and none are there."""
         if self._too_short(arguments) or self._is_informed(arguments):
             return
-        with compat.building():
+        with compat.building(), torch.device("cpu"):  # whatever the user's default is: sums are on the CPU
             if not self._is_informed(arguments):  # by a prompt that another thread had in hand meanwhile
                 self._inform(arguments)
 
@@ -285,6 +288,8 @@ class Builder:
         if site.unprojected:
             basis = flat_basis(basis)
         elif name not in BUILT_IN:
+            if groups is not None:
+                raise BadPlan(self.options.plan, f"it has {site.name} in {groups} groups, which basis {name!r} has not")
             basis = in_columns_of(name, basis, weight, statistics, site.name)
         return Prepared(site.name, weight, bias, factors, basis)
 
@@ -309,9 +314,10 @@ class Builder:
         return Prepared(site.name, weight, bias, *plan.bases[index].on(weight.device))
 
     def _make(self, sites: Sequence[Site], arguments: Sequence[Any]) -> list[Codec]:
-        prepared, plan = self.planned(sites, arguments)
-        _warn_of_loss(prepared, plan)
-        made = self.made(prepared, plan, arguments)
+        with torch.device("cpu"):  # whatever the user's default is
+            prepared, plan = self.planned(sites, arguments)
+            _warn_of_loss(prepared, plan)
+            made = self.made(prepared, plan, arguments)
         for site, codec in made.items():
             STORE.add((self._key(site), False), self.weights(site, arguments), codec)
         return list(made.values())

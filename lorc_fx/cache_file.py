@@ -7,10 +7,11 @@ not in the file. They belong to the model's weights, and are found again by a di
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,9 @@ from .codec import Codec
 from .errors import BadCacheFile, ForeignCache, LorcError
 from .latent import LatentKV
 from .options import Options
-from .parts import all_parts
 from .plan_file import write_tensors
 from .rows import Track, blank, unwritten
-from .store import STORE
+from .store import STORE, tensors_of
 
 VERSION = 1
 
@@ -58,13 +58,25 @@ def load_cache(path: str | os.PathLike[str], model: torch.nn.Module, cache: Any 
     """
     path = Path(path)
     about, tensors = _read(path)
-    try:
+    with _readable(path):
         tree, latents = json.loads(about["tree"]), json.loads(about["latents"])
         reader = _Reader(path, tensors, latents, model, _classes(cache))
-        reader.codecs = _codecs(
-            path, {x["codec"] for x in latents}, model, lambda: reader.decode(tree, None, fresh=True)
-        )
+        wanted = {x["codec"] for x in latents}
+
+    def empty() -> Any:
+        with _readable(path):
+            return reader.decode(tree, None, fresh=True)
+
+    reader.codecs = _codecs(path, wanted, model, empty)
+    with _readable(path):
         return reader.decode(tree, None, into=cache)
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Whatever a file that is not as it was written makes of the code below: it is the file's fault, and said so."""
+    try:
+        yield
     except LorcError:  # many are ValueErrors too
         raise
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as why:
@@ -134,6 +146,7 @@ class _Writer:
 
     def _latent(self, value: LatentKV) -> int:
         def make() -> int:
+            value.follow()
             assert value.rows is not None
             empty = unwritten(value.codes).all(1)
             written = int((~empty).nonzero()[-1]) + 1 if bool((~empty).any()) else 0
@@ -181,22 +194,18 @@ def _classes(cache: Any) -> dict[str, type]:
     return found
 
 
-def _weights(model: torch.nn.Module) -> list[torch.Tensor]:
-    return all_parts(model.parameters())
-
-
-def _codecs(path: Path, wanted: set[str], model: torch.nn.Module, fresh: Callable[[], Any]) -> dict[str, Codec]:
-    """The model's codecs by digest. Made now, by tracing ``model`` over the cache ``fresh()``, where some lack."""
+def _codecs(path: Path, wanted: set[str], model: torch.nn.Module, empty: Callable[[], Any]) -> dict[str, Codec]:
+    """The model's codecs by digest. Made now, by tracing ``model`` over the cache ``empty()``, where some lack."""
 
     def known() -> dict[str, Codec]:
-        return {codec.digest: codec for codec in reversed(STORE.codecs(_weights(model)))}
+        return {codec.digest: codec for codec in reversed(STORE.codecs(tensors_of(model)))}
 
     found = known()
     if wanted <= found.keys():
         return found
     given = compat.compiled_with(model)
     if given is not None:
-        _make_codecs(model, Options.parse(given[0], mode=given[1]), fresh())
+        _make_codecs(model, Options.parse(given[0], mode=given[1]), empty())
         found = known()
     lacking = wanted - found.keys()
     if lacking:
@@ -223,7 +232,8 @@ def _make_codecs(model: torch.nn.Module, options: Options, cache: Any) -> None:
     inputs = getattr(module, "dummy_inputs", None)
     if not isinstance(inputs, Mapping):
         return
-    short = {name: value[:, :2] if value.dim() > 1 else value for name, value in inputs.items()}
+    tensors = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+    short = {name: value[:, :2] if value.dim() > 1 else value for name, value in tensors.items()}
     short = {name: value.to(next(module.parameters()).device) for name, value in short.items()}
     given = {**short, cache_keyword(module): cache, "use_cache": True}
     traced(module, (), given, lambda gm, examples: make_codecs(gm, examples, options))
@@ -267,7 +277,7 @@ class _Reader:
         return made
 
     def _device(self) -> torch.device:
-        return next((w.device for w in _weights(self.model)), torch.device("cpu"))
+        return next((w.device for w in tensors_of(self.model)), torch.device("cpu"))
 
     def _class(self, name: str) -> type:
         if name not in self.classes:

@@ -49,11 +49,11 @@ class Gatherer:
 
         def run(*given: Any) -> Any:
             arguments = take(given)
-            if not walker:
-                walker.append(
-                    Walker(canonical, {s: self._sums(builder, s, arguments) for s in matched.sites}, self.gradients)
-                )
-            return walker[0].walk(arguments, self.real)
+            with torch.device("cpu"):  # whatever the user's default is: sums are on the CPU
+                if not walker:
+                    sums = {s: self._sums(builder, s, arguments) for s in matched.sites}
+                    walker.append(Walker(canonical, sums, self.gradients))
+                return walker[0].walk(arguments, self.real)
 
         return run
 
@@ -76,8 +76,8 @@ def calibrate(
     ``batches``: token tensors [T] or [B, T]; or mappings of the model's own inputs (with a 2-d ``attention_mask``,
     padding does not count); or ``"self"``: text that the model writes from its BOS token. Each row is a text from its
     start. ``gradients`` also gathers the second moment of the loss gradient, with labels sampled from the model:
-    better, and as dear as training on the text. Raises BadCalibration for no text, no sites, or activations that are
-    not finite.
+    better, and as dear as training on the text (``grad`` of parameters stays as it is). Raises BadCalibration for no
+    text, no sites, or activations that are not finite.
     """
     from .report import check_loaded, uncompiled
 
@@ -89,7 +89,7 @@ def calibrate(
     if isinstance(items, str) or not isinstance(items, Iterable):
         raise BadCalibration(repr(batches), "it is neither an iterable of inputs nor 'self'")
     seen = 0
-    with _shown(progress) as advance, torch.set_grad_enabled(gradients):
+    with _shown(progress) as advance, torch.set_grad_enabled(gradients), _frozen(model):
         for batch in items:
             inputs = inputs_of(batch, model)
             mask = inputs.get("attention_mask")
@@ -159,8 +159,23 @@ def _self_written(model: Any) -> Iterator[torch.Tensor]:
     start = torch.full((SELF_ROWS, 1), bos if isinstance(bos, int) else bos[0], device=model.device)
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())), torch.no_grad():
         torch.manual_seed(0)
-        text = model.generate(start, do_sample=True, max_new_tokens=SELF_TOKENS, min_new_tokens=SELF_TOKENS)
+        asked = {"do_sample": True, "max_new_tokens": SELF_TOKENS, "min_new_tokens": SELF_TOKENS}
+        with torch.compiler.set_stance("force_eager"):  # a compressed model would write what it is then measured on
+            text = model.generate(start, attention_mask=torch.ones_like(start), **asked)
     yield from text.split(1)
+
+
+@contextlib.contextmanager
+def _frozen(model: Any) -> Iterator[None]:
+    """In this block no parameter gets a gradient: those that are summed up come in at the sites."""
+    learned = [p for p in model.parameters() if p.requires_grad]
+    for parameter in learned:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in learned:
+            parameter.requires_grad_(True)
 
 
 @contextlib.contextmanager

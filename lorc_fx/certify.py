@@ -18,8 +18,10 @@ from torch.fx import GraphModule, Node
 from .backend import read_graph
 from .builder import Builder
 from .calibrate import inputs_of
-from .errors import BadCertificate, UnreadableGraph
+from .compat import written_nodes
+from .errors import BadCalibration, BadCertificate, BadOption, UnreadableGraph
 from .options import Options
+from .passes.readers import viewed
 from .passes.sites import Site
 from .propagate import Coding, Known, Track, Walker
 from .report import traced
@@ -182,14 +184,19 @@ def certify(
     logits and of "all coded" hold for both as a machine computes them in the dtypes that they have
     (``propagate.rounding`` states what is assumed), which is far looser in 16 bits. The codecs are those that the
     compiled model has (with ``calibration="first-prompt"`` and none there yet, this is the first prompt). Raises
-    BadCertificate where there is nothing to certify, and what ``explain`` raises."""
+    BadCertificate where there is nothing to certify, BadOption for a prompt that is none, and what ``explain``
+    raises."""
     parsed, seen = Options.parse(options), list[Certified]()
 
     def visit(gm: GraphModule, examples: Sequence[Any]) -> None:
         found = Certified.of(gm, examples, parsed, rounding)
         seen.extend([found] if found is not None else [])
 
-    out = traced(model, (), inputs_of(prompt, model), visit)
+    try:
+        inputs = inputs_of(prompt, model)
+    except BadCalibration as error:
+        raise BadOption("prompt", prompt, error.reason) from None
+    out = traced(model, (), inputs, visit)
     if len(seen) != 1:
         raise BadCertificate(
             "it is traced in several graphs" if seen else "no cached key or value comes from a projection of it"
@@ -226,6 +233,9 @@ class Certified:
             raise UnreadableGraph(f"{type(error).__name__}: {error}") from error
         if not matched.sites:
             return None
+        stale = _read_after_write(canonical)
+        if stale is not None:
+            raise BadCertificate(f"`{stale.name}` is written in place and read again, which bounds do not follow")
         builder = Builder(canonical, matched, options)
         if builder.informs():
             builder.inform(arguments)
@@ -278,6 +288,22 @@ class Certified:
             if track.until is node:
                 track.known.clear()
                 track.values.clear()
+
+
+def _read_after_write(gm: GraphModule) -> Node | None:
+    """A value that is read after a write into it, or into what it shares storage with, other than as the write's own
+    result."""
+    before: list[Node] = []
+    overwritten: set[Node] = set()
+    for node in gm.graph.nodes:
+        stale = [n for n in node.all_input_nodes if n in overwritten]
+        if stale:
+            return stale[0]
+        bases = {seen for target in written_nodes(node) for seen in viewed(target)}
+        if bases:
+            overwritten |= {n for n in before if not bases.isdisjoint(viewed(n))}
+        before.append(node)
+    return None
 
 
 def _like(node: Node, logits: torch.Tensor) -> bool:

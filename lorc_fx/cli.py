@@ -1,8 +1,9 @@
 """The command line: ``lorc demo``, ``explain``, ``certify``, ``calibrate``, ``eval``, ``lm-eval`` and ``plan``; with
 ``report``, of ``cli_report``, and those about the machine, of ``cli_machine``.
 
-Results go to stdout, progress to stderr. Exit codes: 0 done, 1 a model or file that cannot be used, 2 an option that is
-refused, 130 Ctrl-C. Typed errors are one red message without a traceback.
+Results go to stdout, progress to stderr. Exit codes: 0 done, 1 a model that cannot be loaded or something that is
+missing, 2 an option that is refused or a file that it names, 130 Ctrl-C. Typed errors are one red
+message without a traceback.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from lorc_fx import cli_machine, cli_report
 from lorc_fx.cli_options import (
@@ -29,7 +31,7 @@ from lorc_fx.cli_options import (
     examples,
     numbers,
 )
-from lorc_fx.console import DType, Show, can_be_written, out, reported, wide, write_json
+from lorc_fx.console import DType, Show, can_be_written, out, print_path, reported, wide, write_json
 from lorc_fx.errors import BadOption, ConflictingOptions
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -196,12 +198,15 @@ def certify(
                 raise BadOption(name, prompt if text is None else str(text), "a text of at least one token")
             show.stage(f"Walking both models over {len(ids)} tokens in fp64")
             certificate = certified(loaded, ids, options=options.given(), rounding=rounding)
-            written = certificate.plot(plot) if plot is not None else ()
+            try:
+                written = certificate.plot(plot) if plot is not None else ()
+            except OSError as error:
+                raise BadOption("plot", str(plot), f"a path that can be written ({error})") from error
         if json_file:
             write_json(json_file, certificate.json())
     wide().print(certificate)
     for path in written:
-        out.print(str(path), soft_wrap=True)
+        print_path(path)
 
 
 # -------------------------------------------------------------------------------------------------------- calibrate
@@ -241,7 +246,7 @@ def calibrate(
         least = min(site.tokens for site in found.sites)
         if json_file:
             write_json(json_file, {"file": str(output), "sites": len(found.sites), "tokens": least})
-        out.print(f"{output}: {len(found.sites)} sites, {least} tokens", soft_wrap=True)
+        out.print(f"{escape(str(output))}: {len(found.sites)} sites, {least} tokens", soft_wrap=True)
 
 
 def _rows(path: Path, model: Path | None, loaded: Any, tokenizer: Any, tokens: int) -> Any:
@@ -367,7 +372,7 @@ def plan(
             write_json(json_file, result)
     wide().print(plan_command.table(result))
     for path in written:
-        out.print(str(path), soft_wrap=True)
+        print_path(path)
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ from lorc_fx.cli_options import (
     examples,
     numbers,
 )
-from lorc_fx.console import DType, Show, out, reported, wide, write_json
+from lorc_fx.console import DType, Show, out, print_path, reported, wide, write_json
 from lorc_fx.errors import BadOption
 
 commands = typer.Typer()
@@ -112,7 +112,7 @@ def autotune(
         out.print("Nothing to tune: with these options no attention of a decode step reads stored rows.")
         return
     wide().print(tuner.table(result))
-    out.print(str(result.file), soft_wrap=True)
+    print_path(result.file)
 
 
 def device_named(name: str) -> Any:

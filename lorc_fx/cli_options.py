@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lorc_fx.console import DType
+from lorc_fx.console import DType, can_be_written
 from lorc_fx.errors import BadOption
 
 ModelPath = Annotated[
@@ -29,7 +29,19 @@ Calibrated = Annotated[
 ]
 RunsIn = Annotated[DType, typer.Option(help="What the model runs in.")]
 Where = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
-Json = Annotated[Path | None, typer.Option("--json", help="Write all figures to this file.")]
+
+
+def _writable(path: Path | None) -> Path | None:
+    """Refused before anything slow starts."""
+    try:
+        if path is not None:
+            can_be_written("json", path)
+    except BadOption as error:
+        raise typer.BadParameter(str(error)) from None
+    return path
+
+
+Json = Annotated[Path | None, typer.Option("--json", callback=_writable, help="Write all figures to this file.")]
 
 
 def examples(*lines: str) -> str:

@@ -22,7 +22,7 @@ from lorc_fx.cli_options import (
     examples,
     numbers,
 )
-from lorc_fx.console import DType, Show, out, reported, write_json
+from lorc_fx.console import DType, Show, print_path, reported, write_json
 
 SWEEP, NEEDLES, STEPS = "0.6,0.45,0.35,0.25,0.15", "256,512,1024", "512,2048"
 
@@ -90,4 +90,4 @@ def report(
             html_report.write(output, page)
         if json_file:
             write_json(json_file, found)
-    out.print(str(output), soft_wrap=True)
+    print_path(output)

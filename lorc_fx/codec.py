@@ -16,7 +16,7 @@ basis is lossless, so the identity is taken: no decode, no rounding.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from typing import Any
@@ -195,10 +195,13 @@ class Codec:
         named.update({f"const{i}": c for i, c in enumerate(self.consts)})
         return {k: v for k, v in named.items() if v is not None}
 
-    def nbytes(self) -> int:
-        """Bytes of the codec's own matrices (consts belong to the model)."""
+    def nbytes(self, model: Iterable[Any] = ()) -> int:
+        """Bytes of the codec's own matrices (consts belong to the model). Storages of ``model``, its tensors, are not
+        counted: at full rank ``encode`` may be its weight."""
         own = (self.encode, self.shift, self.offsets, self.spread, self.decode, self.mean)
-        return sum(t.untyped_storage().nbytes() for t in own if t is not None)
+        known = {t.untyped_storage().data_ptr() for t in model if isinstance(t, torch.Tensor)}
+        held = [t.untyped_storage() for t in own if t is not None]
+        return sum(storage.nbytes() for storage in held if storage.data_ptr() not in known)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Codec:
         return self  # guards deep-copy metadata; identity must survive

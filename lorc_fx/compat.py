@@ -6,7 +6,7 @@ import contextlib
 import functools
 import inspect
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 from unittest import mock
 
@@ -46,11 +46,13 @@ _OPERATORS = frozenset(
 
 
 def is_in_place(node: Node) -> bool:
-    """Whether a node of a Dynamo graph may write into its first argument or a named one: by its name or schema."""
+    """Whether a node of a Dynamo graph may write into an argument: by its name or schema."""
     if "out" in node.kwargs or isinstance(node.target, torch._ops.HigherOrderOperator):
         return True
     if isinstance(node.target, torch._ops.OpOverload):
         return node.target._schema.is_mutable
+    if isinstance(node.target, torch._ops.OpOverloadPacket):
+        return any(getattr(node.target, name)._schema.is_mutable for name in node.target.overloads())
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     if name.strip("_") in _OPERATORS:
         return True
@@ -58,14 +60,55 @@ def is_in_place(node: Node) -> bool:
 
 
 def may_be_written(node: Node) -> list[Node]:
-    """The inputs that a node of a Dynamo graph may write into: where ``is_in_place``, the first argument and named
-    ones (also tensors in lists of them), and all inputs of a higher-order op, whose operands come in any place."""
-    if isinstance(node.target, torch._ops.HigherOrderOperator):
+    """The inputs that a node of a Dynamo graph may write into: what its schema says; else, where ``is_in_place``, the
+    first argument and named ones (also tensors in lists of them), and all inputs of a higher-order op or of one whose
+    overload is not chosen yet, whose operands come in any place."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        return written_nodes(node)
+    if not is_in_place(node):
+        return []
+    if isinstance(node.target, torch._ops.HigherOrderOperator | torch._ops.OpOverloadPacket):
         return node.all_input_nodes
     found: list[Node] = []
-    if is_in_place(node):
-        map_arg((node.args[:1], node.kwargs), found.append)
+    map_arg((node.args[:1], node.kwargs), found.append)
     return found
+
+
+def written_arguments(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+    """What a call of an op writes into by its schema, in any place, by name, in a list or as ``out``; [] of anything
+    that has no schema."""
+    schema = getattr(op, "_schema", None)
+    if schema is None or not schema.is_mutable:
+        return []
+    given = (args[i] if i < len(args) else kwargs.get(a.name) for i, a in enumerate(schema.arguments))
+    pairs = zip(schema.arguments, given, strict=True)
+    return [value for a, value in pairs if a.alias_info is not None and a.alias_info.is_write and value is not None]
+
+
+def written_nodes(node: Node) -> list[Node]:
+    """The nodes that a node of a canonical graph writes into: ``written_arguments``, and all of a user's own kernel."""
+    if isinstance(node.target, torch._ops.HigherOrderOperator):
+        return node.all_input_nodes if node.target.name().endswith("_mutation") else []
+    found: list[Node] = []
+    map_arg(written_arguments(node.target, node.args, node.kwargs), found.append)
+    return found
+
+
+def backends() -> list[str]:
+    """The names that torch.compile knows."""
+    return list(torch._dynamo.list_backends(exclude_tags=()))
+
+
+def backend(name: str) -> Callable[..., Any]:
+    """A backend of torch.compile by name."""
+    return torch._dynamo.lookup_backend(name)  # type: ignore[no-any-return]
+
+
+def inductor_modes() -> tuple[str, ...]:
+    """The names of inductor's modes."""
+    import torch._inductor
+
+    return tuple(torch._inductor.list_mode_options())
 
 
 def is_module_state(node: Node, example: Any) -> bool:

@@ -114,6 +114,11 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def print_path(path: Path) -> None:
+    """A file that was written, on a line of its own. Brackets in it are no markup."""
+    out.print(escape(str(path)), soft_wrap=True)
+
+
 def wide() -> Console:
     """Where tables go: the terminal, or as wide as they are."""
     return out if out.is_terminal else Console(width=140)

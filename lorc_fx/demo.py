@@ -35,6 +35,7 @@ from lorc_fx.evaluate import (
 from lorc_fx.latent import cache_nbytes
 from lorc_fx.models import DEMO_TITLE, load_model
 from lorc_fx.options import FIRST_PROMPT, FIRST_PROMPT_TOKENS, PAPER, Options
+from lorc_fx.texts import positions
 
 BACKEND = "lorc"
 
@@ -71,12 +72,13 @@ def run(
     if tokenizer is None:
         raise BadModel(str(path), "it has no tokenizer, and the demo starts from text")
     whole = tokenizer(sample_text()).input_ids
-    text = _whole_chunks(whole[:loss_tokens])
+    room = positions(model) or len(whole)
+    text = _whole_chunks(whole[: min(loss_tokens, room)])
     inner = options.get("inner", "inductor")
     kept = [name for name in options if name not in ("ratio", "bytes_per_token", "d_min", "d_max", "mode")]
     bare = {name: options[name] for name in kept} | {"inner": "eager"}
 
-    rest = torch.tensor([whole[0], *whole[len(text) :]])  # the first prompt, and what is calibrated on
+    rest = torch.tensor([whole[0], *whole[len(text) :]][:room])  # the first prompt, and what is calibrated on
 
     dense: dict[str, Any] = {"loss": _loss(show, model, text, "dense")}
     _compile(model, inner)

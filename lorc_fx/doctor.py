@@ -22,7 +22,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from . import models, switch
-from .compat import cpp_compiler
+from .compat import backends, cpp_compiler
 from .device import datasheet
 from .errors import LorcError
 from .evaluate import Show
@@ -79,9 +79,7 @@ def versions() -> Iterator[Finding]:
     for requirement in _requirements():
         if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
             yield _required(requirement)
-    import torch._dynamo
-
-    known = "lorc" in torch._dynamo.list_backends(exclude_tags=())
+    known = "lorc" in backends()
     step = "" if known else f"Install {DISTRIBUTION} (pip install -e . in a checkout), or pass lorc_fx.backend.lorc."
     yield Finding('backend="lorc"', OK if known else FAIL, "known to torch" if known else "not known to torch", step)
 
@@ -215,11 +213,16 @@ def _variable(name: str, value: str) -> tuple[str, str, str]:
         except LorcError as error:
             return FAIL, value, str(error)
         return (NOTE, f"{value}: the backend is off", "Unset it to compress.") if off else (OK, value, "")
-    if name in STOPS and value not in ("", "0"):
+    if name in STOPS and _stops(name):
         return NOTE, f"{value}: torch.compile does nothing, so caches stay dense", "Unset it to compress."
     if name == "TRITON_INTERPRET" and value == "1":
         return NOTE, f"{value}: kernels run as Python, thousands of times slower", "Unset it outside of tests."
     return OK, value, ""
+
+
+def _stops(name: str) -> bool:
+    """As torch reads it: nothing but 1 counts."""
+    return os.environ.get(name) == "1"
 
 
 # -- a run ------------------------------------------------------------------------------------------------------------
@@ -265,7 +268,7 @@ def _differs(inner: str, device: torch.device) -> str:
     want, _ = run()
     with compressed(model, options | {"inner": inner}):
         got, cache = run()
-    off = switch.disabled() or any(os.environ.get(name, "0") not in ("", "0") for name in STOPS)
+    off = switch.disabled() or any(map(_stops, STOPS))
     if not off and not all(isinstance(layer.keys, LatentKV) for layer in cache.layers):
         return "its cache is dense"
     error = max(float((g - w).abs().max() / w.abs().max()) for g, w in zip(got, want, strict=True))

@@ -21,8 +21,11 @@ def _names(known: Iterable[str]) -> str:
     return ", ".join(sorted(known)) or "none"
 
 
-def ratio_for(needed: int, dense: int) -> str:
-    """The least ratio, rounded up to six decimals, whose budget ``floor(ratio * dense)`` holds ``needed`` bytes."""
+def ratio_for(needed: int, dense: int, fixed: int = 0) -> str:
+    """The least ratio, rounded up to six decimals, whose budget ``floor(ratio * dense)`` holds ``needed`` bytes; at
+    ratio 1 ``fixed`` bytes (positions) come on top (``Options.budget``)."""
+    if dense < needed <= dense + fixed:
+        return "1"
     if dense <= 0 or needed > dense:
         return "none: more than the dense cache"
     millionths = -(-needed * 10**6 // dense)
@@ -110,26 +113,31 @@ class BadCertificate(LorcError, ValueError):
 
 class BudgetTooSmall(LorcError, ValueError):
     """The budget does not hold the least row of each site: one column, or all of them at the lowest precision where
-    none may be dropped. Bytes per token; ``dense`` is the dense cache of these sites."""
+    none may be dropped. Bytes per token; ``dense`` is the dense cache of these sites, ``fixed`` what they store
+    beside columns."""
 
-    def __init__(self, budget: int, least: int, dense: int, sites: int) -> None:
+    def __init__(self, budget: int, least: int, dense: int, sites: int, fixed: int = 0) -> None:
         self.budget, self.least, self.dense = budget, least, dense
         super().__init__(
             f"A budget of {budget} bytes per token is too small for {sites} sites: with the fewest columns and bits "
-            f"that the options let them have they need {least} bytes (ratio {ratio_for(least, dense)}; dense is {dense}"
-            "). Raise ratio or bytes_per_token to that, or allow fewer bits (precision) or columns (basis)."
+            f"that the options let them have they need {least} bytes (ratio {ratio_for(least, dense, fixed)}; "
+            f"dense is {dense}). Raise ratio or bytes_per_token to that, or allow fewer bits (precision) or columns "
+            "(basis)."
         )
 
 
 class KnobsDoNotFit(LorcError, ValueError):
     """The progressive schedule's knobs, as the user gave them, need more than the budget."""
 
-    def __init__(self, knobs: Mapping[str, int], needed: int, budget: int, dense: int, would_fit: str) -> None:
+    def __init__(
+        self, knobs: Mapping[str, int], needed: int, budget: int, dense: int, would_fit: str, fixed: int = 0
+    ) -> None:
         self.knobs, self.needed, self.budget = dict(knobs), needed, budget
         given = ", ".join(f"{name}={value}" for name, value in knobs.items())
         super().__init__(
             f"{given} need {needed} bytes per token, the budget is {budget}. What would fit: {would_fit}; or a budget "
-            f"of {needed} bytes (ratio {ratio_for(needed, dense)}). Or leave the knobs out: they are then solved."
+            f"of {needed} bytes (ratio {ratio_for(needed, dense, fixed)}). Or leave the knobs out: they are then "
+            "solved."
         )
 
 
@@ -178,10 +186,14 @@ class BadBasis(LorcError, ValueError):
 # ------------------------------------------------------------------------------------------- models and weights
 
 
-def _listed(misses: Iterable[object], limit: int = 20) -> str:
+LISTED = 20
+"""Misses that a message names."""
+
+
+def _listed(misses: Iterable[object]) -> str:
     lines = [f"\n  - {miss}" for miss in misses]
-    more = f"\n  … and {len(lines) - limit} more" if len(lines) > limit else ""
-    return "".join(lines[:limit]) + more
+    more = f"\n  … and {len(lines) - LISTED} more" if len(lines) > LISTED else ""
+    return "".join(lines[:LISTED]) + more
 
 
 class StrictMiss(LorcError):
@@ -196,25 +208,27 @@ class StrictMiss(LorcError):
 
 
 class NoSites(LorcError):
-    """``strict=True`` and the model has nothing that could be compressed."""
+    """The model has nothing that could be compressed: an error under ``strict=True``, else the text of a warning."""
 
-    def __init__(self, misses: Sequence[object] = ()) -> None:
+    def __init__(self, misses: Sequence[object] = (), strict: bool = True) -> None:
         self.misses = tuple(misses)
         near = f" The nearest misses:{_listed(self.misses)}\n" if self.misses else " "
+        refused, else_ = ("; strict allows no such model", ", or pass strict=False to run it unchanged")
         super().__init__(
-            f"No site found: 0 cached keys or values come from a projection of this graph; strict allows no such "
-            f"model.{near}Check that it runs with use_cache=True and that no graph break (TORCH_LOGS=graph_breaks "
-            "names them) lies between a projection and its cache, or pass strict=False to run it unchanged."
+            "No site found: 0 cached keys or values come from a projection of this graph"
+            f"{refused if strict else '; it runs unchanged'}.{near}Check that it runs with use_cache=True and that no "
+            "graph break (TORCH_LOGS=graph_breaks names them) lies between a projection and its cache"
+            f"{else_ if strict else ''}."
         )
 
 
 class BadWeight(LorcError, ValueError):
     """A projection whose effective weight cannot be factorised (NaN or inf in it)."""
 
-    def __init__(self, site: object, reason: str = "it holds NaN or inf") -> None:
+    def __init__(self, site: object) -> None:
         self.site = site
         super().__init__(
-            f"The weight of site {site} cannot be factorised: {reason}; only finite values are allowed. "
+            f"The weight of site {site} cannot be factorised: it holds NaN or inf; only finite values are allowed. "
             "Check the checkpoint (and its dtype), or leave the model uncompressed."
         )
 
@@ -235,10 +249,10 @@ class UnloadedWeights(LorcError, ValueError):
 class GradRequired(LorcError):
     """The graph is compiled for training: a gradient is required."""
 
-    def __init__(self, detail: str = "grad mode is on and an input or weight requires grad") -> None:
+    def __init__(self) -> None:
         super().__init__(
-            f"A compressed cache has no gradient and {detail}; allowed is inference only. "
-            "Call it under torch.no_grad() or torch.inference_mode(), or model.requires_grad_(False)."
+            "A compressed cache has no gradient, and grad mode is on and an input or weight requires grad; allowed is "
+            "inference only. Call it under torch.no_grad() or torch.inference_mode(), or model.requires_grad_(False)."
         )
 
 
@@ -250,6 +264,17 @@ class UnreadableGraph(LorcError):
             f"This graph cannot be read: {detail}. Allowed is whatever torch can trace on fake tensors; "
             "lorc_fx.explain(model, ...) shows where. With torch.compile(dynamic=True), leave `dynamic` out: lengths "
             "are dynamic anyway."
+        )
+
+
+class TooManyValues(UnreadableGraph):
+    """A graph whose Python numbers go on changing: each value would have codecs of its own."""
+
+    def __init__(self, names: str, values: int) -> None:
+        LorcError.__init__(
+            self,
+            f"Python numbers of this graph ({names}) have had {values} values, each with codecs of its own; allowed "
+            "are so many as torch compiles a graph for. Make them tensors, or raise recompile_limit.",
         )
 
 

@@ -166,14 +166,18 @@ def generate_text(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int =
     return generation._replace(text=tokenizer.decode(ids, skip_special_tokens=True))
 
 
-def decode_speed(model: Any, prompt: Any, n: int = 32, warmup: int = 3, progress: Progress | None = None) -> float:
+WARMUP_STEPS = 3
+"""Before what ``decode_speed`` times."""
+
+
+def decode_speed(model: Any, prompt: Any, n: int = 32, progress: Progress | None = None) -> float:
     """Tokens per second from the median of ``n`` decode steps after ``prompt`` ([N] or [1, N] token ids).
 
     It goes through ``generate`` and repeats a warm-up run of a few steps before, so neither prefill nor compiles count.
     """
     ids = torch.as_tensor(prompt, device=model.device).reshape(1, -1)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    _generate(model, inputs, warmup + 1, min_new_tokens=warmup + 1)
+    _generate(model, inputs, WARMUP_STEPS + 1, min_new_tokens=WARMUP_STEPS + 1)
     if progress:
         progress(1, 2)
     _, generation = _generate(model, inputs, n + 1, min_new_tokens=n + 1)

@@ -25,7 +25,7 @@ def _symbols(names: str) -> Any:
 d_min, d_max, t = _symbols("d_min d_max t_l")
 x, x_min, x_max = _symbols(r"\log\tilde{\kappa}_l \log\tilde{\kappa}_{min} \log\tilde{\kappa}_{max}")
 fixed, column, r, n = _symbols("b_fixed b_column r n")
-ratio, dense, stored = _symbols("rho b_dense b_site")
+ratio, dense = _symbols("rho b_dense")
 _l, _j, _L = sympy.symbols("l j L", integer=True)
 _k, _v = sympy.IndexedBase(r"\kappa^{K}"), sympy.IndexedBase(r"\kappa^{V}")
 
@@ -70,24 +70,14 @@ FORMULAS: dict[str, Formula] = {
         Formula("real_rank", "rank of layer l before the floor", r"\hat{d}_l", _real, (d_min, d_max, t)),
         Formula("rank", "progressive rank of layer l", "d_l", sympy.floor(_real), (d_min, d_max, t)),
         Formula("row_bytes", "bytes of one token at one site", "b_{site}", fixed + column * r, (fixed, column, r)),
-        Formula(
-            "rank_of_bytes",
-            "columns that a site's bytes pay for",
-            "r",
-            sympy.floor((stored - fixed) / column),
-            (stored, fixed, column),
-        ),
         Formula("budget", "bytes per token that a ratio allows", "b", sympy.floor(ratio * dense), (ratio, dense)),
-        Formula("decode_flops", "FLOPs to decode one token of one site", "F", 2 * r * n, (r, n)),
     )
 }
 
 _position_of = FORMULAS["position"].function()
 _real_rank = FORMULAS["real_rank"].function()
 _row_bytes = FORMULAS["row_bytes"].function()
-_rank_of_bytes = FORMULAS["rank_of_bytes"].function()
 _budget = FORMULAS["budget"].function()
-_decode_flops = FORMULAS["decode_flops"].function()
 _rank = FORMULAS["rank"].function()
 
 
@@ -124,22 +114,12 @@ def row_bytes(fixed_bytes: int, column_bytes: int, columns: int) -> int:
     return int(_row_bytes(fixed_bytes, column_bytes, columns))
 
 
-def rank_of_bytes(site_bytes: int, fixed_bytes: int, column_bytes: int) -> int:
-    """Columns that ``site_bytes`` bytes per token pay for (0 or less: not even one)."""
-    return int(_rank_of_bytes(Fraction(site_bytes), Fraction(fixed_bytes), Fraction(column_bytes)))
-
-
 def budget_bytes(value: float | int | Fraction | Decimal | str, dense_bytes: int) -> int:
     """``floor(ratio * dense)`` in bytes per token, exact: ``budget_bytes(0.45, 100) == 45``.
 
     Raises BadOption where ``value`` is no number.
     """
     return int(_budget(exact_ratio(value), dense_bytes))
-
-
-def decode_flops(columns: int, width: int) -> int:
-    """FLOPs to decode one token of one site: ``2 r n``."""
-    return int(_decode_flops(columns, width))
 
 
 def latex(name: str) -> str:

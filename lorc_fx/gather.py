@@ -19,6 +19,9 @@ aten = torch.ops.aten
 PROBES = 8
 """Queries that are drawn for each key token."""
 
+NEAR = 12
+"""Nodes after the scores among which their mask is looked for."""
+
 SAMPLE = 128
 """Tokens of the latest text that are kept as they are, to measure codecs on."""
 
@@ -139,12 +142,12 @@ def drawn_queries(
     return torch.nn.functional.pad(drawn, (0, 0, 0, there - asked)).to(keys.dtype)
 
 
-def mask_of(reader: Reader, limit: int = 12) -> tuple[Node, Node | None]:
+def mask_of(reader: Reader) -> tuple[Node, Node | None]:
     """The node where attention applies its mask to the scores of these keys, and the mask (None: it has none)."""
     if reader.node.target is aten.scaled_dot_product_attention.default:
         mask = arg(reader.node, 3, "attn_mask")
         return reader.node, mask if isinstance(mask, Node) else None
-    queue = [reader.node]
+    queue, limit = [reader.node], NEAR
     while queue and limit:
         limit -= 1
         node = queue.pop(0)
@@ -217,9 +220,13 @@ class Sums:
 
     def add_gradient(self, gradient: torch.Tensor, ordinary: torch.Tensor, local: bool = False) -> None:
         """``gradient`` [B, T, n] at y, of whose tokens those of ``ordinary`` [B, T] bool count; ``local``: that of
-        attention scores, not of the loss."""
-        self.local = local
+        attention scores, not of the loss. Tokens whose gradient is not finite (the norm of a vector of zeros) do not
+        count."""
         rest = gradient.to("cpu", torch.float64)[ordinary]
+        rest = rest[torch.isfinite(rest).all(-1)]
+        if not len(rest):
+            return
+        self.local = local
         outer = second_moment(rest, self.groups)
         self.gradients += len(rest)
         self.gradient = outer if self.gradient is None else self.gradient + outer

@@ -113,8 +113,8 @@ class LatentKV(torch.Tensor):
     def born(
         cls, codec: Codec, codes: torch.Tensor, positions: Track | torch.Tensor | None, tail: torch.Tensor | None = None
     ) -> LatentKV:
-        """A LatentKV that owns ``codes`` [T, B, r], with ``positions`` [T, B] (or a track of them that others share),
-        and no spare room yet."""
+        """A LatentKV that owns ``codes`` [T, B, width], with ``positions`` [T, B] (or a track of them that others
+        share), and no spare room yet."""
         track = Track(positions, codes.shape[0]) if isinstance(positions, torch.Tensor) else positions
         return cls.over(codec, Rows(codes, track, codes.shape[0]), 0, codes.shape[0], tail)
 
@@ -141,10 +141,6 @@ class LatentKV(torch.Tensor):
     def length(self) -> int:
         """Coded tokens."""
         return self.codes.shape[0]
-
-    def extended(self, extra: int) -> LatentKV:
-        """This view and room for ``extra`` more tokens, which a graph fills."""
-        return extend([self], extra)[0]
 
     # -- reading ----------------------------------------------------------------------------------------------
 
@@ -220,12 +216,14 @@ class LatentKV(torch.Tensor):
 
     def parts(self) -> list[torch.Tensor]:
         """The tensors that hold it: codes, positions, tail, as far as it has them."""
+        self.follow()
         return [t for t in (self.codes, self.positions, self.tail) if t is not None]
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"LatentKV(shape={tuple(self.shape)}, rank={self.codec.rank} of {self.codec.width}, dtype={self.dtype})"
 
     def __deepcopy__(self, memo: dict[Any, Any]) -> LatentKV:
+        self.follow()
         assert self.rows is not None
         track = self.rows.track
         if track is not None:  # one copy for all layers that share it

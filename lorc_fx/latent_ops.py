@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .compat import is_fake, is_functional
+from .compat import is_fake, is_functional, written_arguments
 from .errors import EagerWarning, ForeignCache
 from .latent import LatentKV
 from .rows import Rows, Track, blank
@@ -84,8 +84,7 @@ WRITTEN = "eager code wrote dense values into a coded cache ({}): it is dense fr
 
 def _decoded(func: Any, args: Any, kwargs: Any) -> Any:
     """Any other operation: decode, then run it on dense values; one that writes makes its argument dense in place."""
-    written = [a for a, s in zip(args, func._schema.arguments, strict=False) if s.alias_info and s.alias_info.is_write]
-    written = [w for w in written if isinstance(w, LatentKV)]
+    written = [w for w in tree_leaves(written_arguments(func, args, kwargs)) if isinstance(w, LatentKV)]
     if written:
         hint_once("write", WRITTEN.format(func))
     else:
@@ -98,8 +97,8 @@ def _decoded(func: Any, args: Any, kwargs: Any) -> Any:
         return dense[id(x)] if id(x) in dense else x.dense()
 
     plain = tree_map(decode, (args, kwargs))
-    out = func(*plain[0], **plain[1])
-    return next((w for w in written if out is dense[id(w)]), out)
+    back = {id(dense[id(w)]): w for w in written}
+    return tree_map(lambda out: back.get(id(out), out), func(*plain[0], **plain[1]))
 
 
 # -- operations that act on rows ------------------------------------------------------------------------------
@@ -108,7 +107,7 @@ def _decoded(func: Any, args: Any, kwargs: Any) -> Any:
 def _mapped(
     latent: LatentKV, fn: Callable[[torch.Tensor], torch.Tensor], key: tuple[Hashable, ...], argument: Any = None
 ) -> LatentKV:
-    """A LatentKV over new rows: ``fn`` is applied to codes [T, B, r] and positions [T, B] (once for all layers that
+    """A LatentKV over new rows: ``fn`` is applied to codes [T, B, width] and positions [T, B] (once for all layers that
     share them: ``key`` and the tensor ``argument`` say what fn is)."""
     return LatentKV.born(latent.codec, fn(latent.codes), _track(latent, fn, key, argument))
 
@@ -185,13 +184,20 @@ def _cat(func: Any, args: Any, kwargs: Any) -> Any:
     dim = _row_dim(first, args[1] if len(args) > 1 else 0)
     coded = all(isinstance(t, LatentKV) and t.codec is first.codec and t.tail is None for t in full)
     if dim == 0 and not coded:
-        return _with_tail(first, full[1:])
+        return _with_tail(first, full[1:]) if all(_continues(first, t) for t in full[1:]) else NotImplemented
     if dim is None or not coded or (dim == 1 and _shared_positions(full)):
         return NotImplemented
     more = [(t.rows.track, t.start, t.length, t.positions) for t in full[1:]]
     spans = tuple((None if track is None else track.state(), start, length) for track, start, length, _ in more)
     joined = _track(first, lambda t: torch.cat([t, *(p for *_, p in more)], dim), ("cat", dim, *spans), None)
     return LatentKV.born(first.codec, torch.cat([t.codes for t in full], dim), joined)
+
+
+def _continues(first: LatentKV, more: torch.Tensor) -> bool:
+    """Whether ``more`` may be further tokens of ``first``; else torch promotes what is joined, or refuses it."""
+    token = first.codec.decoder.token_dim
+    sizes = [(*t.shape[:token], *t.shape[token + 1 :]) for t in (first, more)]
+    return more.dtype == first.dtype and more.device == first.device and sizes[0] == sizes[1]
 
 
 def _with_tail(first: LatentKV, more: Sequence[torch.Tensor]) -> LatentKV:
@@ -205,6 +211,7 @@ def _with_tail(first: LatentKV, more: Sequence[torch.Tensor]) -> LatentKV:
     parts = [*([] if first.tail is None else [first.tail])]
     parts += [t.dense() if isinstance(t, LatentKV) else t for t in more]
     assert first.rows is not None
+    first.rows.shared = True  # what is joined is a copy: a write to either must not reach the other
     return LatentKV.over(first.codec, first.rows, first.start, first.length, torch.cat(parts, token))
 
 
@@ -273,7 +280,7 @@ def _index(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _same(func: Any, args: Any, kwargs: Any) -> Any:
-    return args[0].viewed_by(lambda x: LatentKV.over(x.codec, x.rows, x.start, x.length, x.tail))
+    return args[0].__copy__()
 
 
 def _clone(func: Any, args: Any, kwargs: Any) -> Any:

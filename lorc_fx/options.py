@@ -14,7 +14,8 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from lorc_fx import formulas
-from lorc_fx.bases import GROUPED, registered_bases
+from lorc_fx.bases import BUILT_IN, GROUPED, registered_bases
+from lorc_fx.compat import backends, inductor_modes
 from lorc_fx.errors import BadOption, BadPlan, ConflictingOptions, UnknownBackend, UnknownOption
 from lorc_fx.schedulers import get_scheduler
 
@@ -27,7 +28,7 @@ PROGRESSIVE_KNOBS = ("d_min", "d_max", "protect_first", "protect_last")
 #: option -> its values
 CHOICES: dict[str, tuple[str, ...]] = {
     "precision": ("model", "int8", "int4", "auto"),
-    "basis": ("joint", "auto", "grouped", "identity"),
+    "basis": BUILT_IN,
     "objective": ("balanced", "bytes", "time"),
 }
 #: the ``calibration`` that waits for the first long enough prompt
@@ -77,10 +78,10 @@ PAPER = FrozenOptions(scheduler="progressive", precision="model", basis="joint",
 class Options:
     """All options, validated on construction. Budgets are bytes per token, ranks are columns.
 
-    Raises BadOption, ConflictingOptions, UnknownScheduler, UnknownBackend or BadPlan. ``ratio`` is 0.45 where
-    neither it nor ``bytes_per_token`` nor ``plan`` is given, else None. Where the data is known or will be
-    (``calibration`` is not "none"), the default ``scheduler`` is "loss" and ``precision`` "auto"; else they are the
-    paper's, "progressive" and "model".
+    Raises BadOption, ConflictingOptions, UnknownScheduler, UnknownBackend, BadPlan or BadCalibration. ``ratio`` is
+    0.45 where neither it nor ``bytes_per_token`` nor ``plan`` is given, else None. Where the data is known or will be
+    (``calibration`` is not "none"), the default ``scheduler`` is "loss" (but "progressive" with one of its knobs) and
+    ``precision`` "auto"; else they are the paper's, "progressive" and "model".
     """
 
     ratio: float | Fraction | None = None
@@ -284,9 +285,7 @@ def _check_inner(inner: object) -> None:
         if type(inner).__hash__ is None:
             raise BadOption("inner", inner, "a backend name or a hashable callable", "inductor")
         return
-    import torch._dynamo
-
-    known = [name for name in torch._dynamo.list_backends(exclude_tags=()) if name != "lorc"]
+    known = [name for name in backends() if name != "lorc"]
     if not isinstance(inner, str) or inner not in known:
         raise UnknownBackend(inner, known)
 
@@ -295,10 +294,8 @@ def _check_mode(mode: object, inner: object) -> None:
     """Raises BadOption for a mode that torch.compile lacks, ConflictingOptions where ``inner`` takes none."""
     if mode is None:
         return
-    import torch._inductor
-
-    known = tuple(torch._inductor.list_mode_options())
+    known = inductor_modes()
     if not isinstance(mode, str) or mode not in known:
         raise BadOption("mode", mode, "one of " + ", ".join(repr(name) for name in known))
-    if isinstance(inner, str) and inner != "inductor" and mode != "default":
+    if inner != "inductor" and mode != "default":
         raise ConflictingOptions(("mode", "inner"), f"inner={inner!r} has no modes", "Leave mode out")

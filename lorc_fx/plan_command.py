@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,10 +15,9 @@ from torch.fx import GraphModule
 
 from . import plan_plot
 from .backend import plans
-from .compat import compile_limits
 from .console import can_be_written
 from .errors import BadModel, BadOption, ConflictingOptions, QualityWarning
-from .evaluate import RECOMPILE_LIMIT, Show, chunked_loss
+from .evaluate import Show, chunked_loss, compressed
 from .options import Options
 from .plan_file import tensor_path
 from .records import Plan
@@ -25,6 +25,9 @@ from .report import traced
 
 CHUNK = 256
 """Tokens per call where a loss is measured: all but the first of a row read the cache."""
+
+KNOBS = ("calibration", "scheduler", "precision", "basis", "group_size", "objective")
+"""The options of a plan beside its budget."""
 
 PROMPT_TOKENS = 16
 """Of the example that the model is traced with."""
@@ -49,6 +52,9 @@ def asked(knobs: Mapping[str, Any], budget: Mapping[str, Any], ratios: Sequence[
     Raises what ``Options`` raises."""
     fixed = Options.parse({}, **knobs)  # reads a calibration once
     shared = {name: getattr(fixed, name) for name in knobs}
+    if not single and any(value is not None for value in budget.values()):
+        names = ("--ratio or --bytes-per-token", "no OUTPUT")
+        raise ConflictingOptions(names, "only a plan that is written has that budget", "Give OUTPUT, or --sweep alone")
     first = [Options.parse(shared, **budget)] if single else []
     return list(dict.fromkeys(first + [Options.parse(shared, ratio=ratio) for ratio in ratios]))
 
@@ -73,21 +79,16 @@ def planned(model: Any, many: Sequence[Options]) -> list[Plan]:
 def measured(show: Show, model: Any, rows: Sequence[torch.Tensor], plan: Plan | None, options: Options) -> float:
     """Loss in nats per token over ``rows`` ([T] token ids each, a text from its start), read through the cache of
     ``plan`` (None: the dense one). ``options`` made the plan."""
-    torch.compiler.reset()
-    model._compiled_call_impl = None
-    if plan is not None:
-        known = {} if plan.bases else {"calibration": options.calibration}
-        given = {"plan": plan, "inner": "eager", **known}
-        model.compile(backend="lorc", options=given, **compile_limits(RECOMPILE_LIMIT))
     nats, tokens = 0.0, 0
-    with warnings.catch_warnings():
+    with contextlib.ExitStack() as stack, warnings.catch_warnings():
+        if plan is not None:
+            known = {} if plan.bases else {"calibration": options.calibration}
+            stack.enter_context(compressed(model, {"plan": plan, "inner": "eager", **known}))
         warnings.simplefilter("ignore", QualityWarning)  # the table says it in numbers
         for i, row in enumerate(rows):
             loss = chunked_loss(model, row, CHUNK)
             nats, tokens = nats + loss.nats * loss.tokens, tokens + loss.tokens
             show.progress(i + 1, len(rows))
-    torch.compiler.reset()
-    model._compiled_call_impl = None
     return nats / tokens
 
 

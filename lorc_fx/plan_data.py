@@ -34,7 +34,8 @@ class SiteBasis:
     """The basis of one planned site. Compared by content, so that a plan is equal to itself after a round trip.
 
     mark [m] fp64: the fingerprint of the effective weight [n, d].   singular [n] fp64: its singular values, descending.
-    basis: the first r columns, P [n, r] and S [r, n] fp64, with all n energies and the means. In fp32 a third of a
+    basis: the first r columns, P [n, r] and S [r, n] fp64, with all energies (n; a registered basis may have fewer) and
+    the means. In fp32 a third of a
     codec's entries would round to other numbers (measured on Gemma 3 270M), and caches would differ.
     """
 
@@ -78,11 +79,13 @@ class SiteBasis:
         mark, singular, energy, means, analysis = (given[name] for name in REQUIRED)
         synthesis = given.get("synthesis", analysis.T)
         n, r = analysis.shape if analysis.dim() == 2 else (0, 0)
-        wanted = {"singular": (n,), "energy": (n,), "means": (len(means), n), "synthesis": (r, n)}
+        wanted = {"singular": (n,), "energy": (len(energy),), "means": (len(means), n), "synthesis": (r, n)}
         found = {"singular": singular, "energy": energy, "means": means, "synthesis": synthesis}
         for name, shape in wanted.items():
             if tuple(found[name].shape) != shape or found[name].dtype != torch.float64 or not r:
                 raise ValueError(f"{name} is {tuple(found[name].shape)} {found[name].dtype}, not {shape} float64")
+        if not r <= len(energy) <= n:
+            raise ValueError(f"energy has {len(energy)} entries for {r} columns of a site of width {n}")
         return cls(mark, singular, Basis(analysis, synthesis, energy, means, True, absolute, groups))
 
     @cached_property

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,13 +35,10 @@ def write(path: Path, lines: Sequence[Mapping[str, Any]], tensors: Mapping[str, 
     Both files are replaced whole, the tensors first: after a crash in between, the old JSON does not fit the new
     tensors, which ``read`` says. Raises OSError.
     """
-    from safetensors.torch import save
-
     about = "null"
     if tensors:
         beside = tensor_path(path)
-        with replaced(beside) as partial:  # save_file would make it readable by its owner only
-            partial.write_bytes(save(dict(tensors), metadata={"lorc_fx_plan": str(VERSION)}))
+        write_tensors(beside, tensors, {"lorc_fx_plan": str(VERSION)})
         about = json.dumps({"file": beside.name, "sha256": checksum(tensors)}, sort_keys=True)
     body = ",\n".join(json.dumps(line, sort_keys=True) for line in lines)
     with replaced(path) as partial:
@@ -92,7 +90,7 @@ def checksum(tensors: Mapping[str, torch.Tensor]) -> str:
 @contextlib.contextmanager
 def replaced(path: Path) -> Iterator[Path]:
     """A new file to write to, which becomes ``path`` if the block ends without an error and is removed if not."""
-    partial = path.parent / f".{path.name}.{os.getpid()}.part"
+    partial = path.parent / f".{path.name}.{os.getpid()}.{threading.get_ident()}.part"
     try:
         yield partial
         partial.replace(path)

@@ -26,7 +26,8 @@ def require(what: str = "--plot") -> None:
 
 def check(option: str, path: Path) -> None:
     """Before anything slow starts: raises what ``can_be_written`` and ``require`` raise."""
-    can_be_written(option, path)
+    for target in paths(path):
+        can_be_written(option, target)
     require()
 
 

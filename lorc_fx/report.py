@@ -184,7 +184,12 @@ class Report:
                 f"{self.bytes_per_token} bytes per token instead of {self.bytes_per_token_dense} ({share:.1%}); "
                 f"codecs hold {self.codec_bytes} bytes, {when}."
             )
-        if self.waiting and self.sites:
+        if self.fidelity and self.sites:
+            lines.append(
+                "That is without statistics. The first prompt has come, and caches are coded with what it showed: "
+                "their columns have other bits."
+            )
+        elif self.waiting and self.sites:
             lines.append(
                 f"That is without statistics: the first prompt of {FIRST_PROMPT_TOKENS} tokens or more gives them, and "
                 "then columns get other bits. `lorc calibrate` gives them now."
@@ -242,8 +247,9 @@ def explain(model: torch.nn.Module, *args: Any, options: Mapping[str, Any] | Non
 
 
 def make_plan(model: torch.nn.Module, *args: Any, options: Mapping[str, Any] | None = None, **kwargs: Any) -> Plan:
-    """The plan that backend="lorc" with ``options`` would follow for this model: ``Plan.save(path)``, and
-    ``options={"plan": plan or path}`` uses it without planning again. Raises what ``explain`` raises."""
+    """The plan that backend="lorc" with ``options`` would follow for this model, before a first prompt gives
+    statistics: ``Plan.save(path)``, and ``options={"plan": plan or path}`` uses it without planning again.
+    Raises what ``explain`` raises."""
     return examined(model, args, kwargs, Options.parse(options)).plan or Plan(())
 
 

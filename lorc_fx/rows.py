@@ -147,11 +147,6 @@ class Rows:
             with _LOCK:
                 self.track.owners -= 1
 
-    @property
-    def positions(self) -> torch.Tensor | None:
-        """All positions held, spare room included: [capacity, B] int32, or as ``Track`` says."""
-        return None if self.track is None else self.track.data
-
     def grown(self, start: int, length: int, extra: int, track: Track | None) -> Rows:
         """A copy of rows [start, start + length) with room for at least ``extra`` more."""
         return Rows(_grown(self.codes, start, length, extra), track, length)

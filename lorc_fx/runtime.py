@@ -5,6 +5,7 @@ This is the hot path of every decode step, so it is written for few Python opera
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,11 +27,14 @@ from .rows import Track, alone
 from .store import STORE, WeightState
 
 
-class Builder(Protocol):
+class Builds(Protocol):
+    """What ``Compiled`` needs of a ``builder.Builder``."""
+
     places: dict[Site, tuple[int, ...]]
 
     def codecs(self, arguments: Sequence[Any]) -> list[Codec]: ...
     def holds(self, site: Site, arguments: Sequence[Any], codec: Codec) -> bool: ...
+    def begins(self) -> bool: ...
     def informs(self) -> bool: ...
     def inform(self, arguments: Sequence[Any]) -> None: ...
     def build(self, codecs: Sequence[Codec], joined: dict[int, int], sharing: Sharing) -> Binding: ...
@@ -148,6 +152,15 @@ class Binding:
         return arguments[out.index] if out.kind == "same" else None
 
 
+_INTEGERS = {
+    "FloorDiv": operator.floordiv,
+    "CleanDiv": operator.floordiv,
+    "Mod": operator.mod,
+    "PythonMod": operator.mod,
+}
+"""torch's own functions in expressions of sizes, by name."""
+
+
 def size_reader(canonical: GraphModule, made: Rewritten) -> Callable[[Sequence[Any]], dict[Any, int]]:
     """Compile the size expressions that the wrapper needs into one function of the arguments.
 
@@ -167,7 +180,7 @@ def size_reader(canonical: GraphModule, made: Rewritten) -> Callable[[Sequence[A
                 _note(sources, size, i, dim)
     symbols = sorted({s for e in varying for s in e.free_symbols}, key=str)
     places = [sources[s] for s in symbols]
-    evaluate = sympy.lambdify(symbols, varying, modules="math", cse=False) if varying else None
+    evaluate = sympy.lambdify(symbols, varying, modules=[_INTEGERS, "math"], cse=False) if varying else None
 
     def sizes(arguments: Sequence[Any]) -> dict[Any, int]:
         if evaluate is None:
@@ -210,16 +223,16 @@ class Compiled:
     """The callable that Dynamo keeps for one graph.
 
     Codecs follow the weights: each call checks that the weights are those the codecs were made from, unchanged, and
-    looks others up (or makes them) where not. A LatentKV written by other codecs is decoded, and the call goes on
-    dense: right, and said once.
+    looks others up (or makes them) where not; a call that begins its caches looks at their content too. A LatentKV
+    written by other codecs is decoded, and the call goes on dense: right, and said once.
     """
 
     ready: Ready
 
-    def __init__(self, canonical: GraphModule, original: GraphModule, matched: Matched, builder: Builder) -> None:
+    def __init__(self, canonical: GraphModule, original: GraphModule, matched: Matched, builder: Builds) -> None:
         self.canonical, self.original, self.matched, self.builder = canonical, original, matched, builder
         self.bindings: dict[tuple[Any, ...], Binding] = {}
-        self.uninformed = builder.informs()
+        self.begins, self.informs = builder.begins(), builder.informs()
         arguments = placeholders(canonical)
         latents = {n: i for i, n in enumerate(arguments) if n.meta.get("latent") is not None}
         self.templates = {i: n.meta["latent"].codec.itself for n, i in latents.items()}  # fakes do not keep them
@@ -229,7 +242,7 @@ class Compiled:
 
     def first(self, examples: Sequence[Any]) -> Compiled:
         """Make codecs and the inner callable at compile time, on the real weights (and of the prompt in hand)."""
-        if self.uninformed and not any(_is_symbolic(e) for e in examples):
+        if self.informs and not any(_is_symbolic(e) for e in examples):
             self.builder.inform(examples)
         self._prepare(examples)
         return self
@@ -274,10 +287,12 @@ class Compiled:
         return Sharing(tuple(tracks), tuple(consts))
 
     def __call__(self, *arguments: Any) -> Any:
-        if self.uninformed:
+        if self.informs:
             self.builder.inform(arguments)
         ready = self.ready
         if ready.epoch != STORE.epoch or not all(state.still(arguments[place]) for place, state in ready.states):
+            ready = self._prepare(arguments)
+        elif self.begins and not all(state.same(arguments[place]) for place, state in ready.states):
             ready = self._prepare(arguments)
         if ready.foreign(arguments, self.joined):
             ready = self._prepare(arguments)

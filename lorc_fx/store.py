@@ -18,22 +18,38 @@ from .codec import Codec, version_of
 from .parts import all_parts
 from .records import Fidelity
 
+SAMPLE = 256
+"""Numbers of a weight that are compared: a write by way of ``.data`` (peft merges adapters so) counts no version."""
+
+
+def _sample(weight: torch.Tensor) -> torch.Tensor:
+    """Some ``SAMPLE`` numbers from all over a weight, as bytes. An odd stride: else all were of one column."""
+    flat = weight.detach()
+    flat = flat.permute(sorted(range(flat.dim()), key=flat.stride, reverse=True)).reshape(-1)  # a view, if without gaps
+    return flat[:: flat.numel() // SAMPLE | 1].clone().view(torch.uint8)
+
 
 @dataclass(frozen=True)
 class WeightState:
-    """One weight as it was: the tensor (weakly), its in-place version and its storage."""
+    """One weight as it was: the tensor (weakly), its in-place version, its storage and a sample of its content."""
 
     ref: weakref.ref[torch.Tensor]
     version: int
     pointer: int
+    sample: torch.Tensor
 
     @classmethod
     def of(cls, weight: torch.Tensor, gone: Callable[[object], None] | None = None) -> WeightState:
         """``gone`` is called when the weight dies, unless this state died before."""
-        return cls(weakref.ref(weight, gone), version_of(weight), weight.data_ptr())
+        return cls(weakref.ref(weight, gone), version_of(weight), weight.data_ptr(), _sample(weight))
 
     def still(self, weight: torch.Tensor) -> bool:
+        """Whether it is the same tensor, not written since, but for writes that count no version: for each call."""
         return self.ref() is weight and version_of(weight) == self.version and weight.data_ptr() == self.pointer
+
+    def same(self, weight: torch.Tensor) -> bool:
+        """The same, and the sample of its content is what it was: once for each prompt (a GPU is waited for)."""
+        return self.still(weight) and torch.equal(_sample(weight), self.sample)
 
 
 @dataclass(frozen=True)
@@ -43,17 +59,18 @@ class Entry:
     fidelity: Fidelity | None = None
 
     def still(self, weights: Sequence[torch.Tensor]) -> bool:
-        return len(weights) == len(self.weights) and all(s.still(w) for s, w in zip(self.weights, weights, strict=True))
+        return len(weights) == len(self.weights) and all(s.same(w) for s, w in zip(self.weights, weights, strict=True))
 
     def unchanged(self) -> bool:
         """Whether all its weights are alive and as they were."""
         weights = [s.ref() for s in self.weights]
-        return all(w is not None and s.still(w) for s, w in zip(self.weights, weights, strict=True))
+        return all(w is not None and s.same(w) for s, w in zip(self.weights, weights, strict=True))
 
 
 class CodecStore:
-    """Codecs by (options, kind, ordinal, weights). Entries of weights that died are dropped as their ids come up.
-    ``epoch`` changes when codecs did though the weights did not (statistics came in, or were forgotten).
+    """Codecs by weights, ``Builder._key`` (options, site, constants) and whether statistics informed them. Entries of
+    weights that died are dropped as their ids come up. ``epoch`` changes when codecs did though the weights did not
+    (statistics came in, or were forgotten).
 
     Without a lock: each read and write of a dict is one step, also where a weight that dies takes its entries along,
     and what goes through all entries goes through a copy. Codecs are made under ``compat.building``. Nothing but the
@@ -115,7 +132,7 @@ class CodecStore:
         that read it: what is coded is decoded as it was coded, whatever happens to the model later."""
         name = id(tensor)
         entry = self._copies.get(name)
-        if entry is None or not entry[0].still(tensor):
+        if entry is None or not entry[0].same(tensor):
 
             def gone(_: object) -> None:
                 self._copies.pop(name, None)
@@ -131,13 +148,20 @@ class CodecStore:
 STORE = CodecStore()
 
 
+def tensors_of(model: torch.nn.Module) -> list[torch.Tensor]:
+    """The plain tensors that codecs of ``model`` may be made of: of its parameters, and its buffers (where quantised
+    weights often are)."""
+    return all_parts([*model.parameters(), *model.buffers()])
+
+
 def reset(model: torch.nn.Module) -> None:
     """Forget the codecs of ``model``, and with them the statistics of its first prompt: the next prompt counts as the
     first again. Caches in use go on decoded: right, dense, and with a warning (coded, where the codecs that are made
     again have the same content)."""
-    STORE.forget(all_parts(model.parameters()))
+    STORE.forget(tensors_of(model))
 
 
 def fidelity(model: torch.nn.Module) -> tuple[Fidelity, ...]:
-    """How well each codec of ``model`` that the first prompt informed reads that prompt back; () before it has come."""
-    return STORE.fidelities(all_parts(model.parameters()))
+    """How well each codec of ``model`` that the first prompt informed reads that prompt back; () before it has come.
+    A model that is compiled under several budgets has codecs, and entries, for each of them."""
+    return STORE.fidelities(tensors_of(model))

@@ -28,7 +28,8 @@ def _exact(latent: LatentKV) -> bool:
     latent.follow()
     rows, length = latent.rows, latent.length
     assert rows is not None
-    return rows.codes.shape[0] == length and (rows.track is None or rows.track.data.shape[0] == length)
+    held = [rows.codes] if rows.track is None else [rows.codes, rows.track.data]
+    return all(t.shape[0] == length and t.untyped_storage().nbytes() == t.numel() * t.element_size() for t in held)
 
 
 def _move(latent: LatentKV, tracks: dict[tuple[Track, int, int], Track]) -> None:

@@ -16,7 +16,7 @@ from lorc_fx.decoder import Decoder
 from lorc_fx.kernels.native import KINDS
 from lorc_fx.kernels.turned import Turn
 
-from .norms import Norm
+from .norms import ROWS, TOKENS, Norm
 
 if TYPE_CHECKING:
     from .caches import Group
@@ -25,9 +25,6 @@ if TYPE_CHECKING:
     from .turns import Found
 
 aten = torch.ops.aten
-
-ROWS, TOKENS = 11, 13
-"""Sizes by which a value's axes of batch rows and tokens are told from others."""
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from .axes import Axes, arg, shape
 from .caches import Group
 from .facts import Facts, static_size
 from .operands import Seen, seen_as
+from .readers import SOFTMAX
 from .rules import rule_of
 
 if TYPE_CHECKING:
@@ -54,7 +55,6 @@ first."""
 MOST_QUERIES = 16
 """Query tokens of a step that reads rows; more (a prompt) share one decoding of keys and values."""
 
-_SOFTMAX = {aten.softmax.int, aten._softmax.default, aten._safe_softmax.default}
 _CASTS = {aten.to.dtype, aten._to_copy.default, aten.clone.default, aten.contiguous.default}
 
 
@@ -203,7 +203,7 @@ def _eager(node: Node, facts: Facts) -> Found | None:
             return None
         cut = cut or _drops_last(weights)
         weights = weights.args[0]
-    if weights.target not in _SOFTMAX or len(weights.users) != 1:
+    if weights.target not in SOFTMAX or len(weights.users) != 1:
         return None
     last = len(shape(weights)) - 1
     if last != 3 or weights.args[1] % 4 != last:

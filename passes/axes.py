@@ -33,6 +33,11 @@ Demand = list[tuple[Node, Axes]]
 AxisRule = Callable[[Node, int], list[tuple[Node, "int | None"]]]
 
 
+def is_end(end: Any) -> bool:
+    """Whether a slice's ``end`` is that of whatever it takes from."""
+    return end is None or (isinstance(end, int) and end >= 1 << 62)
+
+
 # -- shapes ---------------------------------------------------------------------------------------------------
 
 
@@ -157,9 +162,10 @@ def unbind(node: Node, axis: int) -> list[tuple[Node, int | None]]:
 
 
 def cat(node: Node, axis: int) -> list[tuple[Node, int | None]]:
-    if axis == dim_of(arg(node, 1, "dim", 0), len(shape(node))):
+    sources = tensors(node)
+    if len(sources) > 1 and axis == dim_of(arg(node, 1, "dim", 0), len(shape(node))):
         raise Mixes("concatenates along the tokens")
-    return [(source, axis) for source in tensors(node)]
+    return [(source, axis) for source in sources]
 
 
 def stack(node: Node, axis: int) -> list[tuple[Node, int | None]]:

@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from .axes import arg, dim_of, shape, tensors
+from lorc_fx.compat import written_nodes
+
+from .axes import arg, dim_of, is_end, shape, tensors
 from .facts import static_size
-from .readers import CACHE_OPS, find_reader, viewed, written
+from .readers import CACHE_OPS, find_reader, viewed
 
 aten = torch.ops.aten
 
@@ -106,7 +108,7 @@ class Caches:
         if program is not None:
             program(self, node)
 
-    def join(self, node: Node, sources: list[Node], token: int, strict: bool = False) -> Group:
+    def join(self, node: Node, sources: list[Node], token: int) -> Group:
         """Make ``node`` a cell with all ``sources``; those that are none yet become rows (or blanks)."""
         group = Group(token)
         for source in sources:
@@ -135,8 +137,7 @@ class Caches:
         while node.target is aten.slice.Tensor and node not in self.cells:
             source = tensors(node)[0]
             at = dim_of(arg(node, 1, "dim", 0), len(shape(source)))
-            whole = shape(source)[at] == shape(node)[at] and not path
-            if axis is not None and at != axis and not whole:
+            if axis is not None and at != axis:
                 break
             axis = at if axis is None else axis
             path.append(node)
@@ -146,10 +147,9 @@ class Caches:
     def _other_writes(self) -> None:
         """A write into a cell, or a view of one, that no program stands for: the group cannot be coded."""
         for node in self.nodes:
-            target = written(node)
-            if target is None or node in self.cells:
+            if node in self.cells:
                 continue
-            for source in viewed(target):
+            for source in (seen for target in written_nodes(node) for seen in viewed(target)):
                 if source in self.cells:
                     self.cells[source].find().broken = (node, f"op `{node.target}` writes to it in place")
 
@@ -178,17 +178,21 @@ def is_empty(node: Node) -> bool:
         return False
     while node.target in (aten.lift_fresh_copy.default, aten.clone.default, aten.to.dtype, aten.detach_.default):
         node = node.args[0]
-    return node.op in ("get_attr", "placeholder") or node.target in _ALLOCATIONS
+    return node.op in ("get_attr", "placeholder") or node.target in ALLOCATIONS
 
 
-_ALLOCATIONS = {
+ALLOCATIONS = {
     aten.zeros.default, aten.empty.memory_format, aten.full.default, aten.new_zeros.default, aten.new_empty.default,
     aten.new_full.default, aten.zeros_like.default, aten.empty_like.default,
 }  # fmt: skip
 
 
 def is_blank(node: Node) -> bool:
-    return node.op == "call_function" and node.target in _ALLOCATIONS and all(s != 0 for s in shape(node))
+    """An allocation with room for tokens, which reads as zeros (or as whatever, where the graph says empty)."""
+    if node.op != "call_function" or node.target not in ALLOCATIONS:
+        return False
+    fill = {aten.full.default: 1, aten.new_full.default: 2}.get(node.target)
+    return (fill is None or bool(node.args[fill] == 0)) and all(s != 0 for s in shape(node))
 
 
 def comes_in(node: Node) -> bool:
@@ -228,7 +232,7 @@ def _slice(caches: Caches, node: Node) -> None:
     if dim_of(arg(node, 1, "dim", 0), len(shape(source))) != group.token:
         return
     start, end = arg(node, 2, "start"), arg(node, 3, "end")
-    if isinstance(start, int) and start < 0 and (end is None or (isinstance(end, int) and end > 1 << 40)):
+    if isinstance(start, int) and start < 0 and is_end(end):
         group.window = -start if any(u.op == "output" for u in node.users) else group.window
     if arg(node, 4, "step", 1) == 1:
         caches.join(node, [source], group.token)

@@ -128,7 +128,12 @@ class Emitter:
             for part in parts[1:]:
                 total = self.call(op, total, part)
             return total
-        raise GraphInvariant("rewrite", "sizes are sums and products of the graph's symbolic inputs", str(expr))
+        for old, new in self.env.items():  # a quotient, say, that the graph itself has somewhere
+            value = old.meta.get("val")
+            for dim, size in enumerate(value.shape) if isinstance(value, torch.Tensor) else ():
+                if size_expr(size) == expr:
+                    return self.call(aten.sym_size.int, new, dim)
+        raise GraphInvariant("rewrite", "sizes are sums, products or sizes of what the graph computes", str(expr))
 
     def _once(self, version: int, inner: Node, env: Mapping[Node, Any]) -> Node:
         args, kwargs = map_arg(inner.args, env.__getitem__), map_arg(inner.kwargs, env.__getitem__)

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from lorc_fx.compat import size_expr
+from lorc_fx.compat import size_expr, written_nodes
 from lorc_fx.decoder import Side
 
 from .axes import Axes, Mixes, arg, dim_of, shape
-from .readers import written
+from .readers import viewed
 from .rules import rule_of
 from .sides import find_sides, stored
 
@@ -86,12 +86,33 @@ class Facts:
             ):
                 self._constants.add(node)
         self._roots: dict[tuple[Node, Axes], _Root] = {}
-        self._writes = [i for n, i in self.order.items() if written(n) is not None]
+        self._writes: list[int] = []
+        self._overwritten: dict[Node, list[int]] = {}  # at which nodes a value, or something it shares storage with, is
+        for node, i in self.order.items():
+            into = {seen for target in written_nodes(node) for seen in viewed(target)}
+            self._writes += [i] if into else []
+            for seen in into:
+                self._overwritten.setdefault(seen, []).append(i)
 
     def writes_between(self, first: Node, last: Node) -> bool:
         """Whether the graph writes into anything in place after ``first`` and before ``last``."""
         at = bisect.bisect_right(self._writes, self.order[first])
         return at < len(self._writes) and self._writes[at] < self.order[last]
+
+    def _overwrites(self, value: Node, first: int, last: int) -> bool:
+        """Whether ``value``, or what it is a view of, is written in place after node ``first`` and before ``last``."""
+        found = [self._overwritten.get(seen, []) for seen in viewed(value)]
+        return any(at < len(w) and w[at] < last for w in found for at in [bisect.bisect_right(w, first)])
+
+    def _check_overwritten(self, region: Region, end: Node, as_they_are: set[Node]) -> None:
+        """Raises NoSite where a region is not what the graph computes, as a value of it is written in place before
+        ``end``. Those ``as_they_are`` are read there and not made anew: what counts is who read them first."""
+        last, nodes = self.order[end], {node for node, _ in region.nodes}
+        for value in (*nodes, *region.inputs):
+            readers = [self.order[user] for user in value.users if user in nodes]
+            first = min(readers, default=last) if value in as_they_are else self.order[value]
+            if self._overwrites(value, first, last):
+                raise NoSite(value, f"`{value.name}` is written in place before it reaches the cache")
 
     def constant(self, node: Node) -> bool:
         """Whether a value is made of parameters, buffers, constants and sizes only."""
@@ -200,6 +221,8 @@ class Facts:
         for sides in cuts:
             epilogue = self.region(rows, axes, {y: y_axes, **sides}, _is_constant_leaf)
             _check_constants(epilogue, {x, y, *sides})
+            for region in (chain, epilogue):
+                self._check_overwritten(region, rows, {x, *sides})
             kept_as = tuple((node, sides[node]) for node in _by_use(epilogue, sides))
             found.append(Rows(x, x_axes, y, y_axes, kept_as, side, chain, epilogue, depth))
         return found

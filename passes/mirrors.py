@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 import sympy
 import torch
 from torch.fx import Node
+from torch.fx.node import map_arg
 
 from lorc_fx.rows import blank
 
-from .axes import arg, shape, tensors
+from .axes import arg, is_end, shape, tensors
+from .caches import ALLOCATIONS
 
 if TYPE_CHECKING:
     from .rewrite import Rewriter
@@ -72,8 +74,7 @@ def _slice(r: Rewriter, node: Node) -> Mirror | Cell:
     total, kept = shape(source)[group.token], shape(node)[group.token]
     if total == kept:
         return cell
-    to_end = end is None or (isinstance(end, int) and end >= 1 << 62)
-    offset = total - kept if to_end else sympy.Integer(start or 0) if not isinstance(start, Node) else None
+    offset = total - kept if is_end(end) else sympy.Integer(start or 0) if not isinstance(start, Node) else None
 
     def part(lane: str) -> Node:
         bounds = (r.env[a] if isinstance(a, Node) else a for a in (start, end))
@@ -90,7 +91,7 @@ def _clone(r: Rewriter, node: Node) -> Mirror:
 
 
 def _roll(r: Rewriter, node: Node) -> Mirror:
-    cell, shifts = r.cells[tensors(node)[0]], node.args[1]
+    cell, shifts = r.cells[tensors(node)[0]], map_arg(node.args[1], r.env.__getitem__)
     return Mirror(lambda lane: r.call(aten.roll.default, getattr(cell, lane), shifts, [0]), fresh=True)
 
 
@@ -158,12 +159,5 @@ MIRRORS: dict[Any, Callable[[Rewriter, Node], Mirror | Cell]] = {
     aten.index_copy_.default: _index_copy,
     aten.index_put_.default: _index_put,
     aten.copy_.default: _copy,
-    aten.zeros.default: _blank,
-    aten.empty.memory_format: _blank,
-    aten.full.default: _blank,
-    aten.new_zeros.default: _blank,
-    aten.new_empty.default: _blank,
-    aten.new_full.default: _blank,
-    aten.zeros_like.default: _blank,
-    aten.empty_like.default: _blank,
+    **dict.fromkeys(ALLOCATIONS, _blank),
 }

@@ -149,5 +149,7 @@ def _token_major(
             flat = r.call(aten.expand.default, flat, [batch, tokens, *rest])
         major = r.call(aten.transpose.int, flat, 0, 1)
     else:
-        major = r.call(aten.reshape.default, value, [tokens, batch, *rest])
+        major = r.call(aten.reshape.default, value, [tokens, batch if given else -1, *rest])
+        if not given:
+            major = r.call(aten.expand.default, major, [tokens, batch, *rest])
     return r.call(aten.clone.default, major, memory_format=torch.contiguous_format)

@@ -12,6 +12,7 @@ from torch.fx import GraphModule, Node
 from lorc_fx.compat import canonical_trace, example_value, is_held, is_module_state, size_expr
 from lorc_fx.latent import LatentKV
 
+from .axes import is_end
 from .einsum import expand_einsum
 from .vmapped import expand_vmap
 
@@ -154,8 +155,7 @@ def _simplify(node: Node) -> None:
 def _takes_all(dim: Any = 0, start: Any = None, end: Any = None, step: Any = 1) -> bool:
     """Whether a slice takes everything, whatever the size: ``x[:, :, -5:]`` begins with one where the batch is
     symbolic."""
-    no_end = end is None or (isinstance(end, int) and end >= (1 << 62))
-    return start in (None, 0) and no_end and step == 1
+    return start in (None, 0) and is_end(end) and step == 1
 
 
 def _copies(node: Node) -> bool:

@@ -156,7 +156,8 @@ def _spend(views: Sequence[Candidate], budget: int, options: Options) -> list[tu
         return [segments(least(v.columns)) for v in views]
     if options.scheduler == "loss":
         if budget < needed:
-            raise BudgetTooSmall(budget, needed, sum(v.spec.dense_bytes for v in views), len(views))
+            dense, beside = sum(v.spec.dense_bytes for v in views), sum(v.fixed for v in views)
+            raise BudgetTooSmall(budget, needed, dense, len(views), beside)
         return allocate([v.columns for v in views], budget - sum(v.fixed for v in views))
     costs = schedule(options.scheduler, [v.spec for v in views], budget, options)
     return [allocate([v.columns], cost - v.fixed)[0] for v, cost in zip(views, costs, strict=True)]

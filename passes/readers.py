@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
+from lorc_fx.compat import written_nodes
+
 from .axes import Axes, Mixes, arg, shape
 from .rules import rule_of
 
@@ -52,6 +54,7 @@ def query_heads(reader: Reader | None) -> int | None:
 LIMIT = 256
 """Nodes that are looked at behind a value, in search of what reads it."""
 
+SOFTMAX = {aten.softmax.int, aten._softmax.default, aten._safe_softmax.default}
 _PRODUCTS = {aten.matmul.default, aten.bmm.default, aten.baddbmm.default}
 _PADS = {aten.pad.default, aten.constant_pad_nd.default}
 _CONVOLUTIONS = {
@@ -114,11 +117,8 @@ def viewed(node: Node) -> Iterator[Node]:
 
 
 def written(node: Node) -> Node | None:
-    """The value that an op writes into in place, or None."""
-    schema = getattr(node.target, "_schema", None)
-    if schema is None or not schema.is_mutable or not node.args or not isinstance(node.args[0], Node):
-        return None
-    return node.args[0]
+    """The (first) value that an op writes into in place, or None; ``compat.written_nodes`` has all of them."""
+    return next(iter(written_nodes(node)), None)
 
 
 def is_read(node: Node, limit: int = LIMIT) -> bool:
@@ -224,7 +224,7 @@ def _feeds_softmax(node: Node, limit: int = 24) -> bool:
     while queue and limit:
         limit -= 1
         for user in queue.pop(0).users:
-            if user.target in (aten.softmax.int, aten._softmax.default, aten._safe_softmax.default):
+            if user.target in SOFTMAX:
                 return True
             if user not in seen and user.target not in _PRODUCTS and user.target is not aten.linear.default:
                 seen.add(user)

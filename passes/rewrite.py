@@ -22,10 +22,11 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from lorc_fx.codec import Codec
+from lorc_fx.compat import written_nodes
 from lorc_fx.kernels.attend import Attend
 
 from .axes import shape
-from .caches import Group, viewed, written
+from .caches import Group, viewed
 from .decoding import Decoding
 from .interface import Input, Output, Rewritten, Sharing
 from .lower import Absorption, absorb, readings
@@ -57,7 +58,7 @@ class Rewriter(Decoding):
         self.ordinals: dict[Group, int] = {}
         self.lanes: dict[tuple[Group, int], Node | None] = {}
         self.returned: dict[Node, int] = {}
-        self.written = {seen for n in gm.graph.nodes if (into := written(n)) is not None for seen in viewed(into)}
+        self.written = {seen for n in gm.graph.nodes for into in written_nodes(n) for seen in viewed(into)}
         self.absorptions: dict[Node, Absorption] = absorb(gm, matched, self.templates)
 
     # -- the walk ---------------------------------------------------------------------------------------------
@@ -238,8 +239,7 @@ class Rewriter(Decoding):
 
 def writes_to(node: Node, argument: Node) -> bool:
     """Whether a node writes in place into ``argument`` or a view of it."""
-    target = written(node)
-    return target is not None and argument in viewed(target)
+    return any(argument in viewed(target) for target in written_nodes(node))
 
 
 def _appends(user: Node, node: Node) -> bool:

@@ -40,7 +40,8 @@ Found = tuple[Node, Rows, Group, Decoder, tuple[Node, ...]]
 class Site:
     """One projection whose result is cached: the rows node, what it is made of, and who reads it.
 
-    ``layer`` pairs a key site with its value site, from 0; ``ordinal`` tells apart sites of equal kind and weights.
+    ``layer`` pairs a key site with its value site, from 0 (keys and values that stay dense count too);
+    ``ordinal`` tells apart sites of equal kind and weights.
     ``weights``: placeholders of the affine chain; ``consts``: placeholders (or attributes) the epilogue reads.
     ``grouped``: its columns are each of one group of heads (``lorc_fx.groups``).
     ``unprojected``: what is stored is what the dense cache would hold (``unprojected.py``), not a latent of y.
@@ -88,10 +89,6 @@ class Site:
         known = all(role in ("contract", "layout", "sum") for role in roles)
         return known and roles.count("contract") == 1 and roles.count("sum") <= 1
 
-    @property
-    def width_in(self) -> int:
-        return int(self.rows.x.meta["val"].shape[-1])
-
 
 @dataclass(frozen=True, eq=False)
 class Matched:
@@ -120,6 +117,7 @@ def match(gm: GraphModule) -> Matched:
     caches, facts = Caches(nodes), Facts(nodes)
     misses: list[Miss] = []
     found: list[Found] = []
+    others: list[tuple[int, str]] = []  # keys and values that are read dense: they count in numbers of layers
     coded: set[Group] = set()
     for group, cells in caches.groups().items():
         try:
@@ -129,7 +127,8 @@ def match(gm: GraphModule) -> Matched:
             if group.broken is not None:
                 raise NoSite(*group.broken)
             made = [(node, *_as_kept(facts, group, node, token)) for node, token in group.rows.items()]
-            _same_projection([m[1] for m in made], [m[3] for m in made])
+            if len(made) > 1:  # each would have a budget and a codec of its own
+                raise NoSite(made[1][0], "one cache is written in several places of one graph")
             for node, _, _, decoder, _ in made if group.split is not None else ():
                 if decoder.batch_dim != group.split:
                     raise NoSite(node, "single entries of it are written along another axis than the batch")
@@ -140,7 +139,9 @@ def match(gm: GraphModule) -> Matched:
                 coded.add(group)
         except NoSite as why:
             misses.append(_not_understood(why))
+            others += _read_as(facts, next(iter(group.rows), None))
     for write in caches.dense:
+        others += _read_as(facts, write.rows)
         try:
             facts.describe(write.rows, write.token)
         except NoSite:
@@ -154,7 +155,13 @@ def match(gm: GraphModule) -> Matched:
             "buffers of a module must be made anew in it where a prompt begins"
         )
         misses.append(Miss(write.node.name, "preallocated", reason, source_line(write.node), step))
-    return Matched(caches, tuple(_sites(found, facts)), tuple(misses), frozenset(coded))
+    return Matched(caches, tuple(_sites(found, others, facts)), tuple(misses), frozenset(coded))
+
+
+def _read_as(facts: Facts, rows: Node | None) -> list[tuple[int, str]]:
+    """Where in the graph rows are, and whether attention reads them as keys or values; [] where it does not."""
+    reader = None if rows is None else find_reader(rows)
+    return [] if rows is None or reader is None else [(facts.order[rows], reader.kind)]
 
 
 def _as_kept(facts: Facts, group: Group, node: Node, token: int) -> tuple[Rows, Group, Decoder, tuple[Node, ...]]:
@@ -199,6 +206,7 @@ def without(matched: Matched, lost: dict[Group, Miss]) -> Matched:
     return replace(matched, sites=sites, misses=(*matched.misses, *lost.values()), coded=matched.coded - lost.keys())
 
 
+_CHANGES = {aten.neg.default, aten.flip.default, aten.roll.default, aten.sum.dim_IntList, aten.mean.dim}
 _CUTS = {aten.slice.Tensor, aten.select.int, aten.split.Tensor, aten.split_with_sizes.default, operator.getitem}
 
 
@@ -206,6 +214,9 @@ def _recipe(region: Region) -> Iterator[tuple[Any, ...]]:
     """Layout ops count where they pick features only: sizes and axes differ between the graphs of one site."""
     for node, axes in region.nodes:
         rule = rule_of(node)
+        if node.target in _CHANGES:  # layout by its rule, but other numbers come out
+            yield str(node.target), *([str(node.args[1])] if node.target is aten.roll.default else [])
+            continue
         if rule is not None and (rule.role == "layout" or rule.sized):
             if node.target not in _CUTS or along_tokens(node, axes):
                 continue
@@ -231,33 +242,23 @@ def source_line(node: Node, limit: int = 8) -> str:
     return "{}:{}: {}".format(*frames[-1]).strip() if frames else ""
 
 
-def _same_projection(rows: list[Rows], decoders: list[Decoder]) -> None:
-    """One buffer has one codec: all that is written to it must come through the same weights, and the same ops."""
-    for other, decoder in zip(rows[1:], decoders[1:], strict=True):
-        if set(other.chain.inputs) - {other.x} != set(rows[0].chain.inputs) - {rows[0].x}:
-            raise NoSite(other.y, "one cache is written by several projections")
-        if decoder.digest != decoders[0].digest:
-            raise NoSite(other.y, "one cache is written by one projection in several ways")
-
-
-def _sites(found: list[Found], facts: Facts) -> list[Site]:
+def _sites(found: list[Found], others: list[tuple[int, str]], facts: Facts) -> list[Site]:
     read = []
     for node, rows, group, decoder, consts in found:
         reader = find_reader(node)
         kind = reader.kind if reader else "key" if decoder.needs_positions else "value"
         read.append((facts.order[node], kind, reader, node, rows, group, decoder, consts))
     read.sort(key=lambda item: item[0])
-    layers = {"key": 0, "value": 0}
     ordinals: dict[tuple[str, frozenset[Node]], int] = {}
     sites = []
-    for _, kind, reader, node, rows, group, decoder, consts in read:
+    for at, kind, reader, node, rows, group, decoder, consts in read:
+        layer = sum(k == kind and i < at for i, k in others) + sum(s.kind == kind for s in sites)
         weights = tuple(sorted((n for n in rows.chain.inputs if n is not rows.x), key=facts.order.__getitem__))
         key = (kind, frozenset(weights))
         ordinals[key] = ordinals.get(key, -1) + 1
         sites.append(
-            Site(layers[kind], kind, ordinals[key], node, rows, group, reader, decoder, weights, consts, group.window)
+            Site(layer, kind, ordinals[key], node, rows, group, reader, decoder, weights, consts, group.window)
         )
-        layers[kind] += 1
     return sites
 
 

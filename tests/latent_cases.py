@@ -7,7 +7,7 @@ from torch import nn
 
 from lorc_fx.codec import Basis, Codec, make_codec, model_segments
 from lorc_fx.decoder import POSITION, Decoder
-from lorc_fx.latent import LatentKV
+from lorc_fx.latent import LatentKV, extend
 from lorc_fx.packing import MODEL, Format, Segment, pack
 
 HEADS, DIM, RANK = 2, 3, 4
@@ -71,7 +71,7 @@ def latent_of(codec, tokens=5, batch=2, seed=1, start=0):
 
 def append(latent, new):
     """What a compiled decode step does: write rows behind the view, in place where that is allowed."""
-    made = latent.extended(new.length)
+    made = extend([latent], new.length)[0]
     made.codes[latent.length :] = new.codes
     if made.positions is not None:
         made.positions[latent.length :] = new.positions

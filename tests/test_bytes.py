@@ -29,7 +29,8 @@ def storages(cache: Any) -> int:
     held: dict[int, int] = {}
     for pair in latents(cache):
         for latent in pair:
-            for t in (*parts(latent), *[r for r in (latent.rows.codes, latent.rows.positions) if r is not None]):
+            track = [] if latent.rows.track is None else [latent.rows.track.data]
+            for t in (*parts(latent), latent.rows.codes, *track):
                 held[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
     return sum(held.values())
 

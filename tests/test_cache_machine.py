@@ -89,7 +89,7 @@ class Latents(RuleBasedStateMachine):
             for x in latents:
                 x.follow()
             together = in_step(*latents)
-            made = extend(latents, tokens) if together else [x.extended(tokens) for x in latents]
+            made = extend(latents, tokens) if together else [extend([x], tokens)[0] for x in latents]
             for x, n in zip(made, new, strict=True):
                 x.codes[-tokens:] = n.codes
                 if x.positions is not None:

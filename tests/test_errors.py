@@ -48,6 +48,7 @@ CASES = {
         errors.UnloadedWeights([f"w{i}" for i in range(6)]),
         ["6 weight(s)", "'meta'", "w0, w1, w2, w3 and 2 more", "with data", "assign=True"],
     ),
+    "TooManyValues": (errors.TooManyValues("s0, s1", 8), ["s0, s1", "8 values", "recompile_limit"]),
     "UnreadableGraph": (errors.UnreadableGraph("aten.nonzero"), ["aten.nonzero", "lorc_fx.explain"]),
     "GradRequired": (errors.GradRequired(), ["inference only", "torch.no_grad()"]),
     "ForeignCache": (errors.ForeignCache("of another plan"), ["another plan", "fresh cache"]),

@@ -42,15 +42,8 @@ def test_budget_refuses_what_is_no_number(value):
 
 
 @given(st.integers(0, 64), st.integers(1, 64), st.integers(0, 8192))
-def test_row_bytes_and_rank_are_inverse(fixed, column, columns):
-    stored = formulas.row_bytes(fixed, column, columns)
-    assert stored == fixed + column * columns
-    assert formulas.rank_of_bytes(stored, fixed, column) == columns
-    assert formulas.rank_of_bytes(stored + column - 1, fixed, column) == columns
-
-
-def test_rank_of_bytes_stays_exact_for_large_numbers():
-    assert formulas.rank_of_bytes(3 * (2**60 + 1) + 1, 1, 3) == 2**60 + 1
+def test_row_bytes(fixed, column, columns):
+    assert formulas.row_bytes(fixed, column, columns) == fixed + column * columns
 
 
 @pytest.mark.parametrize(("log", "want"), [(10.0, 1024), (0.0, 128), (5.0, 576), (9.999, 1023), (0.001, 128)], ids=str)
@@ -61,10 +54,6 @@ def test_rank_by_hand(log, want):
 def test_rank_of_equal_kappas_is_the_maximum():
     assert formulas.rank(1, 77, 3.0, 3.0, 3.0) == 77
     assert formulas.real_rank(1, 77, 3.0, 3.0, 3.0) == 77.0
-
-
-def test_decode_flops():
-    assert formulas.decode_flops(512, 1024) == 2 * 512 * 1024
 
 
 def test_docs_print_what_the_code_evaluates():

@@ -25,7 +25,7 @@ from ..evaluate import Show, compressed, sample_text
 from ..models import DEMO_TITLE, load_model
 from ..options import FIRST_PROMPT, FIRST_PROMPT_TOKENS, Options
 from ..report import Report, examined
-from ..schedulers.progressive import log_cumulative
+from ..schedulers.progressive import cumulative_logs
 from ..texts import positions, read_text, rows_of, tokenized
 
 CONTEXTS = tuple(2**n for n in range(9, 18))
@@ -117,13 +117,19 @@ def gathered(show: Show, path: Path | None, dtype: Any, options: Options, asked:
 def heard() -> Iterator[list[str]]:
     """After this block warnings of ours are in the list, each text once, for the page; others are shown as ever."""
     said: list[str] = []
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", LorcWarning)
-        yield said
-    said += dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, LorcWarning))
-    for other in caught:
-        if not issubclass(other.category, LorcWarning):
-            warnings.showwarning(other.message, other.category, other.filename, other.lineno)
+    caught: list[warnings.WarningMessage] = []
+    done = False
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", LorcWarning)
+            yield said
+        done = True
+    finally:  # after an error there is no page: all of them are shown
+        ours = [w for w in caught if issubclass(w.category, LorcWarning)] if done else []
+        said += dict.fromkeys(str(w.message) for w in ours)
+        for other in caught:
+            if other not in ours:
+                warnings.showwarning(other.message, other.category, other.filename, other.lineno)
 
 
 def _material(tokenizer: Any, path: Path | None, asked: Asked) -> Material | None:
@@ -177,7 +183,7 @@ def _described(report: Report) -> dict[str, Any]:
     """What ``explain`` says, with singular values, cumulative condition numbers and times for many lengths."""
     sites = [s.line() | {"singular": _rounded(s.singular)} for s in report.sites]
     layers = sorted({s.layer for s in report.sites})
-    logs = log_cumulative([math.prod(s.cond for s in report.sites if s.layer == n) for n in layers])
+    logs = cumulative_logs(report.sites)
     cumulative = [{"layer": n, "log10": log / math.log(10)} for n, log in zip(layers, logs, strict=True)]
     found = report.json() | {"sites": sites, "misses": [asdict(m) for m in report.misses], "cumulative": cumulative}
     if report.sites:
@@ -203,7 +209,7 @@ def _curve(show: Show, model: Any, options: Options, asked: Asked, material: Mat
         if not rows:
             allowed = "a text of at least four tokens: half of it is the first prompt"
             raise BadOption("text", str(asked.text), allowed)
-    knobs = {name: getattr(options, name) for name in ("calibration", "scheduler", "precision")}
+    knobs = {name: getattr(options, name) for name in plan_command.KNOBS}
     budget = {"ratio": options.ratio, "bytes_per_token": options.bytes_per_token}
     ratios, refused = sorted(set(asked.ratios), reverse=True), list[float]()
     while True:

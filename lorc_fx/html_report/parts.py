@@ -65,11 +65,12 @@ def _spectra(found: Found) -> Part:
     else:
         for kind in _kinds(statistics["sites"]):
             mine = [s for s in statistics["sites"] if s["kind"] == kind]
-            name, half = f"statistics-{kind}", [_columns_for(s["spread"], 0.9) for s in mine]
+            name, most = f"statistics-{kind}", [_columns_for(s["spread"], 0.9) for s in mine]
+            axes = [len(s["spread"]) for s in mine]
             what = f"Spread of the {kind}s along their principal axes"
             caption = (
                 f"Standard deviations, relative to the largest of the layer, from {statistics['source']}. "
-                f"90 % of the variance lies in {_range(half)} of {len(mine[0]['spread'])} axes."
+                f"90 % of the variance lies in {_range(most)} of {_range(axes)} axes."
             )
             lines = [(s["layer"], s["spread"]) for s in mine]
             shown.append(

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from lorc_fx.bounds.pointwise import ACTIVATIONS
 
@@ -93,7 +94,8 @@ def _same(call: Call) -> Known:
 @rule(*MOVES)
 def _moves(call: Call) -> Any:
     x = call.first()
-    if x.exact:  # what is picked from it depends on errors
+    others = (v for v in tree_leaves(list(call.given.values())) if isinstance(v, Known) and v is not x)
+    if x.exact or not all(v.exact for v in others):  # what is picked depends on errors
         return None
     made = layouts.moved(x, call.run, call.value, call.target in VIEWS)
     if isinstance(made, tuple):
@@ -243,7 +245,7 @@ def _pow(call: Call) -> Known:
 
 @rule(aten.mean.dim)
 def _mean(call: Call) -> Known:
-    x, dims = call.first(), [d % call.first().value.dim() for d in call.given["dim"]]
+    x, dims = call.first(), [d % call.first().value.dim() for d in call.given["dim"] or range(call.first().value.dim())]
     assert x.each is not None
     made = known(call.value, x.each.mean(dims, call.given["keepdim"]))
     square, last = x.tag(tags.SQUARE), dims == [x.value.dim() - 1]

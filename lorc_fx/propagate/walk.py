@@ -18,6 +18,7 @@ from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lorc_fx import bounds
+from lorc_fx.compat import written_arguments
 
 from .coded import Coding, cache_axes, flat, projected, projected_value, unprojected, unprojected_value
 from .known import Known
@@ -265,6 +266,8 @@ def _call(node: Node, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         args = [None if isinstance(a, torch.dtype) and a.is_floating_point else a for a in args]
         if isinstance(kwargs.get("dtype"), torch.dtype) and kwargs["dtype"].is_floating_point:
             kwargs.pop("dtype")
+    for written in written_arguments(target, args, kwargs):  # by this walk alone: others go on with what was there
+        args = [a.clone() if a is written else a for a in args]
     return tree_map(_double, target(*args, **kwargs))
 
 

@@ -26,7 +26,7 @@ def site_bytes(sites: Sequence[SiteSpec], ranks: Sequence[int]) -> list[int]:
 
 def cost(sites: Sequence[SiteSpec], ranks: Sequence[int]) -> int:
     """Bytes per token of all sites together at these ranks."""
-    return sum(s.fixed_bytes + s.column_bytes * k for s, k in zip(sites, ranks, strict=True))
+    return sum(site_bytes(sites, ranks))
 
 
 def least_bytes(sites: Sequence[SiteSpec]) -> int:

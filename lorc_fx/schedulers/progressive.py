@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from lorc_fx import formulas
 from lorc_fx.errors import BadOption, KnobsDoNotFit
@@ -108,7 +108,17 @@ class _Layers:
         return cost(self.sites, self.site_ranks(self.layer_ranks(d_min, d_max)))
 
 
-def cumulative_logs(sites: Sequence[SiteSpec]) -> list[float]:
+class Conditioned(Protocol):
+    """A site as far as condition numbers go."""
+
+    @property
+    def layer(self) -> int: ...
+
+    @property
+    def cond(self) -> float: ...
+
+
+def cumulative_logs(sites: Sequence[Conditioned]) -> list[float]:
     """log kappa~_l for each layer of ``sites``, by layer number. A layer without a key or value counts with the other.
 
     Raises BadOption for a condition number that is NaN or below 1.
@@ -205,7 +215,8 @@ def _refusal(layers: _Layers, budget: int, options: Options) -> KnobsDoNotFit:
     if not found:
         low = _largest(1, min(bottom, d_max or bottom), lambda knob: layers.cost(knob, knob) <= budget)
         found.append(f"d_min=d_max={low}" if low else "no value of these knobs")
-    return KnobsDoNotFit(knobs, needed, budget, sum(s.dense_bytes for s in layers.sites), " or ".join(found))
+    fixed = sum(s.fixed_bytes for s in layers.sites)
+    return KnobsDoNotFit(knobs, needed, budget, sum(s.dense_bytes for s in layers.sites), " or ".join(found), fixed)
 
 
 @register_scheduler("progressive")

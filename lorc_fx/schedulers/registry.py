@@ -81,7 +81,9 @@ def schedule(scheduler: str | Scheduler, sites: Sequence[SiteSpec], budget: int,
         return []
     least = least_bytes(sites)
     if budget < least:
-        raise BudgetTooSmall(budget, least, sum(site.dense_bytes for site in sites), len(sites))
+        raise BudgetTooSmall(
+            budget, least, sum(site.dense_bytes for site in sites), len(sites), sum(site.fixed_bytes for site in sites)
+        )
     result = function(tuple(sites), budget, options)
     _check(label, result, sites, budget)
     return [int(value) for value in result]
