@@ -46,6 +46,7 @@ COMPRESSIONS = (0.5, 0.75, 0.9)
 #: of lorc in the prompt protocol; in chunks it gets the bytes of each quantized cache
 RATIOS = (0.5, 0.25, 0.1)
 LORC = ("calibrated", "calibrated with gradients")
+AUTO = "calibrated, auto"
 #: of LoRC as published
 PUBLISHED = 0.5
 
@@ -145,6 +146,16 @@ def lorc(setup: Setup) -> Iterator[Row]:
             yield {"setting": f"{method}, {ratio:g}", **found}
 
 
+def default(setup: Setup) -> Iterator[Row]:
+    """Our own with the options that a user gets who gives a calibration and no more, at the bytes of LoRC as published
+    and of hqq's four bits: what ``bench.peers_run`` times."""
+    known = calibrations(setup.model, setup.text, (AUTO,), setup.options.model)[AUTO]
+    hqq = [row["fraction"] for row in setup.rows if (row["peer"], row["setting"]) == ("hqq", "int4")]
+    for ratio in (PUBLISHED, *(math.floor(1000 * fraction) / 1000 for fraction in hqq)):
+        with compressed(setup.model, {"ratio": ratio, "inner": "eager", "calibration": known}):
+            yield {"peer": "lorc", "setting": f"{AUTO}, {ratio:g}", **in_chunks(setup, dense_cache(setup))}
+
+
 def kvpress(setup: Setup) -> Iterator[Row]:
     """Presses, in an environment with an older transformers."""
     python = environment(setup.options.kvpress_venv, kvpress_rows.REQUIREMENTS)
@@ -168,6 +179,7 @@ GROUPS: dict[str, Callable[[Setup], Iterator[Row]]] = {
     **{backend: quantized(backend) for backend in QUANTIZED},
     "kvpress": kvpress,
     "lorc": lorc,
+    "default": default,
 }
 
 
@@ -206,13 +218,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     for group in [name for name in GROUPS if name in args.only or (name == "dense" and not result["rows"])]:
         fresh: list[Row] = []
         begin = time.perf_counter()
+        others = [row for row in result["rows"] if row["group"] != group]
         for row in GROUPS[group](setup):
-            row = compared({"group": group, "peer": group, **row}, [*result["rows"], *fresh])
+            row = compared({"group": group, "peer": group, **row}, [*others, *fresh])
             fresh.append(row)
             seconds, begin = time.perf_counter() - begin, time.perf_counter()
             told = f"{row['fraction']:.3f} of the bytes, {100 * row['added']:+.2f} %"
             print(f"{row['peer']} {row['setting']} ({row['protocol']}): {told} ({seconds:.0f} s)", file=sys.stderr)
-        result["rows"][:] = [row for row in result["rows"] if row["group"] != group] + fresh
+        result["rows"][:] = [compared(row, [*others, *fresh]) for row in [*others, *fresh]]
         result["groups"][group] = {"machine": machine(), "versions": versions(PACKAGES.get(group, ()))}
         result["groups"][group]["command"] = command("peers", argv)
         write_json(args.out, result)

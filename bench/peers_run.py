@@ -90,19 +90,16 @@ def peers_of(losses: Sequence[Row]) -> list[Peer]:
     loss = ("straightforward", f"{ratio:g}", "chunks")
     found.append(Peer(f"LoRC, straightforward, {ratio:g}", "straightforward", {"ratio": ratio}, loss=loss))
     for ratio in lorc_ratios(losses):
-        loss = ("lorc", f"calibrated, {ratio:g}", "chunks")
+        loss = ("lorc", f"{peers.AUTO}, {ratio:g}", "chunks")
         found.append(Peer(f"lorc, {ratio:g}", "lorc", {"ratio": ratio}, compiled=True, loss=loss))
     return found
 
 
 def lorc_ratios(losses: Sequence[Row]) -> tuple[float, ...]:
-    """Ratios with a loss, nearest to ``LORC_RATIOS``'s first and to what hqq's four bits take; else ``LORC_RATIOS``."""
+    """Those that have a loss with the options that are timed; else ``LORC_RATIOS``."""
     settings = [row["setting"] for row in losses if row["peer"] == "lorc" and row["protocol"] == "chunks"]
-    measured = [float(s.removeprefix("calibrated, ")) for s in settings if s.startswith("calibrated, ")]
-    hqq = next((row["fraction"] for row in losses if (row["peer"], row["setting"]) == ("hqq", "int4")), LORC_RATIOS[1])
-    if not measured:
-        return LORC_RATIOS
-    return tuple(min(measured, key=lambda ratio: abs(ratio - wanted)) for wanted in (LORC_RATIOS[0], hqq))
+    start = f"{peers.AUTO}, "
+    return tuple(float(s.removeprefix(start)) for s in settings if s.startswith(start)) or LORC_RATIOS
 
 
 def losses_of(made: Material, pythons: dict[str, Path], handbook: str | None, missing_too: bool) -> list[Row]:

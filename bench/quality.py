@@ -44,6 +44,7 @@ METHODS: dict[str, dict[str, Any]] = {
     f"{FIRST}, as they are": {"basis": "identity"},
     f"{FIRST}, auto": {},
     "calibrated": {"basis": "joint"},
+    "calibrated, auto": {},
     "calibrated, by heads": {"basis": "grouped"},
     "calibrated, by two heads": {"basis": "grouped", "group_size": 2},
     GRADIENTS: {"basis": "joint"},
