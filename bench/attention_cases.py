@@ -139,8 +139,8 @@ def decoder_of(rotary: str | None, norm: str | None, heads: int, dim: int, dtype
 
 def program(kind: str, dim: int) -> tuple[GraphModule, tuple[Extra, ...], int | None]:
     """What scores become: ``none``, ``bool`` (a mask), ``hidden`` (one in which a batch row sees nothing), ``free``
-    and ``free bias`` (a long end that none sees), ``add`` (a bias), ``alibi`` (a bias per head), ``untold`` (the same,
-    though it is said to have no axis of tokens), ``head`` (one number per head), ``cap`` (a soft cap and a bias)."""
+    and ``free bias`` (a long end that none sees), ``add`` (a bias), ``alibi`` (a bias per head), ``head`` (one number
+    per head), ``cap`` (a soft cap and a bias)."""
     graph = Graph()
     made = graph.call_function(aten.mul.Tensor, (graph.placeholder("scores"), 1 / math.sqrt(dim)))
     if kind != "none":
@@ -153,7 +153,7 @@ def program(kind: str, dim: int) -> tuple[GraphModule, tuple[Extra, ...], int | 
     elif kind != "none":
         made = graph.call_function(aten.add.Tensor, (made, extra))
     graph.output(made)
-    extras = () if kind == "none" else (Extra(kind not in ("head", "untold")),)
+    extras = () if kind == "none" else (Extra(kind != "head"),)
     return (
         GraphModule(torch.nn.Module(), graph),
         extras,
@@ -215,7 +215,7 @@ def build(case: Case) -> Given:
         if case.scores == "hidden":
             seen[1] = False
         per_head = torch.randn(1, case.heads, 1, 1 if case.scores == "head" else case.tokens)
-        biases = {"bool": seen, "hidden": seen, "alibi": per_head, "untold": per_head, "head": per_head}
+        biases = {"bool": seen, "hidden": seen, "alibi": per_head, "head": per_head}
         free = seen & (torch.arange(case.tokens) < 90)
         biases |= {"free": free, "free bias": torch.where(free, bias, -torch.inf)}
         given.append(biases.get(case.scores, bias))

@@ -1,4 +1,4 @@
-"""The one table of what is measured: (kind, tokens), for each model and each variant."""
+"""What ``bench.run`` and ``bench.overhead`` measure: (kind, tokens), for each model and each variant."""
 
 from __future__ import annotations
 
@@ -46,7 +46,3 @@ CHUNK = 512
 PROMPTS = (128, 128, 192)
 STEPS = 6
 COMPILED = (BASE, Variant("lorc-0.45", 0.45))
-
-#: one long prefill in a process of its own (bench.memory)
-MEMORY_TOKENS = 8192
-MEMORY_VARIANTS = (BASE, Variant("lorc-1.0", 1.0), Variant("lorc-0.45", 0.45))

@@ -84,7 +84,6 @@ VALUES = {
     "free end, bias": Case(scores="free bias", tokens=200, heads=4, rotary="half"),
     "bias": Case(scores="add", queries=4, tokens=200),
     "bias per head": Case(scores="alibi", heads=4),
-    "bias per head, untold": Case(scores="untold", heads=4),
     "number per head": Case(scores="head", heads=4),
     "soft cap": Case(scores="cap", cached=2, heads=4),
     "sink": Case(sink=True, mean=True, cached=2, heads=4),

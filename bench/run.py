@@ -14,6 +14,7 @@ import copy
 import datetime
 import os
 import platform
+import shlex
 import statistics
 import sys
 import time
@@ -200,7 +201,7 @@ def machine() -> dict[str, Any]:
 
 def command(name: str, argv: Sequence[str] | None) -> str:
     """The command line of ``python -m bench.NAME``; ``argv``: what ``main`` was given, None for the process' own."""
-    return " ".join([f"python -m bench.{name}", *(sys.argv[1:] if argv is None else argv)])
+    return shlex.join(["python", "-m", f"bench.{name}", *(sys.argv[1:] if argv is None else argv)])
 
 
 def say(text: str) -> None:

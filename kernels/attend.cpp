@@ -1,4 +1,4 @@
-// Attention of a few queries over stored rows in one pass (compiled behind heads.cpp, runs.cpp and turn.cpp): scores of CHUNK
+// Attention of a few queries over stored rows in one pass (compiled behind heads.cpp, runs.cpp and turn.cpp): scores of ``chunk``
 // tokens, what the graph does to them, an online softmax (Milakov and Gimelshein, arXiv 1805.02867), and sums of values, so
 // that nothing of the length of the cache is ever in memory. Each thread has every n-th chunk, and what threads have is merged
 // at the end.
@@ -189,7 +189,8 @@ constexpr int64_t ALONE = 32768;   // numbers of a matrix that one thread reads 
 static void attend(const Call& o) {
   const Rows &k = o.keys, &v = o.values;
   const Turn* const turn = o.turns ? &o.turn : nullptr;
-  const int64_t batch = o.query.batch, heads = o.query.heads, queries = o.query.queries, chunk = o.chunk;
+  const int64_t batch = o.query.batch, heads = o.query.heads, queries = o.query.queries;
+  const int64_t chunk = std::max<int64_t>(1, std::min(o.chunk, k.tokens));  // whatever a tuner's file says
   const int64_t lines = heads * queries, every = batch * lines, tokens = k.tokens, chunks = (tokens + chunk - 1) / chunk;
   const int64_t room = turn ? (chunk + RUN - 1) / RUN * RUN : padded(chunk);
   const int64_t wide = turn ? turn->dim : k.count + k.further, each = v.count + v.further;

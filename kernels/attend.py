@@ -163,8 +163,9 @@ def attend(
     about: str,
 ) -> torch.Tensor:
     """query [B, H, S, D], rows [T, B, width] and what is stored beside them [T, B, ...] -> [B, H, S, D_v] in the
-    query's dtype. ``key_codec``: the codec's tensors of ``CODEC_TENSORS`` that are there, then the decoder's constants.
-    ``about``: the digest of an interned ``Attend``.
+    query's dtype. ``key_codec``: the codec's tensors of ``CODEC_TENSORS`` that are there, then the decoder's constants,
+    then a ``Turn``'s own (the norm's weight [D] fp32, if any, and the table [2 pairs, B or 1, T]), then what heads are
+    stored times ([D, D]), where an operand is ``turned``. ``about``: the digest of an interned ``Attend``.
     """
     from . import launch, tiled
 

@@ -1,7 +1,7 @@
 """New rows of a cache as one op: the projection, and ``packing.pack`` of what it gives.
 
-On a GPU two generated kernels (``encode_source``) do both and write the rows where they belong; elsewhere, and where a
-kernel cannot be made, it is a linear layer and ``pack``.
+On a GPU two generated kernels (``encode_source``) do both, and what Triton raises is raised; elsewhere it is a linear
+layer and ``pack``.
 """
 
 from __future__ import annotations

@@ -68,6 +68,10 @@ def literal(value: float) -> str:
     return repr(value)
 
 
+CASTS = {"float": torch.float32, "int": torch.int64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""Ops that change the type of a number."""
+
+
 class Expressions:
     """All expressions of one program: ``ops[i]``, ``args[i]`` (numbers of expressions) and ``values[i]`` of number i.
 
@@ -85,6 +89,8 @@ class Expressions:
 
     def make(self, op: str, args: tuple[int, ...] = (), value: tuple[Any, ...] = ()) -> int:
         """The number of an expression; what is x * 1, x + 0, x / 1 or of numbers alone is simplified."""
+        if op in CASTS and self.ops[args[0]] == "number":
+            return self.number(torch.tensor(self.values[args[0]][0]).to(CASTS[op]).item())
         if op in ("mul", "add", "sub", "div"):
             simple = self._simplified(op, *args)
             if simple is not None:
@@ -117,13 +123,13 @@ class Expressions:
         count = math.prod(shape)
         return torch.tensor([self.make(op, (), (*which, i)) for i in range(count)], dtype=torch.int64).reshape(shape)
 
-    def each(self, op: str, *arrays: torch.Tensor | float, value: tuple[Any, ...] = ()) -> torch.Tensor:
+    def each(self, op: str, *arrays: torch.Tensor | float) -> torch.Tensor:
         """A pointwise op on arrays (broadcast) and Python numbers."""
         numbered = [a if isinstance(a, torch.Tensor) else torch.tensor(self.number(a)) for a in arrays]
         spread = torch.broadcast_tensors(*numbered)
         stacked = np.stack([a.reshape(-1).numpy() for a in spread])
         distinct, back = np.unique(stacked, axis=1, return_inverse=True)
-        made = np.array([self.make(op, tuple(column), value) for column in distinct.T.tolist()], dtype=np.int64)
+        made = np.array([self.make(op, tuple(column)) for column in distinct.T.tolist()], dtype=np.int64)
         return torch.from_numpy(made[back.reshape(-1)]).reshape(spread[0].shape)
 
     def total(self, x: torch.Tensor, dims: list[int], keep: bool) -> torch.Tensor:
@@ -144,7 +150,7 @@ class Expressions:
 def pointwise(ex: Any, node: Node, name: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
     """What a pointwise node is, by ``ex.each`` (of ``Expressions``, or of what writes a kernel's scores); None where
     it is none of those known."""
-    if kwargs.get("alpha", 1) != 1 or kwargs.get("rounding_mode") or (name in ("add", "sub") and len(args) > 2):
+    if kwargs.get("alpha", 1) != 1 or kwargs.get("rounding_mode") or (name in ("add", "sub", "rsub") and len(args) > 2):
         raise NotGenerated(node, "it scales or rounds on the way")
     if name in UNARY:
         return ex.each(UNARY[name], args[0])

@@ -218,7 +218,8 @@ def _plan(about: Attend) -> Plan | None:
         keys = native.reads(about.keys) if about.keys.direct else turned.reads(about.keys)
         program = chain(about) if keys and about.values.direct and native.reads(about.values) else None
         fits = program is not None and len(about.extras) <= MOST_EXTRAS
-        _PLANS[about] = Plan(about, program) if program is not None and fits else None
+        made = Plan(about, program) if program is not None and fits else None
+        return _PLANS.setdefault(about, made)  # of two threads that come first, both get one's: C++ points to it
     return _PLANS[about]
 
 
@@ -241,7 +242,8 @@ def attend(
     chunk: int | None = None,
     turns: bool = False,
 ) -> torch.Tensor:
-    """The op's result [B, H, S, D_v] in the query's dtype. The caller has asked ``reads``. ``chunk``: tokens at a
+    """The op's result [B, H, S, D_v] in the query's dtype. (Of ``turned`` operands queries come as keys are stored, and
+    results as values are.) The caller has asked ``reads``. ``chunk``: tokens at a
     time. ``turns``: queries are as the model has them, else as rows are turned (and so are results). Raises
     RuntimeError for tensors that do not fit each other."""
     plan = _plan(about)
@@ -251,6 +253,11 @@ def attend(
     return found
 
 
+def _forget(library: Any, digest: bytes, plan: Plan) -> None:
+    """It lives until C++ has forgotten it."""
+    library.lorc_forget(digest, plan.address)
+
+
 def remember(about: Attend, query: torch.Tensor, tokens: int, chunk: int | None) -> None:
     """From now on calls of the op with such sizes read ``chunk`` tokens at a time and do without Python
     (attend_op.cpp), until ``about`` dies or ``native.ask_again``."""
@@ -258,7 +265,7 @@ def remember(about: Attend, query: torch.Tensor, tokens: int, chunk: int | None)
     assert plan is not None
     library.lorc_know(digest, plan.address)
     if about not in _REMEMBERED:
-        _REMEMBERED[about] = weakref.finalize(about, library.lorc_forget, digest, plan.address)
+        _REMEMBERED[about] = weakref.finalize(about, _forget, library, digest, plan)
         _REMEMBERED[about].atexit = False
     batch, heads, queries, _ = query.shape
     sizes = (tuned.bucket(tokens), tuned.bucket(batch), heads, queries, torch.get_num_threads())

@@ -13,16 +13,21 @@ import importlib.util
 import os
 import sys
 import tempfile
+import warnings
+from collections.abc import MutableMapping
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
+from lorc_fx.errors import KernelWarning
 from lorc_fx.groups import expanded
 from lorc_fx.logs import show
 from lorc_fx.models import cache_root
+from lorc_fx.plan_file import replaced
 
 from . import (
     expressions,
@@ -57,8 +62,9 @@ BLOCK_BYTES = 65536
 _WRITERS = (expressions, fixed_source, generator, numbered, operand_source, row_source, symbolic, terms)
 _Made = tuple[Kernel, ModuleType]
 _Call = tuple[torch.Tensor, Stored, Stored, tuple[torch.Tensor, ...]]
-_made: dict[tuple[Any, ...], _Made | None] = {}
-_smaller: dict[tuple[Any, ...], Config] = {}
+_Key = tuple[Given, Config, str]
+_made: MutableMapping[Attend, dict[_Key, _Made | None]] = WeakKeyDictionary()
+_smaller: MutableMapping[Attend, dict[_Key, Config]] = WeakKeyDictionary()
 """What to take instead of a config that the device has too little room for."""
 _seen: dict[Given, Given] = {}
 
@@ -71,8 +77,9 @@ def attend(
     extras: tuple[torch.Tensor, ...],
     config: Config | None = None,
 ) -> torch.Tensor:
-    """The op's result [B, H, S, D_v] in the query's dtype. ``config``: what to use instead of what a tuner found best
-    or, where none did, of the default.
+    """The op's result [B, H, S, D_v] in the query's dtype. (Of ``turned`` operands queries come as keys are stored, and
+    results as values are: ``turned_queries``, ``turned_back``.) ``config``: what to use instead of what a tuner found
+    best or, where none did, of the default.
 
     Where the device has too little room for a kernel, smaller ones are tried. Warns (``KernelWarning``), once per
     reader, where there is no kernel for it: then ``tiled`` computes it.
@@ -96,12 +103,13 @@ def attend(
 def _tried(about: Attend, given: Given, config: Config, call: _Call, instead: str) -> torch.Tensor | None:
     """The result, or None (said once) where neither this config nor a smaller one gives a kernel. ``instead``: what
     runs then, "" for plain torch."""
+    kernels, smaller = _made.setdefault(about, {}), _smaller.setdefault(about, {})
     while True:
-        key = _key(about, given, config, call[0].device)
-        if key in _smaller:
-            config = replace(_smaller[key], splits=config.splits)
+        key = _key(given, config, call[0].device)
+        if key in smaller:
+            config = replace(smaller[key], splits=config.splits)
             continue
-        if key in _made and _made[key] is None:
+        if key in kernels and kernels[key] is None:
             return None
         try:
             return _kept(key, about, given, config, call)
@@ -109,11 +117,11 @@ def _tried(about: Attend, given: Given, config: Config, call: _Call, instead: st
             if not (isinstance(error, (NotGenerated, ImportError)) or fallback.of_compiling(error)):
                 raise
             less = fallback.smaller(config) if fallback.too_large(error) else None
-            made, _made[key] = _made.get(key), None
+            made, kernels[key] = kernels.get(key), None
             if less is None:
                 fallback.warn(about, error, config, instead, made[1].__file__ if made else None)
             else:
-                _smaller[key] = less
+                smaller[key] = less
 
 
 def exactly(
@@ -127,22 +135,23 @@ def exactly(
 ) -> torch.Tensor:
     """The op's result by the kernel of this config and no other. Raises NotGenerated or ImportError where there is
     none, and what Triton raises (``fallback.of_compiling`` tells) where it does not compile."""
-    key = _key(about, given, config, query.device)
+    key = _key(given, config, query.device)
     call = query, _whole(about.keys, keys), _whole(about.values, values), extras
     return _kept(key, about, given, config, call)
 
 
-def _kept(key: tuple[Any, ...], about: Attend, given: Given, config: Config, call: _Call) -> torch.Tensor:
+def _kept(key: _Key, about: Attend, given: Given, config: Config, call: _Call) -> torch.Tensor:
     """``exactly``, with a kernel that is made once for ``key``."""
-    query, made = call[0], _made.get(key)
+    kernels, query = _made.setdefault(about, {}), call[0]
+    made = kernels.get(key)
     if made is None:
-        made = _made[key] = _make(about, given, config)
+        made = kernels[key] = _make(about, given, config)
     with torch.cuda.device(query.device) if query.is_cuda else contextlib.nullcontext():
         return _run(about, given, config, made, *call)
 
 
-def _key(about: Attend, given: Given, config: Config, device: torch.device) -> tuple[Any, ...]:
-    return about.digest, given, _source_of(config), device.type
+def _key(given: Given, config: Config, device: torch.device) -> _Key:
+    return given, _source_of(config), device.type
 
 
 def _source_of(config: Config) -> Config:
@@ -167,8 +176,7 @@ def given_of(
     for e, extra in zip(extras, about.extras, strict=False):
         sizes = (1,) * (4 - e.dim()) + tuple(e.shape)
         kind = "bool" if e.dtype == torch.bool else "float" if e.is_floating_point() else "int"
-        along = extra.tokens or sizes[3] > 1  # whatever a graph could tell: it can only be tokens
-        met.append(Met(sizes[0] > 1, sizes[1] > 1, sizes[2] > 1, along, kind))
+        met.append(Met(sizes[0] > 1, sizes[1] > 1, sizes[2] > 1, extra.tokens, kind))
     return Given(heads, queries, str(product).removeprefix("torch."), constants[0], constants[1], tuple(met))
 
 
@@ -245,18 +253,36 @@ def _own() -> str:
 
 def load(source: str, key: str, kind: str = "attend") -> ModuleType:
     """A module of generated source; its file is written where it is not there yet, and never half."""
-    folder = cache_folder()
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    path = folder / f"{kind}_{key[:32]}.py"
-    if not path.exists() or path.read_text() != source:
-        with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".tmp", delete=False) as file:
-            file.write(source)
-        os.replace(file.name, path)
+    name, folder = f"{kind}_{key[:32]}.py", cache_folder()
+    try:
+        path = _written(folder / name, source)
+    except OSError as error:
+        path = _written(Path(_own_folder(str(folder), str(error))) / name, source)
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def _written(path: Path, source: str) -> Path:
+    """Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if not path.exists() or path.read_text() != source:
+        with replaced(path) as partial:
+            partial.write_text(source)
+    return path
+
+
+@functools.cache
+def _own_folder(folder: str, why: str) -> str:
+    """Where this process keeps sources that the usual folder does not take; said once."""
+    text = (
+        f"generated kernels cannot be kept in {folder} ({why}): this process keeps its own in a temporary folder. "
+        "Set LORC_KERNEL_CACHE to a folder that can be written."
+    )
+    warnings.warn(text, KernelWarning, stacklevel=2)
+    return tempfile.mkdtemp(prefix="lorc_kernels_")
 
 
 # -- a launch ---------------------------------------------------------------------------------------------------------
@@ -324,11 +350,15 @@ def splits(programs: int, total: int, tokens: int, processors: int) -> int:
     return max(1, min(wanted, total // (FEWEST_BLOCKS * tokens)))
 
 
-@functools.cache
-def _on(kernel: Kernel, device: torch.device) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+_tables: WeakKeyDictionary[Kernel, dict[torch.device, list[list[torch.Tensor]]]] = WeakKeyDictionary()
+
+
+def _on(kernel: Kernel, device: torch.device) -> list[list[torch.Tensor]]:
     """A kernel's own tables for keys and for values."""
-    keys, values = ([t.to(device) for t in tables] for tables in kernel.tables)
-    return keys, values
+    held = _tables.setdefault(kernel, {})
+    if device not in held:
+        held[device] = [[t.to(device) for t in tables] for tables in kernel.tables]
+    return held[device]
 
 
 @functools.cache

@@ -64,9 +64,9 @@ def library() -> Any:
     except Exception as error:  # whatever the compiler or its absence raises
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         text = (
-            f"rows.cpp does not compile ({reason}); attention over stored rows and the packing of new ones run in "
-            "torch ops: as right, but slower. Any C++ compiler that inductor takes will do: install g++ or clang++, or "
-            "set CXX, and start again."
+            f"the C++ of lorc_fx cannot be built or loaded ({reason}); attention over stored rows and the packing of "
+            "new ones run in torch ops: as right, but slower. Any C++ compiler that inductor takes will do: install "
+            "g++ or clang++, or set CXX, and start again."
         )
         warnings.warn(text, KernelWarning, stacklevel=2)
         return None

@@ -84,7 +84,10 @@ class _Run(Interpreter):
         elif n.op in ("get_attr", "call_module"):
             raise NotGenerated(n, "the epilogue has tensors of its own")
         elif n.op != "placeholder":
-            self._number(n, value)
+            try:
+                self._number(n, value)
+            except (RuntimeError, TypeError, IndexError, ValueError, KeyError, AttributeError) as error:
+                raise NotGenerated(n, f"no kernel is made of it in this form ({error})") from error
         return value
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
@@ -133,6 +136,8 @@ class _Run(Interpreter):
     def _made(self, node: Node, name: str, args: list[Any], kwargs: dict[str, Any], value: Any) -> Any:
         if any(isinstance(a, _Complex) for a in args):
             return self._complex(node, name, args)
+        if name == "bitwise_not" and value.dtype != torch.bool:
+            raise NotGenerated(node, "bits of integers")
         if name in LAYOUT or name == "getitem":
             return node.target(*args, **kwargs)  # type: ignore[operator]
         if name in ("expand_as", "view_as", "reshape_as"):
@@ -162,7 +167,7 @@ class _Run(Interpreter):
             return self.ex.each("float", numbers)
         if source.is_floating_point and not kind.is_floating_point:
             return self.ex.each("int", numbers)
-        return numbers
+        return self.ex.each("int", numbers) if source == torch.bool else numbers  # flags add up as numbers
 
     def _reduced(self, name: str, args: list[Any], kwargs: dict[str, Any]) -> torch.Tensor | None:
         ex, x = self.ex, args[0]
@@ -179,7 +184,10 @@ class _Run(Interpreter):
             bias = (args[3] if len(args) > 3 else kwargs.get("bias")) if name == "layer_norm" else None
             at = 4 if name == "layer_norm" else 3
             eps = args[at] if len(args) > at else kwargs.get("eps")
-            eps = eps if eps is not None else 1e-5 if name == "layer_norm" else torch.finfo(self.decoder.dtype).eps
+            usual = torch.promote_types(
+                self.decoder.dtype, torch.float32
+            )  # as torch takes it: 16 bits are summed in 32
+            eps = eps if eps is not None else 1e-5 if name == "layer_norm" else torch.finfo(usual).eps
             x = x if name == "rms_norm" else ex.each("sub", x, ex.mean(x, dims))
             square = ex.mean(ex.each("mul", x, x), dims)
             x = ex.each("mul", x, ex.each("rsqrt", ex.each("add", square, eps)))

@@ -176,7 +176,7 @@ class OperandSource:
         n = self.name
         if not self.operand.decodes:
             for y in tiles.values():
-                self.lines += self.source.direct(y, Places(0, 0, 1, 0), f"{y}_live")
+                self.lines += self.source.direct(y, f"{y}_live")
         else:
             for kind in (True, False):
                 some = [(i, s) for i, s in enumerate(self.source.stretches) if bool(s.bits) == kind]

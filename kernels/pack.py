@@ -28,6 +28,10 @@ DEVICES = ("cpu",)
 TOKENS = 16
 """At most so many latents are made of y by the same code: of more they are a large product, for libraries."""
 
+BLOCK = 1024
+"""Of more tokens than these, latents are made of y block by block: in fp32, all of a long prompt's take more memory
+than its cache."""
+
 MULTIPLE = 64
 """Graphs multiply latents in 16 bits of multiples of so many tokens: oneDNN compiles code for the sizes of such a
 product and keeps it, and a cache that grows has another size at each step."""
@@ -126,6 +130,11 @@ def pack_all(items: Sequence[Given]) -> list[torch.Tensor]:
     rows: list[torch.Tensor | None] = [None] * len(items)
     compiled = []
     for at, item in enumerate(items):
+        long = max(range(item.latent.dim() - 1), key=item.latent.size)
+        if item.project is not None and item.latent.shape[long] > BLOCK:
+            blocks = item.latent.split(BLOCK, long)
+            rows[at] = torch.cat([pack_all([item._replace(latent=y)])[0] for y in blocks], long)
+            continue
         latent, offsets, spread, form, project, shift, groups = item
         known = library is not None and latent.dtype in native.KINDS and form.dtype in native.KINDS
         known &= form.choices == 1 or offsets is not None

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from lorc_fx.packing import MODEL, SCALE_BYTES, STEPS, Format, index_bytes, planes, segment_bytes
 
 from .expressions import NotGenerated
-from .symbolic import Places
 
 LEAST = 16
 """The least size of a side of a product on tensor cores."""
@@ -22,9 +21,9 @@ MOST_MEANS = 9
 """Means of a codec, at most: each further one is written out."""
 
 
-def padded(size: int, least: int = LEAST) -> int:
-    """The next power of two, ``least`` at least."""
-    return max(least, 1 << (size - 1).bit_length())
+def padded(size: int) -> int:
+    """The next power of two, ``LEAST`` at least."""
+    return max(LEAST, 1 << (size - 1).bit_length())
 
 
 @dataclass(frozen=True)
@@ -152,7 +151,7 @@ class RowSource:
             lines.append(f"{name} = tl.reshape({name}, (BLOCK, {stretch.items}))")
         return [*lines, f"{name} = ({name}.to(tl.float32) - {half}).to({self.dot})"]
 
-    def direct(self, name: str, places: Places, live: str) -> list[str]:
+    def direct(self, name: str, live: str) -> list[str]:
         """``{name}`` [tokens, items] fp32: the numbers of columns ``{name}_c``, as they are; ``live`` [items]."""
         found = []
         for i, s in enumerate(self.stretches):

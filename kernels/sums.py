@@ -30,6 +30,7 @@ def sums(rows: torch.Tensor, weights: torch.Tensor, form: Format) -> torch.Tenso
     of G groups its own columns, then what tokens have of further means, times the weights, summed over tokens in
     fp32."""
     groups = weights.shape[1]
+    rows = rows if rows.stride(2) == 1 else rows.contiguous()
     about = native.layout(form, groups) if rows.device.type == "cpu" and native.library() is not None else None
     if about is None:
         latent = pack.unpack(rows, form).float()

@@ -95,8 +95,6 @@ class ScoreWriter:
         args = [self._use(a) for a in node.args]
         if name in ("to", "_to_copy", "clone", "contiguous", "expand"):
             return str(args[0])
-        if name == "add" and node.kwargs.get("alpha", 1) == 1 and len(args) == 2:
-            return self.each("add", *args)
         made = pointwise(self, node, name, args, {k: self._use(v) for k, v in node.kwargs.items()})
         if made is None:
             raise NotGenerated(node, "an op on scores of which no kernel is made")

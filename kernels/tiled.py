@@ -33,8 +33,8 @@ def attend(
     extras: tuple[torch.Tensor, ...],
     tile: int | None = None,
 ) -> torch.Tensor:
-    """The op's result [B, H, S, D_v] in the query's dtype. ``tile``: tokens at a time; None for what a tuner found
-    best, else for ``default_tile``."""
+    """The op's result [B, H, S, D_v] in the query's dtype, of ``turned`` operands as ``launch.attend``'s. ``tile``:
+    tokens at a time; None for what a tuner found best, else for ``default_tile``."""
     batch, heads, queries, _ = query.shape
     total = keys.rows.shape[0]
     kinds, ways = _ways(about, keys, values)

@@ -85,13 +85,13 @@ class Problem:
 
 
 @contextlib.contextmanager
-def watched(most_queries: int = 1) -> Iterator[dict[str, Problem]]:
-    """Collects the readers whose ops run inside of the block with up to ``most_queries`` query tokens: by their name in
-    the database, the last call of each."""
+def watched() -> Iterator[dict[str, Problem]]:
+    """Collects the readers whose ops run inside of the block with one query token: by their name in the database, the
+    last call of each."""
     found: dict[str, Problem] = {}
 
     def watch(about: Attend, query: torch.Tensor, *stored: Any) -> None:
-        if query.shape[2] <= most_queries:
+        if query.shape[2] == 1:
             problem = Problem(about, query, *stored)
             with contextlib.suppress(NotGenerated):
                 found[side_of(problem).words] = problem

@@ -6,20 +6,18 @@
          "default_seconds": 0.00083}]}
 
 An entry is one problem: a kind of reader (in words: what its computation takes, not which weights), a number of cached
-tokens and of batch rows. It holds for ``tokens`` and ``batch`` up to the next powers of two. ``sources`` is a hash of
-what writes or runs the kernels, ``triton`` its version. Where the config is null the launcher's own choice is best. An
-entry that is not ``done`` has ``trials``: what was timed before an interrupt. What the package ships is read first,
-then what was tuned here, which wins. Nothing here can change a result: a config only says in which pieces it is
-computed.
+tokens and of batch rows. It holds for ``batch`` up to the next power of two and for ``tokens`` some doublings away.
+``sources`` is a hash of what writes or runs the kernels, ``triton`` its version. Where the config is null the
+launcher's own choice is best. An entry that is not ``done`` has ``trials``: what was timed before an interrupt. What
+the package ships is read first, then what was tuned here, which wins. Nothing here can change a result: a config only
+says in which pieces it is computed.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-import os
 import re
-import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
@@ -30,6 +28,7 @@ from weakref import WeakKeyDictionary
 from lorc_fx.errors import KernelWarning
 from lorc_fx.logs import log
 from lorc_fx.models import cache_root
+from lorc_fx.plan_file import replaced
 
 from . import native
 from .attend import Attend
@@ -222,13 +221,8 @@ def write(path: Path, entries: Iterable[Entry]) -> None:
     """The file is the old one or the whole new one. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = ",\n".join(json.dumps(e.json()) for e in sorted(entries, key=lambda e: (e.target.device, e.key)))
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
-        try:
-            file.write(f'{{"version": {VERSION}, "entries": [\n{lines}\n]}}\n')
-        except BaseException:
-            os.unlink(file.name)
-            raise
-    os.replace(file.name, path)
+    with replaced(path) as partial:
+        partial.write_text(f'{{"version": {VERSION}, "entries": [\n{lines}\n]}}\n')
 
 
 class Database:
@@ -254,8 +248,9 @@ class Database:
         return iter(self.entries.values())
 
     def put(self, path: Path, entry: Entry) -> None:
-        """Add or replace an entry, in the file at once: what another process has added to it meanwhile stays. What
-        is corrupt or foreign goes. Raises OSError."""
+        """Add or replace an entry, in the file at once: what another process wrote before this call stays (of two that
+        write at one time, one may lose its entry and time it again). What is corrupt or foreign goes. Raises
+        OSError."""
         entries, _ = read(path, self.target)
         self.entries |= {e.key: e for e in entries if e.key not in self.entries} | {entry.key: entry}
         write(path, self.entries.values())
