@@ -100,7 +100,27 @@ ROTARY: dict[str, Callable[..., torch.Tensor]] = {
     "half": half_split, "interleaved": interleaved, "complex": complex_pairs, "partial": partial, "table": table,
     "kept": kept_angles, "own": own_frequencies,
 }  # fmt: skip
-NORMS: dict[str, Callable[..., torch.Tensor]] = {"rms": rms, "layer": layer_norm, "l2": l2}
+
+
+def small_rms(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """Of values so small that it matters which eps torch takes where none is given."""
+    return torch.nn.functional.rms_norm(0.02 * x, (x.shape[-1],), w)
+
+
+def flags(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """Flags that add up as numbers."""
+    return x * ((w > 0.9).to(torch.int64) + (w > 0.7).to(torch.int64))
+
+
+def constants(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """Numbers of the graph's own, of other types than what they meet."""
+    x = torch.cat([x[..., :-4], torch.zeros_like(x[..., -4:])], -1)
+    return x * (torch.full_like(w, 2, dtype=torch.int64).float().to(x.dtype) + w)
+
+
+NORMS: dict[str, Callable[..., torch.Tensor]] = {
+    "rms": rms, "layer": layer_norm, "l2": l2, "small rms": small_rms, "flags": flags, "constants": constants,
+}  # fmt: skip
 
 
 @functools.cache

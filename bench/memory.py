@@ -114,8 +114,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     result |= {"dtype": "float32", "model": args.model, "tokens": args.tokens}
     result["rows"] = []
     with tempfile.TemporaryDirectory() as folder:
-        for name in WAYS:
-            result["rows"].append(measure(name, args.tokens, args.model, os.path.join(folder, name)))
+        for i, name in enumerate(WAYS):
+            result["rows"].append(measure(name, args.tokens, args.model, os.path.join(folder, str(i))))
             print(json.dumps(result["rows"][-1]), file=sys.stderr, flush=True)
     write_json(args.out, result)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
 import os
 import subprocess
 import sys
 import warnings
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -112,12 +114,20 @@ def heads(y: torch.Tensor) -> torch.Tensor:
     return y.view(y.shape[0], y.shape[1], 2, 64).transpose(1, 2)
 
 
+def joined_pairs(x: torch.Tensor) -> torch.Tensor:
+    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
+    return torch.view_as_real(torch.cat([2 * pairs[..., :4], pairs[..., 4:]], -1)).flatten(-2)
+
+
 SCATTERED = torch.randperm(64, generator=torch.Generator().manual_seed(0)).tolist()
 REFUSED = {
     "softmax": (lambda y, p: heads(y).softmax(-1), "an op of which no kernel is made"),
     "cumulative": (lambda y, p: heads(y).cumsum(-1), "an op of which no kernel is made"),
     "scattered features": (lambda y, p: torch.stack([heads(y)[..., i] for i in SCATTERED], -1), "pieces"),
     "two kinds of heads": (lambda y, p: torch.stack([heads(y)[:, 0], heads(y)[:, 1].cos()], 1), "different ways"),
+    "scaled on the way": (lambda y, p: torch.rsub(heads(y), 1.0, alpha=2), "it scales or rounds"),
+    "bits": (lambda y, p: heads(y) * torch.bitwise_not((4 * heads(y)).to(torch.int64)), "bits of integers"),
+    "joined pairs": (lambda y, p: joined_pairs(heads(y)), "in this form"),
     "a third power": (lambda y, p: heads(y).pow(3), "a power of 3"),
 }
 
@@ -183,6 +193,27 @@ def test_a_source_file_that_was_cut_off_is_written_again(tmp_path, monkeypatch):
     file.write_text("NUMB")
     assert launch.load("NUMBER = 7\n", "a" * 64).NUMBER == 7
     assert [f.read_text() for f in tmp_path.glob("*.py")] == ["NUMBER = 7\n"]
+
+
+def test_a_folder_that_cannot_be_written_is_said_once(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("LORC_KERNEL_CACHE", str(tmp_path / "file" / "kernels"))
+    launch._own_folder.cache_clear()
+    with pytest.warns(KernelWarning, match="LORC_KERNEL_CACHE"):
+        assert launch.load("NUMBER = 7\n", "a" * 64).NUMBER == 7
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert launch.load("NUMBER = 8\n", "b" * 64).NUMBER == 8
+
+
+def test_kernels_die_with_their_reader():
+    given = build(Case(rotary="half", cached=2))
+    launch._made.setdefault(given[0], {})["key"] = None
+    assert given[0] in launch._made
+    gone = weakref.ref(given[0])
+    del given
+    gc.collect()
+    assert gone() is None and not any(held == {"key": None} for held in launch._made.values())
 
 
 def test_decoders_of_the_cases_are_those_of_graphs():

@@ -4,6 +4,8 @@ have computed; every other call asks it."""
 from __future__ import annotations
 
 import gc
+import sys
+import threading
 from dataclasses import replace
 from unittest import mock
 
@@ -119,6 +121,41 @@ def test_turned_heads_of_any_size(dim, heads, each, queries, batch, bits, dtype)
     want = wanted(*call)
     for _ in range(2):
         assert_close("turned heads", op(*call).double(), want, TOLERANCE[dtype])
+
+
+def test_threads_that_come_first_together_have_one_plan():
+    """What C++ points to is what lives: of several plans for one reader it could be one that is gone."""
+    before, kept = sys.getswitchinterval(), []
+    sys.setswitchinterval(1e-5)
+    try:
+        for n in range(40):
+            about, query, keys, values, extras = build(Case(keys=((32, 4), (16 * (n + 1), 8)), tokens=40))
+            kept.append(attend.intern(about))
+            barrier = threading.Barrier(4)
+
+            def call(barrier=barrier, given=(query, keys, values, extras), digest=about.digest):
+                query, keys, values, extras = given
+                barrier.wait()
+                left, right = (keys.rows, None, list(keys.codec)), (values.rows, None, list(values.codec))
+                torch.ops.lorc.attend(query, *left, *right, list(extras), digest)
+
+            threads = [threading.Thread(target=call) for _ in range(4)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            (_, _, given, _) = fused._REMEMBERED[about].peek()
+            assert given[2] is fused._PLANS[about]
+    finally:
+        sys.setswitchinterval(before)
+
+
+@pytest.mark.parametrize("chunk", [1 << 40, 1 << 62])
+def test_a_tile_is_no_longer_than_the_cache(chunk):
+    """Whatever a tuner's file says."""
+    call = build(Case(keys=((32, 4),), values=((32, 8),), tokens=70))
+    got = fused.attend(*call, chunk=chunk)
+    assert_close("result", got.double(), wanted(*call), TOLERANCE[call[1].dtype])
 
 
 def test_calls_of_other_sizes_ask(python):

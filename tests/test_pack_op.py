@@ -184,3 +184,18 @@ def test_several_means_need_offsets():
     form = Format((Segment(8, 4),), 2, torch.float32)
     want = packing.pack(torch.ones(1, 1, 9), None, None, form.spec, 2, form.dtype)
     assert torch.equal(pack(torch.ones(1, 1, 9), None, None, form), want)
+
+
+@pytest.mark.parametrize("shape", [(30, 2), (2, 30), (60,), (1, 30, 1)], ids=str)
+@pytest.mark.parametrize("groups", [1, 4])
+def test_latents_of_many_tokens_are_made_block_by_block(shape, groups):
+    """The same rows, in whatever order tokens and batch rows come."""
+    form = Format((Segment(16, 8), Segment(8, 3)), 2, torch.float32)
+    g = torch.Generator().manual_seed(0)
+    y, project = torch.randn(*shape, 32, generator=g), torch.randn(24 // groups + 1, 32, generator=g)
+    given = (torch.randn(2, 24, generator=g), torch.rand(24, generator=g) + 0.5, form, project, None, groups)
+    want = pack(y, *given)
+    with mock.patch.object(by_op, "BLOCK", 7), mock.patch.object(by_op, "TOKENS", 3):
+        got = pack(y, *given)
+    assert got.shape == want.shape
+    torch.testing.assert_close(by_op.unpack(got, form), by_op.unpack(want, form), rtol=1e-3, atol=1e-3)

@@ -87,3 +87,13 @@ def test_the_op_is_one_of_torch():
     form = Format((Segment(8, 4), Segment(16, 5)), 2, torch.float32)
     given = (*made(form, 2, 9, 2, 3), *form.parts)
     torch.library.opcheck(torch.ops.lorc.sums.default, given, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_rows_of_any_strides():
+    """A last axis that is not contiguous is no reason for other numbers."""
+    form = Format((Segment(16, MODEL), Segment(32, 4)), 1, torch.float32)
+    rows, weights = made(form, 2, 40, 2, 3)
+    strided = torch.empty(rows.shape[2], *rows.shape[:2], dtype=rows.dtype).permute(1, 2, 0)
+    strided.copy_(rows)
+    assert strided.stride(2) != 1
+    assert torch.equal(sums(strided, weights, form), sums(rows, weights, form))
