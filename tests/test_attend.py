@@ -122,7 +122,7 @@ def test_the_op_is_laid_out_as_its_fake_says(name, batch, queries, way):
     assert got.is_contiguous(), got.stride()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     made=st.builds(
         case,
@@ -163,7 +163,7 @@ def test_threads_share_the_tokens(threads):
     assert_close("out", got.double(), reference.attend(about, query, keys, values, extras), 1e-5)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     sharp=st.sampled_from([1e-3, 1.0, 10.0, 100.0, 1e4]),
     scores=st.sampled_from(["none", "cap"]),

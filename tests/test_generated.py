@@ -18,7 +18,7 @@ import torch
 from bench.attention_cases import Case, build, decoder_of
 from bench.kernel_runs import BUILDS, SHARED, TARGETS, TOLERANCE, VALUES
 from lorc_fx.errors import KernelWarning
-from lorc_fx.kernels import launch, row_source, tiled
+from lorc_fx.kernels import fallback, launch, row_source, tiled
 from lorc_fx.kernels.config import Config
 from lorc_fx.kernels.expressions import NotGenerated
 from lorc_fx.kernels.generator import generate
@@ -123,7 +123,9 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_gets_no_kernel_runs_in_tiles_and_is_said_once(name):
+def test_what_gets_no_kernel_runs_in_tiles_and_is_said_once(name, monkeypatch):
+    monkeypatch.setattr(fallback, "_said", set())
+    monkeypatch.setattr(launch, "_made", {})
     fn, why = REFUSED[name]
     given = refused(fn)
     with pytest.raises(NotGenerated, match=why):

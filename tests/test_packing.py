@@ -54,7 +54,7 @@ def nearest(latent, form):
     return index, torch.nn.functional.one_hot(index, form.choices)[..., 1:]
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(form=formats(), seed=st.integers(0, 2**31), scale=st.sampled_from([1e-3, 1.0, 300.0]))
 def test_rows_hold_what_they_promise(form, seed, scale):
     latent, offsets = latent_of(form, seed, scale)
@@ -83,7 +83,7 @@ def test_rows_hold_what_they_promise(form, seed, scale):
         assert bool(((got - want).abs() <= excess + step * 0.5001 + rounding * (want.abs() + half * step)).all())
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(form=formats(), seed=st.integers(0, 2**31), heavy=st.booleans())
 def test_the_scale_is_the_best_of_the_ladder(form, seed, heavy):
     """No other candidate has less squared error in the columns' own units; the first clips nothing."""

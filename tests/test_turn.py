@@ -85,7 +85,7 @@ def test_it_is_the_reference(name: str) -> None:
 EIGHTS = st.integers(1, 5).map(lambda n: 8 * n)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     made=st.builds(
         replace,
