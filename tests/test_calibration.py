@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from calibrating import ordinary, projected, quiet, text
 from families import FAMILIES
 from oracle import coded_cache, coded_oracle
@@ -285,19 +286,46 @@ def test_padding_and_first_tokens_change_nothing(name, bos):
 
 
 def test_gradients_are_the_second_moment_of_the_loss():
-    """G has the trace that finite sampling allows, is symmetric, and changes the basis."""
-    model = FAMILIES["llama-gqa"].build()
-    plain, made = quiet(model, [text()]), quiet(model, [text()], gradients=True)
-    weight = dict.fromkeys(["key", "value"])
-    for p in FAMILIES["llama-gqa"].projections(model):
-        weight[p.layer, p.kind] = p.weight.double()
+    """G is symmetric, has the trace that labels drawn anew give by hand, and makes another basis."""
+    family = FAMILIES["llama-gqa"]
+    model, ids = family.build(layers=1), text(rows=64, tokens=12)
+    plain, made = quiet(model, [ids]), quiet(model, [ids], gradients=True)
+    want, weights = _squares(family, model, ids), {p.kind: p.weight.double() for p in family.projections(model)}
     for a, b in zip(plain.sites, made.sites, strict=True):
         assert_close("outer", b.outer, a.outer, 1e-9)
         g = b.gradient[0]
         assert b.gradients == b.tokens and torch.allclose(g, g.T) and float(torch.linalg.eigvalsh(g).min()) > -1e-9
-        basis = basis_of(b, gram(weight[b.layer, b.kind], "a site"))
+        assert 0.75 < float(g.trace()) / b.gradients / want[b.kind] < 1.35, b.kind
+        square = gram(weights[b.kind], "a site")
+        basis, other = basis_of(b, square), basis_of(a, square)
         eye = basis.synthesis @ basis.analysis
         assert_close("S P", eye, torch.eye(len(eye), dtype=torch.float64), 1e-8)
+        half = len(eye) // 2  # what is kept at half the columns
+        ours, theirs = (x.analysis[:, :half] @ x.synthesis[:half] for x in (basis, other))
+        assert error(ours, theirs) > 0.1, b.kind
+
+
+def _squares(family, model, ids, draws=200):
+    """The mean of |g|^2 over ordinary tokens: g is the gradient, at keys or values, of the loss of drawn labels."""
+    leaves, handles = {}, []
+    for p in family.projections(model):
+
+        def hook(module, args, y, kind=p.kind):
+            leaves[kind] = y.detach().requires_grad_()
+            return leaves[kind]
+
+        handles.append(p.module.register_forward_hook(hook))
+    logits = model(ids).logits.flatten(0, 1)
+    for handle in handles:
+        handle.remove()
+    real = {kind: ordinary(y.detach().double(), torch.ones_like(ids, dtype=torch.bool)) for kind, y in leaves.items()}
+    found, g = dict.fromkeys(leaves, 0.0), torch.Generator().manual_seed(0)
+    for _ in range(draws):
+        labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=g)[:, 0]
+        loss = F.cross_entropy(logits, labels, reduction="sum")
+        for kind, grad in zip(leaves, torch.autograd.grad(loss, list(leaves.values()), retain_graph=True), strict=True):
+            found[kind] += float(grad.square().sum(-1)[real[kind]].mean()) / draws
+    return found
 
 
 def test_text_of_the_models_own():
