@@ -67,6 +67,7 @@ def test_keys_are_told_from_values(form, rope, monkeypatch):
     seen = []
     monkeypatch.setattr(backend, "match", lambda graph: seen.append(match(graph)) or seen[-1])
     check(decoder(form=form, rope=rope, layers=2))
+    assert seen
     for found in seen:
         names = [site.name for site in found.sites]
         assert sorted(names) == sorted(f"layer {i} {kind}" for i in (0, 1) for kind in ("key", "value")), names
