@@ -53,6 +53,14 @@ def quiet(clean):
 
 
 @pytest.fixture
+def fresh_hints(monkeypatch):
+    """No hint was given before."""
+    from lorc_fx import latent_ops
+
+    monkeypatch.setattr(latent_ops, "_hinted", set())
+
+
+@pytest.fixture
 def many_shapes():
     """Pieces of many lengths through one model: more graphs than Dynamo's default limit allows.
 

@@ -112,13 +112,6 @@ def test_bytes_per_token(name, clean):
         assert used(cache) <= wanted * max(tokens)
 
 
-def test_spare_rows_are_stated():
-    for rows in (1, 63, 511):
-        assert 0 < capacity(rows) - rows <= 64
-    for rows in (512, 5000, 70000):
-        assert 0 < capacity(rows) - rows <= rows / 8
-
-
 def test_a_long_cache_holds_an_eighth_more_at_most(clean):
     model = compiled(FAMILIES["gpt-neox"].build(layers=1), ratio=0.5)
     cache = new_cache(model)

@@ -10,12 +10,10 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from typer.testing import CliRunner
+from commands import run
 
 from lorc_fx import autotune, cli, demo, make_plan, models
 from lorc_fx.errors import BadOption
-
-runner = CliRunner(env={"COLUMNS": "200"})
 
 
 @pytest.fixture(scope="module")
@@ -25,13 +23,6 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.letters().save_pretrained(folder)
     tiny.llama(heads=8, kv_heads=8).save_pretrained(folder)
     return folder
-
-
-def run(*arguments: str) -> tuple[int, str]:
-    result = runner.invoke(cli.app, list(arguments))
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.exit_code, result.output
 
 
 COMMANDS = (

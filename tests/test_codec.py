@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from helpers import matrix
 from lorc_fx.codec import Codec, make_codec, model_segments, prior_basis
 from lorc_fx.decoder import Decoder, decode_dense, decode_vectors
 from lorc_fx.errors import BadWeight
@@ -28,10 +29,6 @@ def decoder(width, dtype=FP64):
 def codec_of(weight, rank, bias=None, dtype=FP64):
     basis = prior_basis(factorise(weight, "a site"), bias)
     return make_codec(weight, bias, basis, model_segments(rank), decoder(weight.shape[0], dtype), (), dtype)
-
-
-def matrix(n, d, seed):
-    return torch.randn(n, d, dtype=FP64, generator=torch.Generator().manual_seed(seed))
 
 
 def effective(codec):

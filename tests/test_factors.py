@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers import matrix
 from lorc_fx import factors, prepared
 from lorc_fx.calibration import second_moment
 from lorc_fx.codec import prior_basis
@@ -20,10 +21,6 @@ from lorc_fx.records import PlannedSite
 
 FP64 = torch.float64
 EPS = torch.finfo(FP64).eps
-
-
-def matrix(n, d, seed):
-    return torch.randn(n, d, dtype=FP64, generator=torch.Generator().manual_seed(seed))
 
 
 @st.composite

@@ -50,7 +50,7 @@ def test_the_first_prompt_is_coded_with_its_own_statistics(name, kind):
     same, third = fill(again, LONG, kind=kind)
     assert torch.equal(got, same)
     assert all(torch.equal(a, b) for a, b in zip(codes(cache), codes(third), strict=True))
-    want, _ = fill(coded_oracle(family, truth, latents(cache), LONG), LONG, kind=kind)
+    want, _ = fill(coded_oracle(family, truth, latents(cache)), LONG, kind=kind)
     assert_close("logits", got, want, 2e-3)
 
 
@@ -99,7 +99,7 @@ def test_a_short_prompt_drops_nothing_and_goes_on_as_it_began():
         warnings.simplefilter("error", EagerWarning)
         rest = piecewise(model, ids[:, 9:], cache, [1, 5])
     assert [x.codec for pair in latents(cache) for x in pair] == early
-    want, _ = fill(coded_oracle(family, truth, latents(cache), ids), ids)
+    want, _ = fill(coded_oracle(family, truth, latents(cache)), ids)
     assert_close("logits", torch.cat([first, rest], 1), want, 2e-3)
 
 

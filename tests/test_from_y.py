@@ -51,7 +51,7 @@ def test_it_is_the_oracle(name: str, basis: str, kind: str) -> None:
     pairs = latents(cache)
     codecs = [x.codec for pair in pairs for x in pair]
     assert all(c.from_y for c in codecs if not (c.format.plain or c.unprojected)) and any(c.from_y for c in codecs)
-    want = piecewise(coded_oracle(family, truth, pairs, ids), ids, coded_cache(truth, pairs), [TOKENS])
+    want = piecewise(coded_oracle(family, truth, pairs), ids, coded_cache(truth, pairs), [TOKENS])
     assert_close("logits", got, want, 2e-3)  # a rounding at 1e-7 may turn one level over
 
 
@@ -70,7 +70,7 @@ def test_with_statistics(name: str) -> None:
     pairs = latents(cache)
     codecs = [x.codec for pair in pairs for x in pair if not x.codec.unprojected]
     assert codecs and all(c.from_y for c in codecs)
-    want = piecewise(coded_oracle(family, truth, pairs, ids), ids, coded_cache(truth, pairs), [160])
+    want = piecewise(coded_oracle(family, truth, pairs), ids, coded_cache(truth, pairs), [160])
     assert_close("logits", got, want, 5e-3)
 
 

@@ -75,7 +75,7 @@ def test_rounded_it_is_the_oracle(name):
     ids, cache = prompt(2, TOKENS)[0], new_cache(model)
     got = piecewise(compiled(model, **MIXED, ratio=0.3), ids, cache, [5, 11, TOKENS])
     pairs = latents(cache)
-    want = piecewise(coded_oracle(family, truth, pairs, ids), ids, coded_cache(truth, pairs), [TOKENS])
+    want = piecewise(coded_oracle(family, truth, pairs), ids, coded_cache(truth, pairs), [TOKENS])
     assert_close("logits", got, want, 2e-3)  # a rounding at 1e-7 may turn one level over
 
 
@@ -94,7 +94,7 @@ def test_with_statistics(name):
     codecs = [x.codec for pair in pairs for x in pair]
     assert {c.groups for c in codecs} == {2 if name == "llama-gqa" else 4}
     assert any(len(c.format.segments) > 1 for c in codecs), "one segment: its order shows nothing"
-    want = piecewise(coded_oracle(family, truth, pairs, ids), ids, coded_cache(truth, pairs), [160])
+    want = piecewise(coded_oracle(family, truth, pairs), ids, coded_cache(truth, pairs), [160])
     assert_close("logits", got, want, 5e-3)
 
 
