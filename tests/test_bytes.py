@@ -92,6 +92,16 @@ def test_static_caches_are_as_small(name, clean):
         check(cache, 0.45)
 
 
+@pytest.mark.parametrize(("kind", "each"), [("dynamic", 4), ("static", 8)])
+def test_positions_are_kept_once_or_in_static_caches_once_per_layer(kind, each, clean):
+    """At ratio 1 they alone come on top: of two layers 4 bytes per token, or 8."""
+    for cache in steps(compiled(FAMILIES["llama-gqa"].build(layers=2), ratio=1.0), kind):
+        keys, rows = latents(cache)[0][0], [x.codes for pair in latents(cache) for x in pair]
+        tokens = keys.shape[0] * keys.shape[-2]
+        assert sum(t.numel() * t.element_size() for t in rows) == dense(cache)
+        assert cache_nbytes([list(pair) for pair in latents(cache)], used=True) - dense(cache) == each * tokens
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_in_16_bits(dtype, clean):
     model = compiled(FAMILIES["llama-gqa"].build(dtype, layers=1), ratio=0.45)

@@ -130,6 +130,15 @@ def test_saved_and_loaded(tmp_path):
             Calibration.load(path)
 
 
+def test_a_file_of_another_version_is_refused(tmp_path, monkeypatch):
+    made = quiet(FAMILIES["llama-gqa"].build(layers=1), [text()])
+    monkeypatch.setattr(calibration, "VERSION", calibration.VERSION - 1)
+    made.save(tmp_path / "old.safetensors")
+    monkeypatch.undo()
+    with pytest.raises(BadCalibration, match=rf"(?s)old\.safetensors.*no calibration of version {calibration.VERSION}"):
+        Calibration.load(tmp_path / "old.safetensors")
+
+
 def test_a_path_serves_every_graph_of_a_model(tmp_path):
     """Each graph reads it anew: prompt, second piece and steps share their codecs, and nothing falls back to dense."""
     model = FAMILIES["llama-gqa"].build(layers=1)

@@ -93,7 +93,7 @@ def test_help_lists_what_the_demo_takes() -> None:
         (["certify", "--ratio", "7"], "ratio=7.0"),
         (["calibrate", "/no/such/folder/known.safetensors"], "output='/no/such/folder/known.safetensors'"),
         (["calibrate", "/"], "output='/'"),
-        (["certify", "--plot", "/no/such/folder/bounds"], "plot='/no/such/folder/bounds'"),
+        (["certify", "--plot", "/no/such/folder/bounds"], "plot='/no/such/folder/bounds.png'"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else "",
 )
@@ -284,6 +284,10 @@ def test_certify(quiet: None, checkpoint: Path, tmp_path: Path) -> None:
     assert result["sound"] and len(result["sites"]) == 4 and result["logits"]["positions"] == 7
     assert "proven unchanged at" in text and "bounds.svg" in text
     assert (tmp_path / "bounds.png").stat().st_size > 0
+    code, text = run("certify", *small, "--prompt", "the sea", "--json", str(out), "--rounding")
+    assert code == 0, text
+    rounded = json.loads(out.read_text())
+    assert rounded["sound"] and rounded["logits"] != result["logits"]
 
 
 @pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])

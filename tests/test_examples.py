@@ -93,6 +93,7 @@ def test_each_example_has_a_row_and_a_test() -> None:
     for name in names:
         assert f"| [{name}.py](../examples/{name}.py) |" in text, f"docs/beside.md has no row for {name}.py"
         assert f'"{name}' in tests, f"no test runs {name}.py"
+        assert len((EXAMPLES / f"{name}.py").read_text().splitlines()) <= 50, f"{name}.py has more than fifty lines"
     assert text.count("](../examples/") == len(names), "docs/beside.md has a row for an example that is not there"
 
 

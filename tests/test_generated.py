@@ -178,6 +178,15 @@ def test_sums_that_fit_in_no_registers_are_refused():
         generate(given[0], launch.given_of(*given), Config())
 
 
+@pytest.mark.parametrize(("own", "folder"), [(None, "caches/kernels"), ("", "caches/kernels"), ("mine", "mine")])
+def test_sources_are_kept_beside_other_caches_or_where_they_are_told_to(own, folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("LORC_CACHE", str(tmp_path / "caches"))
+    monkeypatch.delenv("LORC_KERNEL_CACHE", raising=False)
+    if own is not None:
+        monkeypatch.setenv("LORC_KERNEL_CACHE", own and str(tmp_path / own))
+    assert launch.cache_folder() == tmp_path / folder
+
+
 def test_a_source_file_that_was_cut_off_is_written_again(tmp_path, monkeypatch):
     monkeypatch.setenv("LORC_KERNEL_CACHE", str(tmp_path))
     assert launch.load("NUMBER = 7\n", "a" * 64).NUMBER == 7
