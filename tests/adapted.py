@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import return_and_correct_aliasing
 from helpers import assert_close, assert_tokens, compiled, generate, latents, prompt
 
 FAMILY = FAMILIES["llama-gqa"]
-PAPER = {"scheduler": "uniform", "precision": "model"}
+UNIFORM = {"scheduler": "uniform", "precision": "model"}
 IDS, MASK = prompt(tokens=9)
 aten = torch.ops.aten
 
@@ -78,7 +78,7 @@ def effective(model: Any) -> Any:
 def check(call: Any, eager: Any, tol: float = 1e-4, plain: Any = None, **given: Any) -> Any:
     """``call`` (compiled here) is ``eager``, in logits and greedy tokens, and coded. At a ratio below one it is
     ``plain`` (the same model with plain weights) with projections onto what the codecs keep. The run comes back."""
-    got = generate(compiled(call, **{**PAPER, "ratio": 1.0, **given}), IDS, MASK)
+    got = generate(compiled(call, **{**UNIFORM, "ratio": 1.0, **given}), IDS, MASK)
     latents(got.cache)
     if given.get("ratio", 1.0) < 1:
         ranks = ranks_of(got.cache)

@@ -55,4 +55,5 @@ def hold(model: Any, inputs: dict[str, Any], options: dict[str, Any]) -> Held:
         held.ops = tuple(dict.fromkeys(main.unbounded))
 
     traced(model, (), inputs, visit)
+    assert held.nodes, "no node was held against a bound"
     return held

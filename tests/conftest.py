@@ -10,13 +10,27 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from hypothesis import settings
 
 torch.set_num_threads(1)
+
+settings.register_profile("lorc", deadline=None)  # a first example compiles, and others wait for a core
+settings.load_profile("lorc")
 
 # ``bench`` alone: with the repository itself on the path, its ``kernels`` would be taken for the package of that name
 bench = types.ModuleType("bench")
 bench.__path__ = [str(Path(__file__).parents[1] / "bench")]
 sys.modules.setdefault("bench", bench)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_settings():
+    """Nothing that the user set for LoRC holds in the tests, but for where files are kept."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith("LORC_")]:
+            if name not in ("LORC_CACHE", "LORC_KERNEL_CACHE", "LORC_HANDBOOK"):
+                patch.delenv(name)
+        yield
 
 
 @pytest.fixture
@@ -36,6 +50,14 @@ def quiet(clean):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", LorcWarning)
         yield
+
+
+@pytest.fixture
+def fresh_hints(monkeypatch):
+    """No hint was given before."""
+    from lorc_fx import latent_ops
+
+    monkeypatch.setattr(latent_ops, "_hinted", set())
 
 
 @pytest.fixture

@@ -62,6 +62,11 @@ def cache_name(model: Any) -> str:
     return "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
 
 
+def cache_of(out: Any) -> Any:
+    """The cache in what ``generate`` returns."""
+    return out["cache"] if "cache" in out else out["past_key_values"]
+
+
 def new_cache(model: Any, kind: str = "dynamic", tokens: int = 32) -> Any:
     if kind == "static":
         return StaticCache(config=model.config, max_cache_len=tokens)
@@ -146,6 +151,17 @@ def piecewise(model: Any, ids: torch.Tensor, cache: Any, cuts: list[int]) -> tor
     """Logits at every position, the prompt being fed in pieces that end at ``cuts``."""
     pieces = [ids[:, a:b] for a, b in zip([0, *cuts[:-1]], cuts, strict=True)]
     return torch.cat([model(p, **{cache_name(model): cache, "use_cache": True}).logits for p in pieces], 1)
+
+
+@torch.no_grad()
+def feed(model: Any, ids: torch.Tensor, cache: Any, **more: Any) -> torch.Tensor:
+    """Logits [B, S, vocab] of ``ids`` behind what ``cache`` holds."""
+    return model(ids, **{cache_name(model): cache, "use_cache": True}, **more).logits
+
+
+def matrix(n: int, d: int, seed: int) -> torch.Tensor:
+    """Normal numbers [n, d] in fp64."""
+    return torch.randn(n, d, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 # -- cases ----------------------------------------------------------------------------------------------------------

@@ -48,7 +48,7 @@ def groups_of(cache: Any) -> list[tuple[int, int]]:
     return [(k.codec.groups, v.codec.groups) for k, v in latents(cache)]
 
 
-def coded_oracle(family: Family, model: Any, pairs: Any, ids: torch.Tensor) -> Any:
+def coded_oracle(family: Family, model: Any, pairs: Any) -> Any:
     """``model`` with each projection read through its codec, written down a second time: nearest mean, columns, levels.
 
     ``pairs``: the LatentKVs of each layer, for their codecs' matrices and formats.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import tiny
-from test_cli import run
+from commands import run
 
 TEXT = "the sea takes the river and the river takes the rain " * 12
 SECTIONS = ("spectra", "conditions", "bytes", "loss", "retrieval", "time", "matched")

@@ -23,7 +23,7 @@ sys.modules.setdefault("bench", bench)
 
 import torch
 import torch.distributed as dist
-from adapted import FAMILY, IDS, MASK, PAPER
+from adapted import FAMILY, IDS, MASK, UNIFORM
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -96,7 +96,7 @@ def work(rank: int, world: int, meeting: str, out: str) -> None:
     for name, (shard, ratio) in CASES.items():
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            got = generate(compiled(shard(FAMILY.build(), mesh), **PAPER, ratio=ratio), IDS, MASK)
+            got = generate(compiled(shard(FAMILY.build(), mesh), **UNIFORM, ratio=ratio), IDS, MASK)
         pairs = [(layer.keys, layer.values) for layer in got.cache.layers]
         plain = FAMILY.build()
         if ratio < 1:

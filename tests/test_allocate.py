@@ -36,7 +36,7 @@ def cost_of(chosen, site):
     return row_bytes({s.bits: s.columns for s in chosen}, site)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(group=st.lists(sites(), min_size=1, max_size=5), extra=st.integers(0, 600))
 def test_the_budget_holds_and_costs_are_those_of_the_format(group, extra):
     budget = floor_of(group) + extra
@@ -54,7 +54,7 @@ def test_the_budget_holds_and_costs_are_those_of_the_format(group, extra):
     assert total <= budget
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(site=sites(), extra=st.integers(0, 300), more=st.integers(1, 200))
 def test_more_bytes_never_predict_more_loss(site, extra, more):
     base = row_bytes(least(site), site) + extra
@@ -62,7 +62,7 @@ def test_more_bytes_never_predict_more_loss(site, extra, more):
     assert predicted(site, many) <= predicted(site, few) * (1 + 1e-9)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(n=st.integers(1, 200), element=st.sampled_from([2, 4]), budget=st.integers(4, 900))
 def test_plain_columns_are_as_many_as_the_bytes_hold(n, element, budget):
     site = Columns(tuple(1.0 / (i + 1) for i in range(n)), LEVELS["model"], element, 1, 1)

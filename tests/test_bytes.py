@@ -92,6 +92,16 @@ def test_static_caches_are_as_small(name, clean):
         check(cache, 0.45)
 
 
+@pytest.mark.parametrize(("kind", "each"), [("dynamic", 4), ("static", 8)])
+def test_positions_are_kept_once_or_in_static_caches_once_per_layer(kind, each, clean):
+    """At ratio 1 they alone come on top: of two layers 4 bytes per token, or 8."""
+    for cache in steps(compiled(FAMILIES["llama-gqa"].build(layers=2), ratio=1.0), kind):
+        keys, rows = latents(cache)[0][0], [x.codes for pair in latents(cache) for x in pair]
+        tokens = keys.shape[0] * keys.shape[-2]
+        assert sum(t.numel() * t.element_size() for t in rows) == dense(cache)
+        assert cache_nbytes([list(pair) for pair in latents(cache)], used=True) - dense(cache) == each * tokens
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_in_16_bits(dtype, clean):
     model = compiled(FAMILIES["llama-gqa"].build(dtype, layers=1), ratio=0.45)
@@ -110,13 +120,6 @@ def test_bytes_per_token(name, clean):
         tokens = [k.shape[0] * k.shape[-2] for k, _ in latents(cache)]
         assert used(cache) <= sum(wanted * t / len(tokens) for t in tokens) or len(set(tokens)) > 1
         assert used(cache) <= wanted * max(tokens)
-
-
-def test_spare_rows_are_stated():
-    for rows in (1, 63, 511):
-        assert 0 < capacity(rows) - rows <= 64
-    for rows in (512, 5000, 70000):
-        assert 0 < capacity(rows) - rows <= rows / 8
 
 
 def test_a_long_cache_holds_an_eighth_more_at_most(clean):

@@ -292,9 +292,7 @@ class Model(RuleBasedStateMachine):
 def run(machine: Any, examples: int, steps: int) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", EagerWarning)
-        given = settings(
-            max_examples=examples, stateful_step_count=steps, deadline=None, suppress_health_check=list(HealthCheck)
-        )
+        given = settings(max_examples=examples, stateful_step_count=steps, suppress_health_check=list(HealthCheck))
         run_state_machine_as_test(machine, settings=given)
 
 

@@ -73,6 +73,7 @@ class World:
 
     model: Any
     kind: str
+    ratio: float
     path: Any = None
     recording: bool = False
 
@@ -248,7 +249,8 @@ def worlds(request: Any) -> Any:
             if share < 1:
                 make_low_rank(FAMILIES[name], model, share)
         plain = copy.deepcopy(model)
-        yield World(compiled(model, ratio=min(share + 0.1, 1.0)), kind), World(plain, kind)  # and room for positions
+        ratio = min(share + 0.1, 1.0)  # and room for positions
+        yield World(compiled(model, ratio=ratio), kind, ratio), World(plain, kind, ratio)
     torch._dynamo.reset()
 
 
@@ -273,8 +275,11 @@ def test_operation(worlds: Any, name: str, tmp_path: Any) -> None:
         world.path, world.recording = tmp_path, name.endswith("recorded")
     want_cache, want, _ = attempt(plain, name)
     cache, got, before = attempt(ours, name)
+    assert any(map(any, before)), "nothing was coded"
     if isinstance(want_cache, Exception):
         assert isinstance(cache, type(want_cache)), f"{cache!r}, where a dense cache raises {want_cache!r}"
+        if isinstance(want_cache, (AttributeError, TypeError)):  # these a cache that lacks something would raise, too
+            assert str(cache) == str(want_cache)
         return
     if isinstance(cache, Exception):  # transformers 5.17 appends to the cross-attention that it has just reset
         stock = replace(plain, model=copy.deepcopy(plain.model))
@@ -282,10 +287,10 @@ def test_operation(worlds: Any, name: str, tmp_path: Any) -> None:
         its, _, _ = attempt(stock, name)
         assert isinstance(its, type(cache)), f"{type(cache)}, which a stock backend does not raise: {cache}"
         return
-    assert any(map(any, before)), "nothing was coded"
     for i, (mine, its) in enumerate(zip(got, want, strict=True)):
         assert_close(f"logits {i} after {name}", mine, its)
         assert_tokens(f"token {i} after {name}", mine[:, -1].argmax(-1), its[:, -1].argmax(-1))
     if name not in LOST:
         assert coded(cache) == before
-        assert cache_nbytes(cache, used=True) <= 1.2 * cache_nbytes(want_cache, used=True)
+        most = 1.2 if ours.ratio == 1 else ours.ratio  # positions, beside tiny layers
+        assert cache_nbytes(cache, used=True) <= most * cache_nbytes(want_cache, used=True)

@@ -98,6 +98,15 @@ def test_proven_implies_kept_and_a_bad_codec_proves_nothing(llama: Any) -> None:
         assert not bool(lorc_fx.certify(llama, ids(), options={**JOINT, "ratio": 0.05}).proven.any())
 
 
+def test_what_is_proven_is_kept_where_not_all_is() -> None:
+    """And all is proven whose margin is more than twice the bound."""
+    given = {"ratio": 0.95, "precision": "auto", "basis": "joint", "calibration": "none"}
+    found = lorc_fx.certify(model("bloom", layers=1).double(), ids(), options=given)
+    assert 0 < int(found.proven.sum()) < 20
+    assert bool(found.kept[found.proven].all())
+    assert bool(found.proven[found.margin > 2 * found.bound].all())
+
+
 def test_the_first_prompt_gives_the_codecs_as_it_does_to_the_compiled_model(llama: Any) -> None:
     given = {"ratio": 0.5, "basis": "joint"}
     prompt = ids(1, 300)

@@ -10,12 +10,10 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from typer.testing import CliRunner
+from commands import run
 
 from lorc_fx import autotune, cli, demo, make_plan, models
 from lorc_fx.errors import BadOption
-
-runner = CliRunner(env={"COLUMNS": "200"})
 
 
 @pytest.fixture(scope="module")
@@ -25,13 +23,6 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.letters().save_pretrained(folder)
     tiny.llama(heads=8, kv_heads=8).save_pretrained(folder)
     return folder
-
-
-def run(*arguments: str) -> tuple[int, str]:
-    result = runner.invoke(cli.app, list(arguments))
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.exit_code, result.output
 
 
 COMMANDS = (
@@ -102,7 +93,7 @@ def test_help_lists_what_the_demo_takes() -> None:
         (["certify", "--ratio", "7"], "ratio=7.0"),
         (["calibrate", "/no/such/folder/known.safetensors"], "output='/no/such/folder/known.safetensors'"),
         (["calibrate", "/"], "output='/'"),
-        (["certify", "--plot", "/no/such/folder/bounds"], "plot='/no/such/folder/bounds'"),
+        (["certify", "--plot", "/no/such/folder/bounds"], "plot='/no/such/folder/bounds.png'"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else "",
 )
@@ -293,6 +284,10 @@ def test_certify(quiet: None, checkpoint: Path, tmp_path: Path) -> None:
     assert result["sound"] and len(result["sites"]) == 4 and result["logits"]["positions"] == 7
     assert "proven unchanged at" in text and "bounds.svg" in text
     assert (tmp_path / "bounds.png").stat().st_size > 0
+    code, text = run("certify", *small, "--prompt", "the sea", "--json", str(out), "--rounding")
+    assert code == 0, text
+    rounded = json.loads(out.read_text())
+    assert rounded["sound"] and rounded["logits"] != result["logits"]
 
 
 @pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from helpers import matrix
 from lorc_fx.codec import Codec, make_codec, model_segments, prior_basis
 from lorc_fx.decoder import Decoder, decode_dense, decode_vectors
 from lorc_fx.errors import BadWeight
@@ -30,10 +31,6 @@ def codec_of(weight, rank, bias=None, dtype=FP64):
     return make_codec(weight, bias, basis, model_segments(rank), decoder(weight.shape[0], dtype), (), dtype)
 
 
-def matrix(n, d, seed):
-    return torch.randn(n, d, dtype=FP64, generator=torch.Generator().manual_seed(seed))
-
-
 def effective(codec):
     """S^T (P^T W): the matrix that encoding and decoding amount to."""
     return codec.encode if codec.decode is None else codec.decode.T @ codec.encode
@@ -55,7 +52,7 @@ def decaying(draw):
     return left @ torch.diag(torch.logspace(0, -decades, n, dtype=FP64)) @ right
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(weight=weights(), data=st.data())
 def test_eckart_young(weight, data):
     n, d = weight.shape
@@ -70,7 +67,7 @@ def test_eckart_young(weight, data):
     assert worst == pytest.approx(following, rel=1e-10, abs=1e-13 * total**0.5)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(weight=decaying(), data=st.data())
 def test_eckart_young_on_falling_spectra(weight, data):
     rank = data.draw(st.integers(1, weight.shape[0] - 1))
@@ -87,7 +84,7 @@ def test_no_other_basis_of_that_rank_does_better():
         assert (weight - other @ (other.T @ weight)).square().sum() > best
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(weight=weights())
 def test_singular_values_and_vectors(weight):
     n, d = weight.shape
@@ -109,7 +106,7 @@ def test_full_rank_is_the_weight_bit_by_bit(n, d, dtype):
     assert torch.equal(codec.encode, weight) and torch.equal(codec.mean, bias)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(weight=weights(), data=st.data())
 def test_the_bias_is_exact_at_every_rank(weight, data):
     n, d = weight.shape
@@ -120,7 +117,7 @@ def test_the_bias_is_exact_at_every_rank(weight, data):
     assert torch.equal(y, bias.expand(2, 3, n))
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(weight=weights(), data=st.data())
 def test_decode_then_encode_is_the_identity_on_latents(weight, data):
     n, d = weight.shape
@@ -133,7 +130,7 @@ def test_decode_then_encode_is_the_identity_on_latents(weight, data):
     assert torch.allclose(again.transpose(0, 1), codes, rtol=1e-10, atol=1e-10 * float(weight.abs().max()))
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 2**31), rank=st.integers(1, 6))
 def test_a_weight_of_low_rank_is_lossless_at_that_rank(seed, rank):
     weight = matrix(12, rank, seed) @ matrix(rank, 20, seed + 1)

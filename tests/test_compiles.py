@@ -10,6 +10,7 @@ import torch
 from families import FAMILIES
 from torch._dynamo.backends.debugging import aot_eager
 
+import lorc_fx
 from helpers import Recorder, compiled, generate, latents, new_cache, prompt, some
 from lorc_fx import backend
 
@@ -62,9 +63,9 @@ def counted(name: str, *phases: Phase) -> tuple[list[int], list[int]]:
     return ours, theirs
 
 
-def run(tokens: int = 9, new: int = 8, kind: str = "dynamic") -> Phase:
+def run(tokens: int = 9, new: int = 8, kind: str = "dynamic", batch: int = 2) -> Phase:
     def phase(model: Any) -> Any:
-        ids, mask = prompt(2, tokens)
+        ids, mask = prompt(batch, tokens)
         return generate(model, ids, mask, new_cache(model, kind, tokens + new), new=new)
 
     return phase
@@ -110,6 +111,34 @@ def test_static_caches_compile_no_more_than_stock(name, clean):
     ours, theirs = counted(name, run(kind="static"), run(kind="static"))
     assert ours[0] <= 3 and ours[1] == 0
     never_more(ours, theirs)
+
+
+def test_another_batch_size_compiles_once_more_and_once_only(clean):
+    """Both graphs; the batch is dynamic from then on."""
+    ours, theirs = counted("llama-gqa", run(), run(batch=3), run(batch=5), run())
+    assert ours == [2, 2, 0, 0]
+    never_more(ours, theirs)
+
+
+def test_the_first_long_prompt_compiles_once_more_and_once_only(quiet):
+    """It gives statistics, and the rows are others from then on, of whatever prompt."""
+    model, found = compiled(build("llama-gqa"), ratio=0.5, calibration="first-prompt"), []
+    for tokens in (9, 12, 40, 41, 9):  # 8 rows: 40 tokens are enough
+        before = backend.counts()["inner_compiles"]  # Dynamo itself has a graph for that prompt
+        latents(run(tokens, batch=8)(model).cache)
+        found.append(backend.counts()["inner_compiles"] - before)
+    assert found == [2, 1, 2, 0, 0]
+    assert len(lorc_fx.fidelity(model)) == 4
+
+
+def test_reset_compiles_nothing(clean):
+    model = compiled(build("llama-gqa"), ratio=0.5)
+    codecs = [x.codec for pair in latents(run()(model).cache) for x in pair]
+    before = calls()
+    lorc_fx.reset(model)
+    again = [x.codec for pair in latents(run()(model).cache) for x in pair]
+    assert not any(a is b for a, b in zip(codecs, again, strict=True)), "nothing was forgotten"
+    assert calls() == before
 
 
 def test_other_weights_compile_nothing(clean):

@@ -10,7 +10,17 @@ import torch
 from families import FAMILIES, make_low_rank
 from transformers import DynamicCache
 
-from helpers import assert_close, assert_tokens, cache_name, compiled, generate, latents, new_cache, piecewise, prompt
+from helpers import (
+    assert_close,
+    assert_tokens,
+    compiled,
+    feed,
+    generate,
+    latents,
+    new_cache,
+    piecewise,
+    prompt,
+)
 from lorc_fx.latent import cache_nbytes, in_step
 
 pytestmark = pytest.mark.usefixtures("clean", "many_shapes")
@@ -27,12 +37,6 @@ def both(name: str = "llama-gqa", ratio: float = 1.0, layers: int | None = None,
     if RATIOS[ratio] < 1:
         make_low_rank(family, eager, RATIOS[ratio])
     return eager, compiled(copy.deepcopy(eager), ratio=ratio, scheduler="uniform", **given)
-
-
-@torch.no_grad()
-def feed(model: Any, ids: torch.Tensor, cache: Any, **more: Any) -> torch.Tensor:
-    """Logits [B, S, vocab] of ``ids`` behind what ``cache`` holds."""
-    return model(ids, **{cache_name(model): cache, "use_cache": True}, **more).logits
 
 
 def answer(model: Any, ids: torch.Tensor, cache: Any, steps: int = STEPS) -> torch.Tensor:

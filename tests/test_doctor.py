@@ -71,7 +71,14 @@ def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     assert by_name(doctor.compilers())["Triton"].state == FAIL
 
 
-def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine without one."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+
+
+def test_devices(no_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     found = by_name(doctor.devices())
     assert found["CPU"].state == OK
     assert found["GPU"].state == NOTE
@@ -153,7 +160,7 @@ def test_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, state: str, co
     ]
 
 
-def test_everything_quick(quiet: None) -> None:
+def test_everything_quick(quiet: None, no_gpu: None) -> None:
     """Nothing of what is looked at here raises, and the run is among it."""
     stages: list[str] = []
     show: Any = SimpleNamespace(stage=stages.append)

@@ -21,7 +21,7 @@ from transformers import LlamaForCausalLM
 
 import lorc_fx
 from bench.zoo import randomise
-from helpers import assert_close, assert_tokens, latents
+from helpers import assert_close, assert_tokens, cache_of, latents
 from lorc_fx import latent_ops
 from lorc_fx.errors import BadPlan, DenseCacheWarning, EagerWarning
 from lorc_fx.latent import LatentKV, cache_nbytes
@@ -74,12 +74,8 @@ def smaller(cache: Any, want: Any, most: float = 0.7) -> None:
     """All of it is coded, and takes at most ``most`` of the bytes of the dense one of the same tokens."""
     pairs = latents(cache)
     assert all(x.tail is None for pair in pairs for x in pair)
-    plain = want[cache_name_of(want)]
+    plain = cache_of(want)
     assert cache_nbytes(cache, used=True) <= most * cache_nbytes(plain, used=True)
-
-
-def cache_name_of(out: Any) -> str:
-    return "cache" if "cache" in out else "past_key_values"
 
 
 def agree(found: dict[str, Any], want: Any) -> None:
@@ -97,6 +93,7 @@ def test_each_example_has_a_row_and_a_test() -> None:
     for name in names:
         assert f"| [{name}.py](../examples/{name}.py) |" in text, f"docs/beside.md has no row for {name}.py"
         assert f'"{name}' in tests, f"no test runs {name}.py"
+        assert len((EXAMPLES / f"{name}.py").read_text().splitlines()) <= 50, f"{name}.py has more than fifty lines"
     assert text.count("](../examples/") == len(names), "docs/beside.md has a row for an example that is not there"
 
 
@@ -300,7 +297,7 @@ def test_tensor_parallel(checkpoint: str) -> None:
     assert ran.returncode == 0, ran.stdout + ran.stderr
     rows = [json.loads(line) for line in ran.stdout.splitlines() if line.startswith("{")]
     want = dense(checkpoint)
-    plain = cache_nbytes(want[cache_name_of(want)], used=True)
+    plain = cache_nbytes(cache_of(want), used=True)
     assert sorted(row["rank"] for row in rows) == [0, 1]
     for row in rows:
         assert row["tokens"] == want.sequences.tolist()

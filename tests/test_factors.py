@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers import matrix
 from lorc_fx import factors, prepared
 from lorc_fx.calibration import second_moment
 from lorc_fx.codec import prior_basis
@@ -20,10 +21,6 @@ from lorc_fx.records import PlannedSite
 
 FP64 = torch.float64
 EPS = torch.finfo(FP64).eps
-
-
-def matrix(n, d, seed):
-    return torch.randn(n, d, dtype=FP64, generator=torch.Generator().manual_seed(seed))
 
 
 @st.composite
@@ -49,7 +46,7 @@ def tiled(tiling):
     return mock.patch.multiple(factors, STRIPE=tiling[0], BAND=tiling[1])
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(weight=weights(), tiling=tilings())
 def test_the_gram_matrix_is_the_product_and_symmetric_to_the_bit(weight, tiling):
     with tiled(tiling):
@@ -60,7 +57,7 @@ def test_the_gram_matrix_is_the_product_and_symmetric_to_the_bit(weight, tiling)
     assert bool(((found - wide @ wide.T).abs() <= bound + torch.finfo(FP64).tiny).all())
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(weight=weights(), tiling=tilings())
 def test_singular_values_and_subspaces(weight, tiling):
     """Squares of singular values are right to about eps of the largest square; a leading subspace captures what the
@@ -80,7 +77,7 @@ def test_singular_values_and_subspaces(weight, tiling):
     assert float((captured - truth.square().cumsum(0)).abs().max()) <= n * tolerance
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 2**31), rank=st.integers(1, 8), dtype=st.sampled_from([FP64, torch.float32]))
 def test_an_exactly_low_rank_weight_has_that_rank_and_its_columns_span_it(seed, rank, dtype):
     generator = torch.Generator().manual_seed(seed)

@@ -47,9 +47,10 @@ def test_the_first_prompt_is_coded_with_its_own_statistics(name, kind):
     _, second = fill(model, LONG, kind=kind)
     assert all(torch.equal(a, b) for a, b in zip(codes(cache), codes(second), strict=True))
     compiled(again, **ASKED)
-    _, third = fill(again, LONG, kind=kind)
+    same, third = fill(again, LONG, kind=kind)
+    assert torch.equal(got, same)
     assert all(torch.equal(a, b) for a, b in zip(codes(cache), codes(third), strict=True))
-    want, _ = fill(coded_oracle(family, truth, latents(cache), LONG), LONG, kind=kind)
+    want, _ = fill(coded_oracle(family, truth, latents(cache)), LONG, kind=kind)
     assert_close("logits", got, want, 2e-3)
 
 
@@ -98,7 +99,7 @@ def test_a_short_prompt_drops_nothing_and_goes_on_as_it_began():
         warnings.simplefilter("error", EagerWarning)
         rest = piecewise(model, ids[:, 9:], cache, [1, 5])
     assert [x.codec for pair in latents(cache) for x in pair] == early
-    want, _ = fill(coded_oracle(family, truth, latents(cache), ids), ids)
+    want, _ = fill(coded_oracle(family, truth, latents(cache)), ids)
     assert_close("logits", torch.cat([first, rest], 1), want, 2e-3)
 
 
@@ -140,7 +141,7 @@ def test_reset_forgets_and_a_live_cache_goes_on_right(ratio):
     decoded = any("goes on uncompressed" in str(w.message) for w in caught)
     assert decoded == (ratio < 1) and decoded != isinstance(cache.layers[0].keys, LatentKV)
     want = piecewise(plain, torch.cat([LONG, more], 1), new_cache(plain, "dynamic", 43), [43])[:, 40:]
-    assert_close("logits", got, want, 1e-2 if ratio == 1 else 5e-2)
+    assert_close("logits", got, want, 1e-4 if ratio == 1 else 5e-2)
     _, fresh = fill(model, text(rows=8, tokens=40, seed=11))
     assert latents(fresh)[0][0].codec is not before
 

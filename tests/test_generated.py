@@ -20,7 +20,7 @@ import torch
 from bench.attention_cases import Case, build, decoder_of
 from bench.kernel_runs import BUILDS, SHARED, TARGETS, TOLERANCE, VALUES
 from lorc_fx.errors import KernelWarning
-from lorc_fx.kernels import launch, row_source, tiled
+from lorc_fx.kernels import fallback, launch, row_source, tiled
 from lorc_fx.kernels.config import Config
 from lorc_fx.kernels.expressions import NotGenerated
 from lorc_fx.kernels.generator import generate
@@ -133,7 +133,9 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_gets_no_kernel_runs_in_tiles_and_is_said_once(name):
+def test_what_gets_no_kernel_runs_in_tiles_and_is_said_once(name, monkeypatch):
+    monkeypatch.setattr(fallback, "_said", set())
+    monkeypatch.setattr(launch, "_made", {})
     fn, why = REFUSED[name]
     given = refused(fn)
     with pytest.raises(NotGenerated, match=why):
@@ -184,6 +186,15 @@ def test_sums_that_fit_in_no_registers_are_refused():
     given = build(Case(values=((2100, 0),), tokens=1))
     with pytest.raises(NotGenerated, match="2100 latents"):
         generate(given[0], launch.given_of(*given), Config())
+
+
+@pytest.mark.parametrize(("own", "folder"), [(None, "caches/kernels"), ("", "caches/kernels"), ("mine", "mine")])
+def test_sources_are_kept_beside_other_caches_or_where_they_are_told_to(own, folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("LORC_CACHE", str(tmp_path / "caches"))
+    monkeypatch.delenv("LORC_KERNEL_CACHE", raising=False)
+    if own is not None:
+        monkeypatch.setenv("LORC_KERNEL_CACHE", own and str(tmp_path / own))
+    assert launch.cache_folder() == tmp_path / folder
 
 
 def test_a_source_file_that_was_cut_off_is_written_again(tmp_path, monkeypatch):

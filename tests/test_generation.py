@@ -12,7 +12,7 @@ import transformers
 from families import FAMILIES, make_low_rank
 
 from bench.zoo import randomise
-from helpers import assert_close, assert_tokens, compiled, latents, options, prompt, some
+from helpers import assert_close, assert_tokens, cache_of, compiled, latents, options, prompt, some
 from lorc_fx.errors import LorcWarning
 from lorc_fx.latent import LatentKV
 
@@ -61,7 +61,7 @@ def agree(name: str, got: Any, want: Any) -> None:
 
 def coded(run: Any) -> None:
     """Nothing of the cache became dense, nor was anything appended dense."""
-    pairs = latents(run["cache"] if "cache" in run else run["past_key_values"])
+    pairs = latents(cache_of(run))
     assert all(x.tail is None for pair in pairs for x in pair)
 
 
@@ -224,7 +224,7 @@ def test_an_encoder_and_a_decoder(name, clean):
         rows, more = FORMS[form]
         got, want = run(model, rows, **more), run(eager, rows, **more)
         agree(form, got, want)
-        cache = got["cache"] if "cache" in got else got["past_key_values"]
+        cache = cache_of(got)
         latents(cache.self_attention_cache)
         latents(cache.cross_attention_cache)
 

@@ -37,7 +37,7 @@ def fork(cache, model, keep=None):
     return other
 
 
-@settings(deadline=None, max_examples=12)
+@settings(max_examples=12)
 @given(data=st.data())
 def test_compiled_continuations_never_meet(pair, data):
     """A tree of continuations and cuts of one prompt, each fed with tokens of its own by compiled steps: the logits and
@@ -102,7 +102,7 @@ def test_a_cut_cache_gives_its_tokens_back(pair):
     assert lorc_fx.trim_cache(cache) == whole - whole // 10 and lorc_fx.cache_nbytes(cache) == whole // 10
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_trimming_changes_nothing_else(data):
     """Any of several continuations and views of one prefix: each shows what it showed, and goes on as it did."""

@@ -13,7 +13,7 @@ import pytest
 import reported
 import tiny
 import torch
-from test_cli import run
+from commands import run
 
 import lorc_fx
 from lorc_fx import html_report, models, plan_plot

@@ -10,7 +10,7 @@ import torch
 from families import FAMILIES
 from transformers import LogitsProcessor
 
-from helpers import assert_close, assert_tokens, cache_name, compiled, generate, latents, new_cache, prompt
+from helpers import assert_close, assert_tokens, compiled, feed, generate, latents, new_cache, prompt
 
 pytestmark = pytest.mark.usefixtures("clean", "many_shapes")
 
@@ -32,11 +32,6 @@ class Failing:
             return results
 
         return run
-
-
-@torch.no_grad()
-def feed(model: Any, ids: torch.Tensor, cache: Any) -> torch.Tensor:
-    return model(ids, **{cache_name(model): cache, "use_cache": True}).logits
 
 
 def interrupted(model: Any, failing: Failing, when: str, kind: str, at: int = 3) -> tuple[torch.Tensor, Any]:

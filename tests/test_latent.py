@@ -11,14 +11,10 @@ from torch import nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from lorc_fx import latent_ops
 from lorc_fx.errors import EagerWarning
 from lorc_fx.latent import LatentKV, cache_nbytes
 
-
-@pytest.fixture(autouse=True)
-def fresh_hints(monkeypatch):
-    monkeypatch.setattr(latent_ops, "_hinted", set())
+pytestmark = pytest.mark.usefixtures("fresh_hints")
 
 
 @pytest.fixture(params=LAYOUTS)

@@ -10,7 +10,7 @@ from lorc_fx.latent import LatentKV, cache_nbytes, in_step
 from lorc_fx.rows import Rows, capacity
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_continuations_never_meet(data):
     """A tree of continuations and cuts of one prefix: each keeps what it had, whatever is appended to the others."""

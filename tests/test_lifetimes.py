@@ -5,23 +5,17 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
-from typing import Any
 
 import pytest
 import torch
 from families import FAMILIES
 
-from helpers import assert_close, assert_tokens, cache_name, compiled, generate, latents, new_cache, prompt
+from helpers import assert_close, assert_tokens, compiled, feed, generate, latents, new_cache, prompt
 from lorc_fx.compat import is_fake
 from lorc_fx.latent import LatentKV
 from lorc_fx.store import STORE, reset
 
 pytestmark = pytest.mark.usefixtures("clean", "many_shapes")
-
-
-@torch.no_grad()
-def feed(model: Any, ids: torch.Tensor, cache: Any) -> torch.Tensor:
-    return model(ids, **{cache_name(model): cache, "use_cache": True}).logits
 
 
 def live_latents() -> int:

@@ -27,7 +27,7 @@ from oracle import oracle, ranks_of
 from typer.testing import CliRunner
 
 import lorc_fx
-from helpers import new_cache, piecewise
+from helpers import cache_of, new_cache, piecewise
 from lorc_fx import cli, lm_eval_adapter
 from lorc_fx.errors import BadModel, BadOption, UnknownOption
 from lorc_fx.lm_eval_adapter import LorcLM
@@ -102,7 +102,7 @@ def test_a_batch_of_generations_runs_compressed(monkeypatch: pytest.MonkeyPatch)
 
     def record(**kwargs: Any) -> Any:
         out = generate(**kwargs, return_dict_in_generate=True)
-        caches.append(out["cache"] if "cache" in out else out["past_key_values"])
+        caches.append(cache_of(out))
         return out.sequences
 
     monkeypatch.setattr(lm.model, "generate", record)

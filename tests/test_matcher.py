@@ -24,6 +24,13 @@ FORMS = [
     {"layout": "BTn", "twist": "unflatten"}, {"layers": 2},
     {"spin": "chunks"}, {"spin": "complex"}, {"spin": "complex", "fused": "heads", "layout": "BTn"},
     {"fused": "rows", "twist": "clamp"}, {"fused": "heads", "twist": "clamp"}, {"fused": "rows", "twist": "norm"},
+    {"layout": "BHDT"}, {"layout": "BHDT", "rope": "after"}, {"layout": "BHDT", "form": "slice"},
+    {"layout": "BHDT", "read": "matmul"}, {"layout": "BHDT", "read": "einsum"},
+    {"form": "put"}, {"form": "copy"}, {"form": "put", "layout": "BTHD"}, {"form": "copy", "layout": "TBn"},
+    {"form": "put", "rope": "after"}, {"form": "copy", "layout": "BTn", "nest": "dict"},
+    {"form": "put", "nest": "tuple", "layers": 2},
+    {"angles": "table"}, {"angles": "lone"}, {"angles": "lone", "form": "index"}, {"angles": "table", "layers": 2},
+    {"read": "einsum"}, {"read": "einsum", "rope": "after"}, {"read": "matmul", "form": "put"},
 ]  # fmt: skip
 
 
@@ -128,7 +135,6 @@ def test_a_buffer_from_outside_stays_dense(form):
 def test_a_filled_cache_from_outside_stays_dense():
     model = decoder()
     _, cache = run(model, steps=0)
-    want, _ = run(model)
     call = torch.compile(model, backend="lorc", options=options(ratio=1.0))
     with pytest.warns(LorcWarning, match="(?s)outside of a compiled graph.*model.compile"):
         out, cache = call(torch.tensor([[1]] * 3), cache, 9)

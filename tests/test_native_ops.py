@@ -104,7 +104,7 @@ def test_turned_heads_without_a_compiler(name, monkeypatch):
     assert_close(name, op(*call).double(), wanted(*call), TOLERANCE[call[1].dtype])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     dim=st.sampled_from([2, 8, 10, 16, 24, 33]),
     heads=st.integers(1, 3),

@@ -54,7 +54,7 @@ def nearest(latent, form):
     return index, torch.nn.functional.one_hot(index, form.choices)[..., 1:]
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(form=formats(), seed=st.integers(0, 2**31), scale=st.sampled_from([1e-3, 1.0, 300.0]))
 def test_rows_hold_what_they_promise(form, seed, scale):
     latent, offsets = latent_of(form, seed, scale)
@@ -83,7 +83,7 @@ def test_rows_hold_what_they_promise(form, seed, scale):
         assert bool(((got - want).abs() <= excess + step * 0.5001 + rounding * (want.abs() + half * step)).all())
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(form=formats(), seed=st.integers(0, 2**31), heavy=st.booleans())
 def test_the_scale_is_the_best_of_the_ladder(form, seed, heavy):
     """No other candidate has less squared error in the columns' own units; the first clips nothing."""
@@ -112,7 +112,7 @@ def test_the_scale_is_the_best_of_the_ladder(form, seed, heavy):
 
 @pytest.mark.parametrize("bits", BITS)
 def test_every_level_survives_packing(bits):
-    """Levels of a scale that clips nothing come back as they were, in every place of a byte."""
+    """What is read back is what was rounded to, to the bit, in every place of a byte."""
     half = 1 << (bits - 1)
     levels = torch.arange(1 << bits).repeat(3)[: (1 << bits) + 3]
     scale = torch.tensor(0.5).half().float()
@@ -120,8 +120,8 @@ def test_every_level_survives_packing(bits):
     values[0, 0] = -half * STEPS[bits] * scale  # the edge of the outermost level, so that the scale is this one
     form = Format((Segment(values.shape[-1], bits),), 1, torch.float32)
     found = unpack(pack(values, None, None, form.spec, 1, form.dtype), form.spec, 1, torch.float32)
-    if bits >= 5:  # with fewer, a clipped scale may have less error
-        assert torch.allclose(found[0, 1:], values[0, 1:], rtol=1e-2, atol=1e-6)
+    levels, scale = quantise(values, form.segments)  # with few bits a clipped scale may have less error
+    assert torch.equal(found, dequantise(levels, scale.float() * STEPS[bits], half))
     assert len(found.unique()) <= 1 << bits
 
 
@@ -141,13 +141,14 @@ def test_one_scale_serves_all_columns():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("choices", [1, 2, 3])
-@pytest.mark.parametrize("segments", [((4, 8),), ((3, MODEL), (5, 2)), ((4, MODEL),)])
+@pytest.mark.parametrize(
+    ("segments", "choices"),
+    [(s, c) for s in (((4, 8),), ((3, MODEL), (5, 2))) for c in (1, 2, 3)] + [(((4, MODEL),), c) for c in (2, 3)],
+)
 def test_a_written_row_is_never_taken_for_an_empty_one(segments, choices, dtype):
     """Even a token that lies exactly on its mean: its scale is TINY, or its index is not zero."""
     form = Format(tuple(Segment(*s) for s in segments), choices, dtype)
-    if form.plain:
-        return
+    assert not form.plain
     latent = torch.zeros(2, 1, form.columns + choices - 1, dtype=dtype)
     offsets = torch.zeros(choices, form.columns, dtype=dtype) if choices > 1 else None
     rows = pack(latent, offsets, None, form.spec, choices, form.dtype)

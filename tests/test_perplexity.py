@@ -8,12 +8,12 @@ import math
 from pathlib import Path
 from typing import Any
 
+import commands
 import pytest
 import tiny
 import torch
 from families import FAMILIES
 from oracle import oracle, ranks_of
-from typer.testing import CliRunner
 
 from helpers import latents, new_cache
 from lorc_fx import cli, evaluate, models, perplexity
@@ -22,7 +22,6 @@ from lorc_fx.evaluate import compressed, token_scores
 from lorc_fx.texts import read_text, tokenized
 
 pytestmark = pytest.mark.usefixtures("clean")
-runner = CliRunner(env={"COLUMNS": "200"})
 WORDS = evaluate.sample_text().lower()
 
 
@@ -39,10 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(folder: Path, *arguments: str, model: str = "model", text: str = "text.txt") -> tuple[int, str]:
     small = ["--text", str(folder / text), "--model", str(folder / model), "--dtype", "fp32"]
-    result = runner.invoke(cli.app, ["eval", *small, *arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.exit_code, result.output
+    return commands.run("eval", *small, *arguments)
 
 
 # ------------------------------------------------------------------------------------------------------------ scores

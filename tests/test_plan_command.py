@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 from calibrating import quiet
-from test_cli import run
+from commands import run
 
 import lorc_fx
 from lorc_fx import models, plan_command, plan_plot

@@ -122,6 +122,15 @@ def test_version_2_is_still_read(tmp_path):
     assert plan.sites[0].segments == (Segment(4, MODEL),) and plan.predicted is None and plan.bases == ()
 
 
+def test_version_3_is_still_read(path):
+    """Of plans with tensors: no line said whether the site is projected, and all were."""
+    want, data = Plan.load(path), json.loads(path.read_text())
+    data["lorc_fx_plan"] = 3
+    assert all(line.pop("projected") for line in data["sites"])
+    path.write_text(json.dumps(data))
+    assert Plan.load(path) == want and want.bases
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_plan_fits_its_weights_in_another_dtype(dtype, path):
     want = Plan.load(path).ranks

@@ -70,7 +70,7 @@ def test_padding_on_the_left_is_no_exception() -> None:
     assert (held.over, held.ops) == ([], ())
 
 
-@settings(deadline=None, max_examples=10, suppress_health_check=list(HealthCheck))
+@settings(max_examples=10, suppress_health_check=list(HealthCheck))
 @given(s=written.shapes, layers=st.integers(1, 4), way=st.sampled_from(sorted(WAYS)), size=st.floats(0.2, 4))
 def test_no_network_of_up_to_four_layers_breaks_a_bound(s: written.Shape, layers: int, way: str, size: float) -> None:
     """Hypothesis looks for the largest measured / bound at any node."""
@@ -180,7 +180,7 @@ TAILS: dict[str, Any] = {
 
 @pytest.mark.parametrize("name", sorted(TAILS))
 @given(seed=st.integers(0, 1000), ratio=st.sampled_from([0.3, 0.6]))
-@settings(deadline=None, max_examples=2, suppress_health_check=list(HealthCheck))
+@settings(max_examples=2, suppress_health_check=list(HealthCheck))
 def test_each_op_has_a_rule_that_holds(name: str, seed: int, ratio: float) -> None:
     torch._dynamo.reset()
     torch.manual_seed(seed)

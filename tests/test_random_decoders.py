@@ -16,7 +16,7 @@ from lorc_fx.records import Plan, PlannedSite
 
 VOCAB, LOW = 40, 3
 
-few = settings(deadline=None, max_examples=8, suppress_health_check=list(HealthCheck), derandomize=True)
+few = settings(max_examples=8, suppress_health_check=list(HealthCheck), derandomize=True)
 
 
 @dataclasses.dataclass(frozen=True)

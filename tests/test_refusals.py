@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from helpers import assert_close, options
-from lorc_fx import Calibration, errors, latent_ops
+from lorc_fx import Calibration, errors
 from lorc_fx.latent import LatentKV
 from lorc_fx.packing import MODEL, Segment
 from lorc_fx.passes import normalise
@@ -17,12 +17,7 @@ from lorc_fx.records import Plan, PlannedSite
 VOCAB, WIDTH, HEADS, DIM = 40, 24, 2, 8
 N = HEADS * DIM
 
-pytestmark = pytest.mark.usefixtures("clean")
-
-
-@pytest.fixture(autouse=True)
-def fresh_hints(monkeypatch):
-    monkeypatch.setattr(latent_ops, "_hinted", set())
+pytestmark = pytest.mark.usefixtures("clean", "fresh_hints")
 
 
 class Decoder(nn.Module):

@@ -137,7 +137,7 @@ def line(saved: int, window: int | None, codec: int) -> SiteReport:
     return SiteReport(0, "key", 8, 8, segments, *known, 100 - saved, 8, 1, 8, 4)
 
 
-@hypothesis.settings(deadline=None, max_examples=200)
+@hypothesis.settings(max_examples=200)
 @hypothesis.given(
     st.lists(
         st.builds(line, st.integers(-20, 99), st.sampled_from([None, None, 3, 8, 20]), st.integers(0, 700)), max_size=4

@@ -161,12 +161,12 @@ def regroupings(draw):
     return before, after
 
 
-@settings(deadline=None, max_examples=150)
-@given(shapes=regroupings(), data=st.data())
-def test_views_are_sound(shapes, data):
+@settings(max_examples=150)
+@given(shapes=regroupings(), seed=st.integers(0, 2**31), data=st.data())
+def test_views_are_sound(shapes, seed, data):
     """Whatever axes the rule gives, they hold on real tensors."""
     before, after = shapes
-    value = torch.randn(before)
+    value = torch.randn(before, generator=torch.Generator().manual_seed(seed))
     node = node_of(aten.view.default, c("0", after), [value])
     axis = st.integers(0, len(after) - 1)
     at = Axes(data.draw(st.one_of(st.none(), axis)), data.draw(axis))
@@ -181,7 +181,7 @@ def test_views_are_sound(shapes, data):
         check_tokens(lambda v: v[0].reshape(after), [value], at, [found], batch, after[at.token])
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(shapes=regroupings())
 def test_groups_are_the_finest_split(shapes):
     before, after = shapes

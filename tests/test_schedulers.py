@@ -67,7 +67,7 @@ def test_published_ranks_of_llama3_8b():
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(sites=any_sites(), part=st.integers(0, 1000))
 def test_exact_bounded_and_within_one_column(name, sites, part):
     budget = least(sites) + (most(sites) - least(sites)) * part // 1000
@@ -82,7 +82,7 @@ def test_exact_bounded_and_within_one_column(name, sites, part):
         assert ranks == [s.width for s in sites]
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(sites=equal_widths(), part=st.integers(0, 1000))
 def test_progressive_falls_with_depth_and_pairs_share(sites, part):
     budget = least(sites) + (most(sites) - least(sites)) * part // 1000
@@ -92,7 +92,7 @@ def test_progressive_falls_with_depth_and_pairs_share(sites, part):
     assert sum(abs(k - v) for k, v in zip(keys, values, strict=True)) <= 1, "only the last column may stand alone"
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(sites=equal_widths(), part=st.integers(0, 1000), knobs=st.tuples(st.integers(1, 64), st.integers(1, 64)))
 def test_knobs_given_win_or_are_refused(sites, part, knobs):
     budget = least(sites) + (most(sites) - least(sites)) * part // 1000
@@ -107,7 +107,7 @@ def test_knobs_given_win_or_are_refused(sites, part, knobs):
         assert max(ranks) <= min(given_knobs.get("d_max", width), width)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(st.lists(st.tuples(conds, conds), max_size=40), st.integers(1, 128), st.integers(0, 1024))
 def test_progressive_ranks_monotone_and_bounded(pairs, d_min, more):
     ranks = progressive_ranks([k for k, _ in pairs], [v for _, v in pairs], d_min=d_min, d_max=d_min + more)

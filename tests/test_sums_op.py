@@ -51,7 +51,7 @@ def close(got, want, form):
     )
 
 
-@settings(deadline=None, max_examples=120)
+@settings(max_examples=120)
 @given(case=cases(), seed=st.integers(0, 2**31))
 def test_sums_are_those_of_unpacked_columns(case, seed):
     form, *sizes = case

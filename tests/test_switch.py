@@ -9,6 +9,7 @@ import tiny
 import torch
 
 import lorc_fx
+from helpers import cache_of
 from lorc_fx.errors import BadOption
 from lorc_fx.latent import LatentKV
 
@@ -19,8 +20,7 @@ IDS = torch.arange(1, 9)[None]
 def keys_of(model: Any) -> tuple[torch.Tensor, Any]:
     """Tokens of a greedy generation, and the keys of the first layer."""
     out = model.generate(IDS, **ASKED)
-    cache = out["cache"] if "cache" in out else out["past_key_values"]
-    return out.sequences, cache.layers[0].keys
+    return out.sequences, cache_of(out).layers[0].keys
 
 
 @pytest.mark.parametrize("value", ["1", "true", " Yes ", "ON"])

@@ -14,7 +14,17 @@ from families import FAMILIES
 from transformers import DynamicCache
 
 import lorc_fx
-from helpers import assert_close, assert_tokens, cache_name, compiled, generate, latents, new_cache, options, prompt
+from helpers import (
+    assert_close,
+    assert_tokens,
+    compiled,
+    feed,
+    generate,
+    latents,
+    new_cache,
+    options,
+    prompt,
+)
 from lorc_fx import runtime
 from lorc_fx.latent import LatentKV
 
@@ -55,11 +65,6 @@ def together(*jobs: Callable[[], Any]) -> list[Any]:
 
 def build(seed: int = 0, layers: int = 1) -> Any:
     return FAMILIES["llama-gqa"].build(seed=seed, layers=layers)
-
-
-@torch.no_grad()
-def feed(model: Any, ids: torch.Tensor, cache: Any) -> torch.Tensor:
-    return model(ids, **{cache_name(model): cache, "use_cache": True}).logits
 
 
 def test_generations_at_once():

@@ -85,7 +85,7 @@ def test_it_is_the_reference(name: str) -> None:
 EIGHTS = st.integers(1, 5).map(lambda n: 8 * n)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     made=st.builds(
         replace,
@@ -146,13 +146,14 @@ def test_without_a_compiler_it_is_tiles(monkeypatch: pytest.MonkeyPatch) -> None
 # -- what is found ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
-@pytest.mark.parametrize("rotary", [name for name in ROTARY if name != "kept"])
+@pytest.mark.parametrize(
+    ("rotary", "dtype"),
+    [(r, d) for r in ROTARY if r != "kept" for d in (F32, BF16, F16) if (r, d) != ("complex", F16)],
+)
 def test_every_form_is_found(rotary: str, dtype: torch.dtype) -> None:
+    """But complex numbers in fp16, whose products are rounded in another order: these are found, or they are not."""
     decoder, consts = decoder_of(rotary, None, 2, 16, dtype)
     found = turns.find(decoder, consts, 2, 16)
-    if (rotary, dtype) == ("complex", F16):
-        return  # products of complex numbers are rounded in another order there: it is found, or it is not
     assert found is not None and found.norm is None
     assert found.turn.pairs == (2 if rotary == "partial" else 8)
     assert sorted(found.turn.dims) == list(range(16)) and sorted(found.turn.sources) == list(range(32))
@@ -249,7 +250,7 @@ MODELS = ["llama-gqa", "llama-bias", "qwen3", "gemma3", "gemma2", "gpt-neox", "p
 
 
 class Watched(Recorder):
-    """How many tables and readers the last graph has, and whether any key is decoded as a whole."""
+    """How many tables and readers the last graph has."""
 
     def counts(self) -> tuple[int, int]:
         names = [str(node.target) for node in self.graphs[-1].graph.nodes]

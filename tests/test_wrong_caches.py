@@ -9,22 +9,11 @@ import pytest
 import torch
 from families import FAMILIES, make_low_rank
 
-from helpers import assert_close, cache_name, compiled, generate, latents, new_cache, options, prompt
-from lorc_fx import latent_ops
+from helpers import assert_close, compiled, feed, generate, latents, new_cache, options, prompt
 from lorc_fx.errors import EagerWarning, LorcWarning
 from lorc_fx.latent import LatentKV
 
-pytestmark = pytest.mark.usefixtures("clean", "many_shapes")
-
-
-@pytest.fixture(autouse=True)
-def fresh_hints(monkeypatch):
-    monkeypatch.setattr(latent_ops, "_hinted", set())
-
-
-@torch.no_grad()
-def feed(model: Any, ids: torch.Tensor, cache: Any) -> torch.Tensor:
-    return model(ids, **{cache_name(model): cache, "use_cache": True}).logits
+pytestmark = pytest.mark.usefixtures("clean", "many_shapes", "fresh_hints")
 
 
 def low_rank(name: str = "llama-gqa", layers: int = 2) -> Any:
