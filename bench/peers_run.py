@@ -194,10 +194,11 @@ def one_context(name: str, made: Material, context: int, chosen: Sequence[Peer],
     pressed = [(peer, "") for peer in todo if peer.environment == KVPRESS]
     order += [(KVPRESS_BASE, ""), *pressed] if pressed else []
     order += [] if run.args.no_times else [(BASE, "end")]
+    here = machine() | {"threads": run.args.threads}
     session = f"{name}, {context}, {datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')}"
     for peer, when in order:
         say(f"{name}, {context} tokens: {peer.name}")
-        row = {"model": name, "session": session, "when": when}
+        row = {"model": name, "session": session, "when": when, "machine": here}
         try:
             row |= measured(peer, made, context, run.pythons[peer.environment], run.args)
         except subprocess.CalledProcessError as error:
@@ -242,7 +243,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         KVPRESS: environment(args.venvs / "kvpress-venv", kvpress_rows.REQUIREMENTS),
     }
     result = json.loads(args.out.read_text()) if args.out.exists() else {"models": {}, "losses": [], "rows": []}
-    result |= {"machine": machine() | {"threads": args.threads}, "command": command("peers_run", argv)}
+    if not args.no_steps or not result["rows"]:
+        result |= {"machine": machine() | {"threads": args.threads}, "command": command("peers_run", argv)}
     result |= {"dtype": "bfloat16", "failed": []}
     run = Run(args, pythons, result)
     for name in args.models:

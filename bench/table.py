@@ -166,12 +166,13 @@ def peers_run(result: dict[str, Any]) -> str:
             cell(rows, f"{what}_median_s", lambda s: f"{1e3 * s:.0f} ms") if base else cell(rows, key, "{:.2f}".format)
             for what, key in (("prefill", "prefill_ratio"), ("decode", "decode_ratio"))
         ]
-        sizes = [cell(rows, key, lambda b: f"{b / 2**20:.1f}") for key in ("held_bytes", "decode_peak_bytes")]
-        lines.append([f"{loss['model']}: {loss['peer']}", *told, sizes[0], *times, sizes[1]])
+        keys = ("held_bytes", "prefill_peak_bytes", "decode_peak_bytes")
+        sizes = [cell(rows, key, lambda b: f"{b / 2**20:.1f}") for key in keys]
+        lines.append([f"{loss['model']}: {loss['peer']}", *told, sizes[0], *times, *sizes[1:]])
     at = " / ".join(map(str, contexts))
     header = ["cache", "bytes, of 16-bit", "added loss", f"MiB held at {at} tokens", "prefill", "decode step"]
     weights = "; ".join(f"{name}: {about['weights']}" for name, about in result["models"].items())
-    table = markdown([*header, "peak while decoding, MiB"], lines)
+    table = markdown([*header, "peak of the prefill, MiB", "peak while decoding, MiB"], lines)
     said = [f"Weights: {weights}."]
     if drift := result.get("drift"):
         apart = [f"{100 * max(abs(row[what]) for row in drift):.0f} % in {what}" for what in ("prefill", "decode")]
@@ -279,22 +280,33 @@ TABLES: dict[str, list[Callable[[dict[str, Any]], str]]] = {
 }
 
 
+def machines(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Where a result, or each group or row of it, was measured."""
+    own = result.get("machine", result)
+    own = own if isinstance(own, dict) else result  # the demo's own
+    parts = [*result.get("groups", {}).values(), *(row for row in result.get("rows", []) if "session" in row)]
+    begun = [{"date": part["session"].rpartition(", ")[2]} if "session" in part else {} for part in parts]
+    found = [{**own, **when, **part.get("machine", {})} for part, when in zip(parts, begun, strict=True)]
+    return found or [own]
+
+
 def rendered(name: str, result: dict[str, Any]) -> str:
-    """The tables of one result file, after a line that says where it was measured and by what."""
-    where = result.get("machine", result)
-    if not isinstance(where, dict):
-        where = result  # the demo's own
-    if "groups" in result:
-        where = next(iter(result["groups"].values()))["machine"]
-    cpu = where.get("cpu", where.get("machine"))
-    told = [f"{cpu} ({where['instructions']})" if where.get("instructions") else cpu] if cpu else []
-    told += [f"{where['threads']} threads"] if "threads" in where else []
-    told += [f"{package} {where[package]}" for package in ("torch", "transformers") if package in where]
+    """The tables of one result file, after a line that says where it was measured, by what and when."""
+    found, told = machines(result), []
+    for where in found:
+        cpu = where.get("cpu", where.get("machine"))
+        here = f"{cpu} ({where['instructions']})" if where.get("instructions") else cpu
+        here = f"{here}, {where['threads']} threads" if here and "threads" in where else here
+        told += [here] if here and here not in told else []
+    told = [" and ".join(told)] if told else []
+    told += [f"{package} {found[0][package]}" for package in ("torch", "transformers") if package in found[0]]
     told += [result["dtype"]] if "dtype" in result else []
     if "dense_nats" in result:
         told += [f"{result['tokens']} tokens scored, dense {result['dense_nats']:.3f} nats"]
         told += [f"{result['calibration_tokens']} tokens of statistics"]
-    told += [where["date"]] if "date" in where else []
+    dates = sorted(where["date"] for where in found if "date" in where)
+    days = list(dict.fromkeys(date[:10] for date in (dates[:1] + dates[-1:])))
+    told += [dates[0]] if len(set(dates)) == 1 else [" to ".join(days)] if days else []
     return "\n\n".join([f"`{name}.json`: {', '.join(told)}", *(table(result) for table in TABLES[name])])
 
 

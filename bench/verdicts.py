@@ -75,6 +75,8 @@ def page(result: dict[str, Any]) -> str:
     """The result as a page of documentation."""
     rows = sorted(result["rows"], key=lambda row: (KINDS.index(row["kind"]), row["class"]))
     where = result["machine"]
+    quiet = sorted({r["class"] for r in rows if any(map(silent, r["ways"].values())) and not r.get("sites")})
+    days = sorted({row["date"][:10] for row in rows if "date" in row})
     lines = [
         "# Decoders",
         "",
@@ -83,14 +85,21 @@ def page(result: dict[str, Any]) -> str:
         "with random weights. Each is compared with its eager self at full rank and, at half the bytes, with its eager "
         "self on projected weights: a prompt of two rows, one padded on the left, whole and in chunks, and five decode "
         f"steps, with a dynamic and a static cache; logits within {result['tolerance']:g} of the largest, tokens "
-        "equal. Vision runs with a dynamic cache and the prompt whole.",
+        "equal. Vision runs with a dynamic cache and the prompt whole. "
+        + (f"Measured {' to '.join(dict.fromkeys((days[0], days[-1])))}." if days else ""),
         "",
         *summary(rows),
     ]
     lines += [
         "",
-        "*Lowering*: how decode steps read the cache: the latent, the rows as they are, or decoded. *Coded*: key and "
-        "value tensors of the cache that are coded, of all.",
+        '*Lowering*: how decode steps read the cache: the latent, the rows as they are, decoded ("decoding"), or in '
+        "other ways of [kernels](kernels.md). *Coded*: key and value tensors of the cache that are coded, of all. "
+        f"In {len(quiet)} of these something stays dense and nothing says so"
+        + (
+            f" ({', '.join(quiet)}: `generate` there calls a model inside of the compiled one; compile that one)."
+            if quiet
+            else "."
+        ),
         "",
         "| class | coded | between projection and cache | lowering | the rest |",
         "| --- | --- | --- | --- | --- |",
