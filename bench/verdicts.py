@@ -75,7 +75,9 @@ def page(result: dict[str, Any]) -> str:
     """The result as a page of documentation."""
     rows = sorted(result["rows"], key=lambda row: (KINDS.index(row["kind"]), row["class"]))
     where = result["machine"]
-    quiet = sorted({r["class"] for r in rows if any(map(silent, r["ways"].values())) and not r.get("sites")})
+    quiet = sorted(
+        {r["class"] for r in rows if any(map(silent, r["ways"].values())) and not (r.get("sites") or r.get("misses"))}
+    )
     days = sorted({row["date"][:10] for row in rows if "date" in row})
     lines = [
         "# Decoders",

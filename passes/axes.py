@@ -168,6 +168,16 @@ def cat(node: Node, axis: int) -> list[tuple[Node, int | None]]:
     return [(source, axis) for source in sources]
 
 
+def slice_scatter(node: Node, axis: int) -> list[tuple[Node, int | None]]:
+    """And ``select_scatter``, whose second value lacks the axis."""
+    base, part = tensors(node)[:2]
+    dim = dim_of(arg(node, 2, "dim", 0), len(shape(base)))
+    if axis == dim:
+        raise Mixes("writes some of the tokens or batch rows")
+    lacks = len(shape(part)) < len(shape(base))
+    return [(base, axis), (part, axis - (axis > dim) * lacks)]
+
+
 def stack(node: Node, axis: int) -> list[tuple[Node, int | None]]:
     at = dim_of(arg(node, 1, "dim", 0), len(shape(node)))
     return [(source, None if axis == at else axis - (axis > at)) for source in tensors(node)]

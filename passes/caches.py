@@ -19,7 +19,7 @@ from lorc_fx.compat import written_nodes
 
 from .axes import arg, dim_of, is_end, shape, tensors
 from .facts import static_size
-from .readers import CACHE_OPS, find_reader, viewed
+from .readers import ALLOCATIONS, CACHE_OPS, find_reader, viewed
 
 aten = torch.ops.aten
 
@@ -179,12 +179,6 @@ def is_empty(node: Node) -> bool:
     while node.target in (aten.lift_fresh_copy.default, aten.clone.default, aten.to.dtype, aten.detach_.default):
         node = node.args[0]
     return node.op in ("get_attr", "placeholder") or node.target in ALLOCATIONS
-
-
-ALLOCATIONS = {
-    aten.zeros.default, aten.empty.memory_format, aten.full.default, aten.new_zeros.default, aten.new_empty.default,
-    aten.new_full.default, aten.zeros_like.default, aten.empty_like.default,
-}  # fmt: skip
 
 
 def is_blank(node: Node) -> bool:

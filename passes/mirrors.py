@@ -14,7 +14,7 @@ from torch.fx.node import map_arg
 from lorc_fx.rows import blank
 
 from .axes import arg, is_end, shape, tensors
-from .caches import ALLOCATIONS
+from .readers import ALLOCATIONS
 
 if TYPE_CHECKING:
     from .rewrite import Rewriter

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 
-from lorc_fx.compat import canonical_trace, example_value, is_held, is_module_state, size_expr
+from lorc_fx.compat import canonical_trace, example_value, is_held, is_module_state, size_expr, written_nodes
 from lorc_fx.latent import LatentKV
 
 from .axes import is_end
 from .einsum import expand_einsum
+from .readers import ALLOCATIONS, CACHE_OPS, viewed
 from .vmapped import expand_vmap
 
 aten = torch.ops.aten
@@ -44,7 +46,8 @@ def normalise(gm: GraphModule, example_inputs: Sequence[Any]) -> GraphModule:
        ``reshape_as(x, y)``, ``view_as``, ``expand_as``  ->  the op with the sizes of y
        ``einsum`` of two values  ->  ``matmul`` (``einsum.py``)
     6. ``clamp_(x)`` and other writes feature by feature into a value that nothing else sees  ->  ``clamp(x)``
-    7. equal slices of an input that nothing writes to (each layer its last cosines)  ->  the first of them
+    7. ``x[..., a:b] = y`` and the like in a value that the graph makes, by no cache op  ->  ``slice_scatter(x, y, ..)``
+    8. equal slices of an input that nothing writes to (each layer its last cosines)  ->  the first of them
 
     Each placeholder keeps, in ``meta``: ``val`` (the dense fake of the logical shape), ``latent`` (the fake LatentKV,
     where the input is one), ``decode`` (True for a LatentKV with dense tokens at its end: it goes in decoded) and
@@ -72,6 +75,7 @@ def normalise(gm: GraphModule, example_inputs: Sequence[Any]) -> GraphModule:
         else:
             _simplify(node)
     _out_of_place(canonical)
+    _scattered(canonical)
     for source in placeholders(canonical):
         _unite_slices(source)
     for node in list(canonical.graph.nodes):
@@ -103,6 +107,53 @@ def _out_of_place(gm: GraphModule) -> None:
         source.replace_all_uses_with(made, delete_user_cb=later.__contains__)
         node.replace_all_uses_with(made)
         gm.graph.erase_node(node)
+
+
+def _scattered(gm: GraphModule) -> None:
+    """Case 7: a write into slices and selections becomes a new value of what they are views of, and whoever reads that,
+    or a view of it, after the write reads the new one. (Models compose angles of several axes of positions so.)"""
+    for write in list(gm.graph.nodes):
+        view, written = (*write.args, None, None)[:2]
+        functional = aten.copy_.default if write.target is aten.copy_.default else _functional(write)
+        if functional is None or not isinstance(view, Node):
+            continue
+        chain = list(viewed(view))
+        kinds = [node.target for node in chain]
+        known = len(chain) > 1 and _fresh(chain[-1]) and kinds[-1] not in CACHE_OPS | ALLOCATIONS
+        if not known or not _SCATTERS.keys() >= set(kinds[:-1]):
+            continue
+        order = {node: i for i, node in enumerate(gm.graph.nodes)}
+        seen = [node for node in gm.graph.nodes if order[node] < order[write] and chain[-1] in viewed(node)]
+        if any(map(written_nodes, seen)):
+            continue
+        with gm.graph.inserting_before(write):
+            if functional is aten.copy_.default:
+                made = written
+                if not isinstance(made, Node) or made.meta["val"].shape != view.meta["val"].shape:
+                    continue
+                if made.meta["val"].dtype != view.meta["val"].dtype:
+                    made = gm.graph.call_function(aten.to.dtype, (made, view.meta["val"].dtype))
+            else:
+                made = gm.graph.call_function(functional, write.args, write.kwargs)
+            made.meta.setdefault("val", view.meta["val"])
+            for node, parent in zip(chain, chain[1:], strict=False):
+                made = gm.graph.call_function(_SCATTERS[node.target], (parent, made, *node.args[1:]), node.kwargs)
+                made.meta = dict(parent.meta)
+            fresh = {chain[-1]: made}
+            for node in seen[1:]:
+                fresh[node] = gm.graph.node_copy(node, partial(_of, fresh))
+        for old, new in fresh.items():
+            later = {user for user in old.users if order.get(user, -1) > order[write]}
+            old.replace_all_uses_with(new, delete_user_cb=later.__contains__)
+        write.replace_all_uses_with(fresh[view])
+        gm.graph.erase_node(write)
+
+
+def _of(found: dict[Node, Node], node: Node) -> Node:
+    return found.get(node, node)
+
+
+_SCATTERS = {aten.slice.Tensor: aten.slice_scatter.default, aten.select.int: aten.select_scatter.default}
 
 
 def _functional(node: Node) -> Any:

@@ -29,6 +29,12 @@ CACHE_OPS = frozenset(
 )
 """What moves cached tokens about: the ops that ``caches.PROGRAMS`` has a program for."""
 
+ALLOCATIONS = {
+    aten.zeros.default, aten.empty.memory_format, aten.full.default, aten.new_zeros.default, aten.new_empty.default,
+    aten.new_full.default, aten.zeros_like.default, aten.empty_like.default,
+}  # fmt: skip
+"""Buffers that caches begin with."""
+
 
 @dataclass(frozen=True)
 class Reader:

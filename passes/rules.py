@@ -99,6 +99,7 @@ _rows("layout", "copies", axes.passes, aten.clone.default, aten.contiguous.defau
 _rows("layout", "changes the sign", axes.passes, aten.neg.default)
 _rows("layout", "sums features", axes.reduce, aten.sum.dim_IntList, aten.mean.dim)
 _rows("sum", "joins features", axes.cat, aten.cat.default)
+_rows("sum", "writes features", axes.slice_scatter, aten.slice_scatter.default, aten.select_scatter.default)
 _rows("sum", "joins features", axes.stack, aten.stack.default)
 _rows("contract", "multiplies by a weight", axes.linear, aten.linear.default)
 _rows("contract", "multiplies by a weight and adds a bias", axes.addmm, aten.addmm.default)

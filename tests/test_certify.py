@@ -15,7 +15,7 @@ from torch import nn
 
 import hand_written
 import lorc_fx
-from lorc_fx.errors import BadCalibration, BadCertificate, UnloadedWeights
+from lorc_fx.errors import BadCertificate, BadOption, UnloadedWeights
 from lorc_fx.store import reset
 
 JOINT = {"ratio": 0.5, "basis": "joint", "calibration": "none"}
@@ -206,8 +206,10 @@ def test_what_cannot_be_certified_is_refused() -> None:
         lorc_fx.certify(Plain().eval(), {"ids": ids() % 30})
     with pytest.raises(BadCertificate, match="several graphs"):
         lorc_fx.certify(Broken().eval(), {"ids": ids() % hand_written.VOCAB}, options=JOINT)
-    with pytest.raises(BadCalibration, match="the model has"):
+    with pytest.raises(BadOption, match="the model has"):
         lorc_fx.certify(model(), torch.tensor([0, 10**6]))
+    with pytest.raises(BadOption, match="token ids are ints"):
+        lorc_fx.certify(model(), torch.ones(3))
     with pytest.raises(lorc_fx.errors.UnknownOption, match="Did you mean 'ratio'"):
         lorc_fx.certify(model(), ids(), options={"ration": 0.5})
     with pytest.raises(UnloadedWeights):
@@ -258,3 +260,60 @@ def test_rounding_alone_is_counted_op_by_op() -> None:
         away = (logits.double() - value).abs()
         assert bool((away <= bound.each).all())
         assert bool(torch.isfinite(bound.each).all())
+
+
+class Odd(nn.Module):
+    """One layer of a cache, and behind it something that bounds do not follow, or must."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.kind = kind
+        self.embed = nn.Embedding(30, 16)
+        self.q, self.k, self.v, self.o, self.router = (nn.Linear(16, 16) for _ in range(5))
+
+    def forward(self, ids: torch.Tensor) -> Any:
+        x = self.embed(ids)
+        q, k, v = (f(x).unflatten(-1, (2, 8)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        empty = x.new_zeros(len(x), 2, 0, 8)
+        k, v = torch.cat([empty, k], 2), torch.cat([empty, v], 2)
+        if self.kind == "buffer":
+            room = [x.new_zeros(len(x), 2, 12, 8) for _ in range(2)]
+            k, v = (r.index_copy_(2, torch.arange(ids.shape[1]), t) for r, t in zip(room, (k, v), strict=True))
+            k, v = k[:, :, : ids.shape[1]], v[:, :, : ids.shape[1]]
+        made = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+        x = x + self.o(made)
+        if self.kind == "picked":
+            x = x + 5 * x[:, self.router(x).argmax(-1)[0]]
+        if self.kind == "mean":
+            x = x - x.mean(dim=None, keepdim=True)
+        if self.kind == "written":
+            h = self.router(x)
+            h[..., :4] = 3 * h[..., :4]
+            x = x + h
+        return x @ self.embed.weight.T, k, v
+
+
+def odd(kind: str, **given: Any) -> Any:
+    asked = {**JOINT, "ratio": 0.5, "precision": "int4"} | given
+    return lorc_fx.certify(Odd(kind).eval(), {"ids": ids(1, 7) % 30}, options=asked)
+
+
+def test_what_is_picked_by_something_inexact_has_no_bound() -> None:
+    found = odd("picked")
+    assert "aten.index.Tensor" in found.unbounded and found.sound and not bool(found.proven.any())
+
+
+def test_a_mean_of_everything_is_bounded() -> None:
+    found = odd("mean")
+    assert found.unbounded == () and found.sound
+
+
+def test_buffers_are_written_for_each_model_apart() -> None:
+    """What the compressed model writes is not what the dense one reads."""
+    assert float(odd("buffer").measured.max()) == pytest.approx(float(odd("").measured.max()), rel=1e-6)
+
+
+def test_what_is_written_in_place_and_read_again_is_refused() -> None:
+    with pytest.raises(BadCertificate, match="written in place and read again"):
+        odd("written")

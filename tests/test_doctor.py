@@ -114,6 +114,7 @@ def test_folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         ("LORC_DISABLE", "0", OK, "0"),
         ("LORC_DISABLE", "perhaps", FAIL, "perhaps"),
         ("TORCH_COMPILE_DISABLE", "1", NOTE, "caches stay dense"),
+        ("TORCH_COMPILE_DISABLE", "true", OK, "true"),  # torch compares with 1
         ("TRITON_INTERPRET", "1", NOTE, "slower"),
         ("LORC_DUMP", "/tmp/x", OK, "/tmp/x"),
     ],

@@ -81,6 +81,26 @@ class PartRotated(Plain):
         return k.transpose(1, 2).contiguous()
 
 
+class SeveralAxes(Plain):
+    """Angles of three axes of positions [3, S], those of the second and third written over some of the first's."""
+
+    def forward(self, x, past, pos):
+        freqs = pos[..., None].float() * 100.0 ** (-torch.arange(0, DIM, 2) / DIM)
+        made = []
+        for table in (freqs.cos(), freqs.sin()):
+            whole = table[0]
+            for axis in (1, 2):
+                whole[..., axis::3] = table[axis, ..., axis::3]
+            made.append(torch.cat([whole, whole], -1))
+        turn = lambda y: y * made[0] + torch.cat([-y[..., DIM // 2 :], y[..., : DIM // 2]], -1) * made[1]  # noqa: E731
+        k, v = turn(self.heads(self.k(x))), self.heads(self.v(x))
+        if past is not None:
+            k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
+        mask = torch.ones(x.shape[1], k.shape[2], dtype=torch.bool).tril(k.shape[2] - x.shape[1])
+        made = F.scaled_dot_product_attention(turn(self.heads(self.q(x))), k, v, attn_mask=mask)
+        return self.o(made.transpose(1, 2).flatten(2)), (k, v)
+
+
 class InputOverwritten(Plain):
     """What keys are made of is no longer there when they reach the cache."""
 
@@ -89,7 +109,7 @@ class InputOverwritten(Plain):
     def forward(self, x, past, pos):
         x = x * 1.0
         k = self.k(x) if self.late else self.keys(x, pos)
-        x[..., :4].mul_(2.0)
+        x.transpose(0, 1)[..., :4].mul_(2.0)
         k, v = self.heads(k) if self.late else k, self.values(x, pos)
         if past is not None:
             k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
@@ -222,9 +242,37 @@ def check(model, pieces, coded, **given):
     return " ".join(texts)
 
 
-@pytest.mark.parametrize("kind", [SliceScaled, SliceAssigned, PartRotated], ids=lambda c: c.__name__)
+def test_slices_of_a_projection_that_are_written_in_place():
+    """What they are slices of is a new value then, as far as it is known to be nobody else's."""
+    check(SliceScaled(), pieces_of(5, 1, 1), (True, True))
+
+
+@pytest.mark.parametrize("kind", [SliceAssigned, PartRotated], ids=lambda c: c.__name__)
 def test_rows_that_are_written_in_place_on_the_way_stay_dense(kind):
     assert "written in place before it reaches the cache" in check(kind(), pieces_of(5, 1, 1), (False, True))
+
+
+@pytest.mark.parametrize("ratio", [1.0, 0.8])
+@pytest.mark.parametrize("same", [True, False], ids=["text", "images"])
+def test_angles_that_are_written_piece_by_piece(same, ratio, quiet):
+    """Whether the axes have the same positions, as those of text, or their own."""
+    model, call = (
+        SeveralAxes(),
+        torch.compile(SeveralAxes(), backend="lorc", options=options(**FULL | {"ratio": ratio})),
+    )
+    if ratio < 1:
+        for linear in (model.k, model.v):
+            linear.weight.data = linear.weight.data[:, :6] @ torch.randn(6, WIDTH) / 4
+        call._orig_mod.load_state_dict(model.state_dict())
+    past, want_past, at = None, None, 0
+    for x in pieces_of(6, 1, 3, 1):
+        steps = torch.arange(at, at + x.shape[1])
+        pos = torch.stack([steps, steps if same else steps * 2 % 7, steps if same else 9 - steps])
+        with torch.no_grad():
+            (got, past), (want, want_past) = call(x, past, pos), model(x, want_past, pos)
+        assert_close(f"at {at}", got, want)
+        assert isinstance(past[0], LatentKV) and isinstance(past[1], LatentKV)
+        at += x.shape[1]
 
 
 def test_an_input_that_is_overwritten_after_it_was_read():

@@ -104,6 +104,8 @@ USES = {
     aten.mean.dim: of(lambda h: h - aten.mean.dim(h, [-1], True)),
     aten.cat.default: of(lambda h: aten.cat.default([-h[..., 4:], h[..., :4]], -1)),
     aten.stack.default: of(lambda h: aten.stack.default([-h[..., 1::2], h[..., ::2]], -1).flatten(-2)),
+    aten.slice_scatter.default: of(lambda h: aten.slice_scatter.default(h, -h[..., 4:], 3, 0, 4)),
+    aten.select_scatter.default: of(lambda h: aten.select_scatter.default(h, 2 * h[..., 3], 3, 0)),
     aten.linear.default: lambda p, x, pos: heads(aten.linear.default(x, p.weight, p.bias)),
     aten.addmm.default: lambda p, x, pos: heads(
         aten.addmm.default(p.bias, flat(x), p.weight.t()).reshape(*x.shape[:2], N)
