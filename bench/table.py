@@ -166,13 +166,12 @@ def peers_run(result: dict[str, Any]) -> str:
             cell(rows, f"{what}_median_s", lambda s: f"{1e3 * s:.0f} ms") if base else cell(rows, key, "{:.2f}".format)
             for what, key in (("prefill", "prefill_ratio"), ("decode", "decode_ratio"))
         ]
-        keys = ("held_bytes", "prefill_peak_bytes", "decode_peak_bytes")
-        sizes = [cell(rows, key, lambda b: f"{b / 2**20:.1f}") for key in keys]
-        lines.append([f"{loss['model']}: {loss['peer']}", *told, sizes[0], *times, *sizes[1:]])
+        sizes = [cell(rows, key, lambda b: f"{b / 2**20:.1f}") for key in ("held_bytes", "decode_peak_bytes")]
+        lines.append([f"{loss['model']}: {loss['peer']}", *told, sizes[0], *times, sizes[1]])
     at = " / ".join(map(str, contexts))
     header = ["cache", "bytes, of 16-bit", "added loss", f"MiB held at {at} tokens", "prefill", "decode step"]
     weights = "; ".join(f"{name}: {about['weights']}" for name, about in result["models"].items())
-    table = markdown([*header, "peak of the prefill, MiB", "peak while decoding, MiB"], lines)
+    table = markdown([*header, "peak while decoding, MiB"], lines)
     said = [f"Weights: {weights}."]
     if drift := result.get("drift"):
         apart = [f"{100 * max(abs(row[what]) for row in drift):.0f} % in {what}" for what in ("prefill", "decode")]
