@@ -135,8 +135,23 @@ ROWS = [
 LOSSES = [
     {"peer": "dense", "setting": "", "protocol": "chunks", "nats": 3.0, "added": 0.0, "fraction": 1.0},
     {"peer": "hqq", "setting": "int4", "protocol": "chunks", "nats": 3.1, "added": 0.06, "fraction": 0.31},
-    {"peer": "lorc", "setting": "calibrated, 0.31", "protocol": "chunks", "nats": 3, "added": 0.001, "fraction": 0.31},
-    {"peer": "lorc", "setting": "calibrated, 0.5", "protocol": "chunks", "nats": 3.0, "added": 0.0, "fraction": 0.5},
+    {"peer": "lorc", "setting": "calibrated, 0.31", "protocol": "chunks", "nats": 4, "added": 0.3, "fraction": 0.31},
+    {
+        "peer": "lorc",
+        "setting": "calibrated, auto, 0.5",
+        "protocol": "chunks",
+        "nats": 3.0,
+        "added": 0.0,
+        "fraction": 0.5,
+    },
+    {
+        "peer": "lorc",
+        "setting": "calibrated, auto, 0.31",
+        "protocol": "chunks",
+        "nats": 3,
+        "added": 0.001,
+        "fraction": 0.31,
+    },
     {"peer": "lorc", "setting": "calibrated, 0.1", "protocol": "prompt", "nats": 3.0, "added": 0.1, "fraction": 0.1},
 ]
 
@@ -178,6 +193,7 @@ def test_losses_are_added_to_the_file_that_has_the_others(weights: str, own: boo
 
 
 def test_lorc_gets_the_bytes_of_the_others() -> None:
+    """And the loss is that of the codec whose steps are timed, not of another basis at the same bytes."""
     assert peers_run.lorc_ratios(LOSSES) == (0.5, 0.31)
     by_name = {peer.name: peers_run.loss_row(peer, LOSSES) for peer in peers_run.peers_of(LOSSES)}
     assert by_name["lorc, 0.31"]["added"] == 0.001
