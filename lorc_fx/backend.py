@@ -151,7 +151,7 @@ def examine(
     with what other bases would cost."""
     canonical, matched, example_inputs = read_graph(gm, example_inputs, options)
     builder = Builder(canonical, matched, options)
-    prepared, plan = builder.planned(matched.sites, example_inputs)
+    prepared, plan = builder.planned(matched.planned, example_inputs)
     codecs = builder.made(prepared, plan, example_inputs)
     read = readings(absorb(canonical, matched, {s.group.find(): c for s, c in codecs.items()}, step=True))
     costs = _others(canonical, options, plan, example_inputs) if others and options.plan is None else {}
@@ -195,7 +195,7 @@ def _others(
     canonical: GraphModule, options: Options, plan: Plan, arguments: Sequence[Any]
 ) -> dict[tuple[int, str], tuple[Alternative, ...]]:
     def prepare(matched: Matched, asked: Options) -> dict[Site, tuple[Factors, Basis]]:
-        made = Builder(canonical, matched, asked).prepared(matched.sites, arguments)
+        made = Builder(canonical, matched, asked).prepared(matched.planned, arguments)
         return {site: (p.factors, p.basis) for site, p in made.items()}
 
     return alternatives(canonical, match(canonical), options, plan.sites, prepare)
@@ -214,7 +214,7 @@ def plans(gm: GraphModule, example_inputs: Sequence[Any], many: Sequence[Options
         kept = tuple((site.unprojected, site.grouped) for site in chosen.sites)
         if kept not in made:
             builder = Builder(canonical, chosen, options)
-            made[kept] = builder, builder.prepared(chosen.sites, arguments)
+            made[kept] = builder, builder.prepared(chosen.planned, arguments)
         builder, prepared = made[kept]
         found.append(complete(prepared, builder.plan(prepared, options)))
     return found

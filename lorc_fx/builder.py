@@ -127,12 +127,11 @@ class Builder:
 
     def codecs(self, arguments: Sequence[Any]) -> list[Codec]:
         """A codec for each site, from the store or made now (all that are missing are planned together)."""
-        found = [self._find(site, arguments) for site in self.matched.sites]
-        missing = [s for s, c in zip(self.matched.sites, found, strict=True) if c is None]
+        found = {site: self._find(site, arguments) for site in self.matched.planned}
+        missing = [site for site, codec in found.items() if codec is None]
         if missing:
-            made = dict(zip(missing, self._make(missing, arguments), strict=True))
-            found = [c or made[s] for s, c in zip(self.matched.sites, found, strict=True)]
-        return found  # type: ignore[return-value]
+            found |= zip(missing, self._make(missing, arguments), strict=True)
+        return [found[self.matched.leads[site]] for site in self.matched.sites]  # type: ignore[misc]
 
     def holds(self, site: Site, arguments: Sequence[Any], codec: Codec) -> bool:
         """Whether a cache coded by ``codec`` goes on: it was made of these weights, perhaps before statistics."""
@@ -155,7 +154,7 @@ class Builder:
                 self._inform(arguments)
 
     def _is_informed(self, arguments: Sequence[Any]) -> bool:
-        return all(self._informed(site, arguments) is not None for site in self.matched.sites)
+        return all(self._informed(site, arguments) is not None for site in self.matched.planned)
 
     def _inform(self, arguments: Sequence[Any]) -> None:
         sums, why = None, "another process has none of it"
@@ -174,7 +173,7 @@ class Builder:
 
     def _inform_by(self, sums: dict[Site, Sums], arguments: Sequence[Any]) -> None:
         """Make codecs of what was seen, and measure how well they read it back."""
-        sites = self.matched.sites
+        sites = self.matched.planned
         samples = {site: s.sample for site, s in sums.items()}
         prepared, plan = self.planned(sites, arguments, sums)
         found = []
@@ -187,11 +186,12 @@ class Builder:
     def _seen(self, arguments: Sequence[Any], scores: bool = True) -> dict[Site, Sums]:
         """Statistics of one call. Without those of attention scores where there is an op without a derivative."""
         sums = {}
-        for site in self.matched.sites:
+        for site in self.matched.planned:
             weight = self.effective(site, arguments)[0]
             sums[site] = Sums(site.layer, site.kind, fingerprint(weight), weight.shape[0], site.head)
+        everywhere = {site: sums[lead] for site, lead in self.matched.leads.items()}
         try:
-            Walker(self.canonical, sums, scores=scores).walk(self._untouched(arguments))
+            Walker(self.canonical, everywhere, scores=scores).walk(self._untouched(arguments))
         except RuntimeError:
             if not scores:
                 raise

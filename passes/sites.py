@@ -100,6 +100,18 @@ class Matched:
     coded: frozenset[Group]
 
     @functools.cached_property
+    def leads(self) -> dict[Site, Site]:
+        """Each site and the first one of its cache, whose codec it has: what is written to a cache in several places of
+        a graph (a decoder's own tokens and an encoder's, read at once) is planned and informed once."""
+        first: dict[Group, Site] = {}
+        return {site: first.setdefault(site.group.find(), site) for site in self.sites}
+
+    @functools.cached_property
+    def planned(self) -> tuple[Site, ...]:
+        """One site of each cache."""
+        return tuple(dict.fromkeys(self.leads.values()))
+
+    @functools.cached_property
     def bare(self) -> frozenset[Group]:
         """Buffers written in place whose attention may read rows that hold no token yet."""
         sites = [s for s in self.sites if s.group.find().in_place]
@@ -127,8 +139,7 @@ def match(gm: GraphModule) -> Matched:
             if group.broken is not None:
                 raise NoSite(*group.broken)
             made = [(node, *_as_kept(facts, group, node, token)) for node, token in group.rows.items()]
-            if len(made) > 1:  # each would have a budget and a codec of its own
-                raise NoSite(made[1][0], "one cache is written in several places of one graph")
+            _same_projection([m[1] for m in made], [m[3] for m in made])
             for node, _, _, decoder, _ in made if group.split is not None else ():
                 if decoder.batch_dim != group.split:
                     raise NoSite(node, "single entries of it are written along another axis than the batch")
@@ -242,6 +253,15 @@ def source_line(node: Node, limit: int = 8) -> str:
     return "{}:{}: {}".format(*frames[-1]).strip() if frames else ""
 
 
+def _same_projection(rows: list[Rows], decoders: list[Decoder]) -> None:
+    """One buffer has one codec: all that is written to it must come through the same weights, and the same ops."""
+    for other, decoder in zip(rows[1:], decoders[1:], strict=True):
+        if set(other.chain.inputs) - {other.x} != set(rows[0].chain.inputs) - {rows[0].x}:
+            raise NoSite(other.y, "one cache is written by several projections")
+        if decoder.digest != decoders[0].digest or [*_recipe(other.chain)] != [*_recipe(rows[0].chain)]:
+            raise NoSite(other.y, "one cache is written by one projection in several ways")
+
+
 def _sites(found: list[Found], others: list[tuple[int, str]], facts: Facts) -> list[Site]:
     read = []
     for node, rows, group, decoder, consts in found:
@@ -250,15 +270,19 @@ def _sites(found: list[Found], others: list[tuple[int, str]], facts: Facts) -> l
         read.append((facts.order[node], kind, reader, node, rows, group, decoder, consts))
     read.sort(key=lambda item: item[0])
     ordinals: dict[tuple[str, frozenset[Node]], int] = {}
+    layers: dict[str, int] = {}
     sites = []
+    numbers: dict[Group, tuple[int, int]] = {}
     for at, kind, reader, node, rows, group, decoder, consts in read:
-        layer = sum(k == kind and i < at for i, k in others) + sum(s.kind == kind for s in sites)
         weights = tuple(sorted((n for n in rows.chain.inputs if n is not rows.x), key=facts.order.__getitem__))
-        key = (kind, frozenset(weights))
-        ordinals[key] = ordinals.get(key, -1) + 1
-        sites.append(
-            Site(layer, kind, ordinals[key], node, rows, group, reader, decoder, weights, consts, group.window)
-        )
+        if group.find() not in numbers:  # else it is the same cache, written in another place
+            key = (kind, frozenset(weights))
+            ordinals[key] = ordinals.get(key, -1) + 1
+            layers[kind] = layers.get(kind, -1) + 1
+            dense = sum(k == kind and i < at for i, k in others)
+            numbers[group.find()] = layers[kind] + dense, ordinals[key]
+        layer, ordinal = numbers[group.find()]
+        sites.append(Site(layer, kind, ordinal, node, rows, group, reader, decoder, weights, consts, group.window))
     return sites
 
 

@@ -284,12 +284,12 @@ class Odd(nn.Module):
         made = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
         x = x + self.o(made)
         if self.kind == "picked":
-            x = x + 5 * x[:, self.router(x).argmax(-1)[0]]
+            x = x + 5 * x[:, self.router(x).argmax(-1)[0] % ids.shape[1]]
         if self.kind == "mean":
             x = x - x.mean(dim=None, keepdim=True)
         if self.kind == "written":
             h = self.router(x)
-            h[..., :4] = 3 * h[..., :4]
+            h.transpose(0, 1)[..., :4].mul_(3)
             x = x + h
         return x @ self.embed.weight.T, k, v
 
