@@ -184,9 +184,8 @@ class _Run(Interpreter):
             bias = (args[3] if len(args) > 3 else kwargs.get("bias")) if name == "layer_norm" else None
             at = 4 if name == "layer_norm" else 3
             eps = args[at] if len(args) > at else kwargs.get("eps")
-            usual = torch.promote_types(
-                self.decoder.dtype, torch.float32
-            )  # as torch takes it: 16 bits are summed in 32
+            # torch's own eps is that of the dtype it sums in: 32 bits for 16
+            usual = torch.promote_types(self.decoder.dtype, torch.float32)
             eps = eps if eps is not None else 1e-5 if name == "layer_norm" else torch.finfo(usual).eps
             x = x if name == "rms_norm" else ex.each("sub", x, ex.mean(x, dims))
             square = ex.mean(ex.each("mul", x, x), dims)

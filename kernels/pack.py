@@ -130,8 +130,8 @@ def pack_all(items: Sequence[Given]) -> list[torch.Tensor]:
     rows: list[torch.Tensor | None] = [None] * len(items)
     compiled = []
     for at, item in enumerate(items):
-        long = max(range(item.latent.dim() - 1), key=item.latent.size, default=0)
-        if item.project is not None and item.latent.dim() > 1 and item.latent.shape[long] > BLOCK:
+        if item.project is not None and max(item.latent.shape[:-1], default=0) > BLOCK:
+            long = max(range(item.latent.dim() - 1), key=item.latent.size)
             blocks = item.latent.split(BLOCK, long)
             rows[at] = torch.cat([pack_all([item._replace(latent=y)])[0] for y in blocks], long)
             continue
